@@ -11,6 +11,9 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 
+# Why: when the interpreter of the environment is gone (upgraded, moved), what was installed for it has to be installed again.
+$(shell test -x "$(BIN)/python" || rm -f "$(VENV)"/.installed*)
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-all coverage lint format types bench clean
@@ -49,7 +52,8 @@ bench: $(VENV)/.installed-bench ## measure jobs per second beside other process 
 	$(BIN)/python benchmarks/bench_dispatch.py $(ARGS)
 
 clean: ## remove .venv, caches and build output
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.*
+	test ! -f "$(VENV)/pyvenv.cfg" || rm -rf "$(VENV)"
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.*
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(BIN)/python:

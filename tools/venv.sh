@@ -44,7 +44,13 @@ install_ensurepip() {
     has_ensurepip || fail "'$python' still has no ensurepip after installing python$found-venv; name another: make PYTHON=..."
 }
 
+clear_directory() {
+    [ ! -e "$directory" ] || [ -f "$directory/pyvenv.cfg" ] ||
+        fail "'$directory' exists and is not a virtual environment; name another: make VENV=..."
+    rm -rf "$directory"
+}
+
 require_python
+clear_directory
 has_ensurepip || install_ensurepip
-rm -rf "$directory"
 "$python" -m venv "$directory"
