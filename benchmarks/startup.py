@@ -1,0 +1,82 @@
+"""How long until a new pool gives its first result, and until an idle one has ended?
+
+Each measurement is a fresh interpreter (`probe.py live`): from the constructor to the first result, then
+all workers are put to use, then the orderly end. The second life in the same interpreter finds what the
+first one left, such as a running fork server. The numbers include what the library imports lazily, as
+they do for its users.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import product
+from multiprocessing import get_all_start_methods
+from pathlib import Path
+
+from contestants import BULKHEAD, EXECUTOR, STDLIB_POOL
+from settings import Settings
+from tables import ABSENT, median, print_table
+
+__all__ = ["measure_startup"]
+
+PROBE = Path(__file__).with_name("probe.py")
+PROBE_TIMEOUT_SECONDS = 120
+MOST_ROUNDS = 3
+"""More would take minutes: a round is 18 interpreters with up to 16 workers, twice."""
+WORKERS = (2, 16)
+
+Life = dict[str, float]
+Lives = dict[str, Life]
+Case = tuple[str, int, str]
+
+
+def measure_startup(settings: Settings) -> dict[str, object]:
+    """Measure, print the table, return the figures for the JSON file.
+
+    Takes all start methods, whatever the settings say.
+    """
+    samples: dict[Case, list[Lives]] = {case: [] for case in _cases()}
+    for _ in range(min(settings.rounds, MOST_ROUNDS)):
+        for case, lives in samples.items():
+            lives.append(_live(case))
+    rows = [_row(case, lives) for case, lives in samples.items()]
+    if not BULKHEAD.is_installed():
+        rows.insert(0, (BULKHEAD.name, "", "", ABSENT, "", "", ""))
+    print_table(
+        "Time to the first result, and to end an idle pool (ms); median of the rounds",
+        ("", "workers", "method", "first result", "end", "second pool: first result", "end"),
+        rows,
+    )
+    return {"samples": [{"case": case, "lives": lives} for case, lives in samples.items()]}
+
+
+def _cases() -> Iterator[Case]:
+    names = [contestant.name for contestant in (BULKHEAD, STDLIB_POOL, EXECUTOR) if contestant.is_installed()]
+    methods = [method for method in ("forkserver", "fork", "spawn") if method in get_all_start_methods()]
+    for workers, method, name in product(WORKERS, methods, names):
+        yield name, workers, method
+
+
+def _live(case: Case) -> Lives:
+    name, workers, method = case
+    done = subprocess.run(
+        [sys.executable, str(PROBE), "live", name, str(workers), method],
+        stdout=subprocess.PIPE,
+        timeout=PROBE_TIMEOUT_SECONDS,
+        check=True,
+    )
+    lives: Lives = json.loads(done.stdout)
+    return lives
+
+
+def _row(case: Case, lives: list[Lives]) -> tuple[str, ...]:
+    name, workers, method = case
+    figures = (
+        f"{median(life[which][what] for life in lives) * 1000:.0f}"
+        for which in ("first", "again")
+        for what in ("first_result_seconds", "finalize_seconds")
+    )
+    return (name, str(workers), method, *figures)
