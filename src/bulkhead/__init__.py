@@ -1,0 +1,78 @@
+"""Isolated pools of processes for jobs of different urgency: dispatch, barrier, finalize.
+
+    with Dispatcher([Pool(priority=0, n_workers=6), Pool(priority=1, n_workers=2)]) as disp:
+        disp.dispatch(job)     # job.priority picks the pool; blocks until a worker there is free
+        disp.barrier()         # phase over
+"""
+
+import logging
+
+from bulkhead._kernel.lifecycle import JobState
+from bulkhead.config import Pool
+from bulkhead.dispatcher import Dispatcher
+from bulkhead.errors import (
+    BarrierTimeout,
+    BulkheadError,
+    ConfigError,
+    ConfigTypeError,
+    DispatcherFinalized,
+    DuplicateJobId,
+    JobCancelled,
+    JobNotFound,
+    JobNotPicklable,
+    JobsFailed,
+    JobTimeout,
+    MissingMainGuard,
+    NestedDispatch,
+    PoolBroken,
+    PoolFull,
+    RemoteError,
+    StartDeadlineExceeded,
+    UnknownPriority,
+    Unrecoverable,
+    WaitTimeout,
+    WorkerCrashed,
+)
+from bulkhead.job import Job
+from bulkhead.retry import RetryPolicy
+from bulkhead.stats import BarrierReport, DispatcherStats, PoolStats
+from bulkhead.tracker import JobStatus, Tracker
+
+__all__ = [
+    "BarrierReport",
+    "BarrierTimeout",
+    "BulkheadError",
+    "ConfigError",
+    "ConfigTypeError",
+    "Dispatcher",
+    "DispatcherFinalized",
+    "DispatcherStats",
+    "DuplicateJobId",
+    "Job",
+    "JobCancelled",
+    "JobNotFound",
+    "JobNotPicklable",
+    "JobState",
+    "JobStatus",
+    "JobTimeout",
+    "JobsFailed",
+    "MissingMainGuard",
+    "NestedDispatch",
+    "Pool",
+    "PoolBroken",
+    "PoolFull",
+    "PoolStats",
+    "RemoteError",
+    "RetryPolicy",
+    "StartDeadlineExceeded",
+    "Tracker",
+    "UnknownPriority",
+    "Unrecoverable",
+    "WaitTimeout",
+    "WorkerCrashed",
+]
+
+__version__ = "0.1.0"
+
+# Why: a library is quiet unless the user's own logging asks for its records.
+logging.getLogger("bulkhead").addHandler(logging.NullHandler())

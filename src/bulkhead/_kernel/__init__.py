@@ -1,0 +1,1 @@
+"""Decisions apart from actions: what should happen to jobs and slots, with no clock, lock, thread or process."""

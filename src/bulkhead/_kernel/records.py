@@ -1,0 +1,104 @@
+"""What the kernel knows of one job and of one slot: plain mutable records without behaviour."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from bulkhead._kernel.lifecycle import JobState
+
+if TYPE_CHECKING:
+    from bulkhead._kernel.phases import Phase
+    from bulkhead.retry import RetryPolicy
+
+__all__ = ["JobRecord", "Slot", "SlotState", "Verdict"]
+
+
+class Verdict(Enum):
+    """Why a slot's worker is being ended; the first verdict stands."""
+
+    TIMEOUT = "timeout"
+    CANCEL = "cancel"
+
+
+class JobRecord:
+    """One job.
+
+    Owner: the kernel of its pool, under the pool's lock, for every field that is not marked otherwise.
+    """
+
+    __slots__ = (
+        "attempt",
+        "due",
+        "error",
+        "finished_at",
+        "id",
+        "payload",
+        "phase",
+        "pid",
+        "priority",
+        "queued_at",
+        "retry",
+        "returns",
+        "slot",
+        "stamp",
+        "start_by",
+        "started_at",
+        "state",
+        "timeout",
+        "value",
+        "waiters",
+    )
+
+    def __init__(
+        self,
+        payload: Any,
+        priority: int,
+        timeout: float | None = None,
+        retry: RetryPolicy | None = None,
+    ) -> None:
+        self.id: Any = None  # Owner: the dispatcher, set before the job is accepted.
+        self.payload = payload  # Opaque here.
+        self.priority = priority
+        self.timeout = timeout
+        self.retry = retry
+        self.state: JobState | None = None
+        self.attempt = 0
+        self.due: float | None = None  # Earliest start, monotonic seconds.
+        self.start_by: float | None = None  # Latest start, monotonic seconds.
+        self.stamp = 0  # Number of its last start in the pool; tells stale alarms from live ones.
+        self.phase: Phase | None = None
+        self.slot: Slot | None = None
+        self.returns = 0  # How often a worker died before it had read the job.
+        self.value: Any = None  # Owner: the engine, which sets it before it reports a success.
+        self.error: BaseException | None = None
+        self.waiters: list[Any] | None = None  # Owner: the engine.
+        # Owner of the rest: the engine, POSIX seconds, for status() alone.
+        self.queued_at: float | None = None
+        self.started_at: float | None = None
+        self.finished_at: float | None = None
+        self.pid: int | None = None
+
+
+class SlotState(Enum):
+    """What a slot's worker is doing."""
+
+    VACANT = "vacant"  # no process, one may be due to be started
+    STARTING = "starting"
+    IDLE = "idle"
+    BUSY = "busy"
+    ENDING = "ending"  # told to end, not yet gone
+
+
+class Slot:
+    """The right to one worker of the pool. Workers come and go, slots stay."""
+
+    __slots__ = ("index", "job", "ready_at", "state", "verdict", "worker")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.state = SlotState.VACANT
+        self.job: JobRecord | None = None
+        self.verdict: Verdict | None = None
+        self.ready_at = 0.0  # When its worker came up, monotonic seconds.
+        self.worker: Any = None  # Owner: the engine.

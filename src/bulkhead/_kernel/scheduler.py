@@ -1,0 +1,467 @@
+"""The decisions of one pool: a synchronous state machine, stimulus in, instructions out.
+
+What it decides: whether a job is accepted, which waiting job starts on which slot, what follows a success, a failure, a
+death, a cancellation or an instant, and when a pool has to give up. What it does not do: it reads no clock, holds no
+lock, starts no process. The engine calls one method per stimulus, under the pool's lock, and then carries out
+`instructions` in order.
+
+Guarantees, argued for in README.md of this folder:
+- Jobs start in the order in which they became ready; a retry becomes ready when its pause is over.
+- Callers that wait for room are served in the order in which they came, after the jobs that are accepted already.
+- running + waiting never exceeds n_workers + backlog by an accepted offer (only a due or returned job can exceed it).
+- Every accepted job gets exactly one `SettleJob`.
+
+Source: decisions apart from actions as in distributed's worker_state_machine.py.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
+from bulkhead._kernel import lifecycle
+from bulkhead._kernel.deadlines import Alarm, Deadlines
+from bulkhead._kernel.lifecycle import JobState
+from bulkhead._kernel.phases import Phases
+from bulkhead._kernel.records import JobRecord, Slot, SlotState, Verdict
+
+__all__ = [
+    "AcceptOffer",
+    "EndWorker",
+    "RefuseOffer",
+    "Scheduler",
+    "SettleJob",
+    "StartJob",
+    "StartWorker",
+]
+
+# A job that goes back unread more often than this has something to do with the deaths: it counts as crashed.
+_MAX_RETURNS = 3
+
+# Deaths at start in a row, without any worker of the pool coming up, after which the pool is broken (arbitrary).
+_MAX_FAILED_STARTS = 3
+
+# Pause in seconds before a worker is started again after the first death in a row without work, doubled from then on.
+_RESPAWN_PAUSE = 0.1
+_RESPAWN_PAUSE_MAX = 5.0
+
+# A worker that was idle for this many seconds before it died does not count as one that dies at start (arbitrary).
+_SETTLED_IN = 1.0
+
+
+class StartJob(NamedTuple):
+    """Send the job to the slot's worker."""
+
+    slot: Slot
+    job: JobRecord
+
+
+class SettleJob(NamedTuple):
+    """The job has reached its final state: tell whoever waits for it."""
+
+    job: JobRecord
+    phase_is_over: bool
+
+
+class AcceptOffer(NamedTuple):
+    """A job whose caller waits for room has been accepted."""
+
+    job: JobRecord
+
+
+class RefuseOffer(NamedTuple):
+    """A job whose caller waits for room will never be accepted: the pool takes no more."""
+
+    job: JobRecord
+
+
+class StartWorker(NamedTuple):
+    """Start a process for the vacant slot."""
+
+    slot: Slot
+
+
+class EndWorker(NamedTuple):
+    """End the slot's process with all it has started."""
+
+    slot: Slot
+
+
+Instruction = StartJob | SettleJob | AcceptOffer | RefuseOffer | StartWorker | EndWorker
+
+
+class Scheduler:
+    """One pool's state. Owner: the pool, under its lock.
+
+    Args:
+        n_workers: Number of slots.
+        backlog: Accepted jobs that may wait beyond the slots; None is unbounded.
+        keep_failures: Failed jobs that a phase remembers for its barrier.
+        draw: Gives a number from [0, 1) for the jitter of retries.
+        on_accept: Called with each job at the moment it is accepted, before it can start.
+        expired: Makes the error of a job whose start deadline has passed.
+    """
+
+    def __init__(
+        self,
+        n_workers: int,
+        backlog: int | None,
+        *,
+        keep_failures: int,
+        draw: Callable[[], float],
+        on_accept: Callable[[JobRecord], None],
+        expired: Callable[[JobRecord], BaseException],
+    ) -> None:
+        self.slots = [Slot(index) for index in range(n_workers)]
+        self.phases = Phases(keep_failures)
+        self.instructions: list[Instruction] = []
+        self.broken: BaseException | None = None
+        self.is_refusing = False
+        self.succeeded = self.failed = self.cancelled = self.retried = self.restarts = 0
+        self.running = 0
+        self.unsettled = 0
+        self._capacity = None if backlog is None else n_workers + backlog
+        self._draw = draw
+        self._on_accept = on_accept
+        self._expired = expired
+        self._idle: list[Slot] = []  # Why a stack: the worker that ended last is warmest.
+        self._ready: OrderedDict[JobRecord, None] = OrderedDict()
+        self._offers: OrderedDict[JobRecord, None] = OrderedDict()
+        self._pausing: dict[JobRecord, None] = {}  # scheduled or retrying
+        self._deadlines = Deadlines(self._is_live)
+        self._starts = 0
+        self._failed_starts = 0
+        self._deaths_in_a_row = 0
+        self._is_stopping = False
+
+    # Stimuli from callers
+
+    def offer(self, job: JobRecord, now: float, *, patient: bool = True) -> bool:
+        """Take a job if there is room; otherwise remember the offer of a patient caller. Return whether it was taken.
+
+        The engine has checked `broken` and `is_refusing`.
+        """
+        if job.due is not None and job.due > now:
+            self._accept(job, lifecycle.SCHEDULE)
+            self._pausing[job] = None
+            self._deadlines.add(job.due, Alarm.JOB_DUE, job)
+        elif not self._offers and self._has_room():
+            self._take(job)
+        elif patient:
+            self._offers[job] = None
+        else:
+            return False
+        if job.start_by is not None:
+            self._deadlines.add(job.start_by, Alarm.START_DEADLINE, job)
+        return job.state is not None
+
+    def withdraw(self, job: JobRecord) -> bool:
+        """Forget the offer of a caller that waits no longer; False when it was accepted just before."""
+        return self._offers.pop(job, job) is None
+
+    def cancel(self, job: JobRecord, error: BaseException) -> bool:
+        """Take a waiting job out, or have the worker of a running one ended. False when it has settled."""
+        if job.state in lifecycle.SETTLED or job.state is None:
+            return False
+        job.error = error
+        if job.state is JobState.RUNNING:
+            self._end(job, Verdict.CANCEL)
+            return True
+        self._ready.pop(job, None)
+        self._settle(job, lifecycle.CANCEL)
+        self._fill()
+        return True
+
+    def refuse(self) -> None:
+        """Accept nothing any more; what is accepted goes on."""
+        self.is_refusing = True
+        self._refuse_offers()
+
+    def stop(self) -> None:
+        """Start no more workers; those that go are not replaced."""
+        self._is_stopping = True
+
+    # Stimuli from workers
+
+    def begin(self) -> None:
+        """Have every slot staffed for the first time."""
+        for slot in self.slots:
+            self._staff(slot)
+        self.restarts = 0
+
+    def worker_ready(self, slot: Slot, now: float) -> None:
+        """The slot's worker has come up and waits for a job."""
+        self._failed_starts = 0
+        slot.ready_at = now
+        slot.state = SlotState.IDLE
+        self._idle.append(slot)
+        self._fill()
+
+    def attempt_ended(self, slot: Slot, error: BaseException | None, now: float) -> None:
+        """The slot's worker has answered; `error` is None for a success. A worker told to end has lost its say."""
+        if slot.state is not SlotState.BUSY:
+            return
+        job = slot.job
+        assert job is not None
+        self._deaths_in_a_row = 0
+        slot.job = job.slot = None
+        slot.state = SlotState.IDLE
+        self._idle.append(slot)
+        self.running -= 1
+        if error is None:
+            self._settle(job, lifecycle.SUCCEED)
+        else:
+            self._attempt_failed(job, error, now)
+        self._fill()
+
+    def worker_gone(self, slot: Slot, error: BaseException, now: float, *, unread: bool = False) -> None:
+        """The slot's process has ended; whatever it had answered before has been reported.
+
+        Args:
+            slot: The slot, vacant from now on.
+            error: What its job fails with, unless the job was cancelled.
+            now: Monotonic seconds.
+            unread: The worker had not begun to read its job.
+        """
+        state, job, verdict = slot.state, slot.job, slot.verdict
+        if state is SlotState.IDLE:
+            self._idle.remove(slot)
+        slot.state, slot.job, slot.verdict = SlotState.VACANT, None, None
+        if job is not None:
+            job.slot = None
+            self.running -= 1
+            self._job_lost(job, verdict, error, now, unread=unread)
+        self._restaff(slot, state, error, now)
+        self._fill()
+
+    # Stimuli of time and ruin
+
+    def tick(self, now: float) -> None:
+        """Let everything happen that is due."""
+        while (entry := self._deadlines.pop(now)) is not None:
+            alarm, subject = entry
+            if alarm is Alarm.JOB_DUE:
+                self._job_due(subject)
+            elif alarm is Alarm.START_DEADLINE:
+                self._start_deadline(subject)
+            elif alarm is Alarm.TIMEOUT:
+                self._end(subject, Verdict.TIMEOUT)
+            else:
+                self._staff(subject)
+        self._fill()
+
+    def break_down(self, error: BaseException) -> None:
+        """Give the pool up: fail what waits, refuse what is offered, let what runs end. Once."""
+        if self.broken is not None:
+            return
+        self.broken = error
+        self._refuse_offers()
+        for job in [*self._ready, *self._pausing]:
+            job.error = error
+            self._settle(job, lifecycle.FAIL)
+        self._ready.clear()
+
+    def ruin(self, error: BaseException) -> list[JobRecord]:
+        """Forget everything, for an engine that cannot trust this state any more; return the jobs that were offered."""
+        self.broken = self.broken or error
+        offers = list(self._offers)
+        for phase in self.phases.unreported:
+            phase.unsettled = 0
+        self._idle.clear()
+        self._ready.clear()
+        self._offers.clear()
+        self._pausing.clear()
+        self.instructions.clear()
+        for slot in self.slots:
+            slot.state, slot.job, slot.verdict = SlotState.VACANT, None, None
+        self.running = self.unsettled = 0
+        return offers
+
+    # Answers
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When `tick` has to be called next, in monotonic seconds; None for never."""
+        return self._deadlines.next()
+
+    @property
+    def waiting(self) -> int:
+        """Number of accepted jobs that wait for a slot."""
+        return len(self._ready)
+
+    @property
+    def delayed(self) -> int:
+        """Number of accepted jobs that wait for an instant: their first start or their next attempt."""
+        return len(self._pausing)
+
+    def has_room(self) -> bool:
+        """Tell whether an offer made now would be accepted at once."""
+        return not self._offers and self._has_room()
+
+    def unsettled_jobs(self) -> list[JobRecord]:
+        """Return the accepted jobs that have not settled: running, then waiting, then pausing ones."""
+        running = [slot.job for slot in self.slots if slot.job is not None]
+        return [*running, *self._ready, *self._pausing]
+
+    # Decisions
+
+    def _has_room(self) -> bool:
+        return self._capacity is None or self.running + len(self._ready) < self._capacity
+
+    def _accept(self, job: JobRecord, event: lifecycle.Event) -> None:
+        self._on_accept(job)
+        job.state = event[job.state]
+        self.unsettled += 1
+        self.phases.join(job)
+
+    def _take(self, job: JobRecord) -> None:
+        self._accept(job, lifecycle.ACCEPT)
+        self._ready[job] = None
+        self._start_ready()
+
+    def _start_ready(self) -> None:
+        idle, ready = self._idle, self._ready
+        while idle and ready:
+            job, _ = ready.popitem(last=False)
+            self._start(idle.pop(), job)
+
+    def _start(self, slot: Slot, job: JobRecord) -> None:
+        self._starts += 1
+        job.stamp = self._starts
+        job.state = lifecycle.START[job.state]
+        job.attempt += 1
+        job.slot = slot
+        slot.job = job
+        slot.state = SlotState.BUSY
+        self.running += 1
+        self.instructions.append(StartJob(slot, job))
+
+    def arm_timeout(self, job: JobRecord, now: float) -> None:
+        """Begin to count a started job's timeout; the engine calls it when it has carried StartJob out."""
+        if job.timeout is not None:
+            self._deadlines.add(now + job.timeout, Alarm.TIMEOUT, job, job.stamp)
+
+    def _fill(self) -> None:
+        """Put idle slots and free room to use."""
+        self._start_ready()
+        while self._offers and self._has_room():
+            job, _ = self._offers.popitem(last=False)
+            self._take(job)
+            self.instructions.append(AcceptOffer(job))
+
+    def _attempt_failed(self, job: JobRecord, error: BaseException, now: float) -> None:
+        job.error = error
+        policy = job.retry
+        if policy is None or self.broken is not None or not policy.allows(job.attempt, error):
+            self._settle(job, lifecycle.FAIL)
+            return
+        job.state = lifecycle.RETRY[job.state]
+        self.retried += 1
+        self._pausing[job] = None
+        job.due = now + policy.pause(job.attempt, self._draw())
+        self._deadlines.add(job.due, Alarm.JOB_DUE, job, job.stamp)
+
+    def _job_lost(
+        self, job: JobRecord, verdict: Verdict | None, error: BaseException, now: float, *, unread: bool
+    ) -> None:
+        if verdict is Verdict.CANCEL:
+            self._settle(job, lifecycle.CANCEL)
+        elif verdict is None and unread and job.returns < _MAX_RETURNS and self.broken is None:
+            job.returns += 1
+            job.attempt -= 1
+            job.state = lifecycle.RETURN[job.state]
+            self._ready[job] = None
+            self._ready.move_to_end(job, last=False)
+        else:
+            self._attempt_failed(job, error, now)
+
+    def _settle(self, job: JobRecord, event: lifecycle.Event) -> None:
+        before = job.state
+        job.state = event[before]
+        if before is JobState.SCHEDULED or before is JobState.RETRYING:
+            del self._pausing[job]
+        if job.state is JobState.SUCCEEDED:
+            self.succeeded += 1
+            job.error = None
+        elif job.state is JobState.FAILED:
+            self.failed += 1
+        else:
+            self.cancelled += 1
+        self.unsettled -= 1
+        phase = self.phases.leave(job)
+        self.instructions.append(SettleJob(job, phase.unsettled == 0))
+
+    def _end(self, job: JobRecord, verdict: Verdict) -> None:
+        slot = job.slot
+        assert slot is not None
+        if slot.state is SlotState.BUSY:
+            slot.state = SlotState.ENDING
+            slot.verdict = verdict
+            self.instructions.append(EndWorker(slot))
+
+    def _job_due(self, job: JobRecord) -> None:
+        del self._pausing[job]
+        job.state = lifecycle.DUE[job.state]
+        self._ready[job] = None
+
+    def _start_deadline(self, job: JobRecord) -> None:
+        job.error = self._expired(job)
+        if job.state is None:
+            # Why accepted first: the caller gets a tracker that says what became of the job.
+            del self._offers[job]
+            self._accept(job, lifecycle.ACCEPT)
+            self._settle(job, lifecycle.FAIL)
+            self.instructions.append(AcceptOffer(job))
+            return
+        self._ready.pop(job, None)
+        self._settle(job, lifecycle.FAIL)
+
+    def _refuse_offers(self) -> None:
+        offers = list(self._offers)
+        self._offers.clear()
+        self.instructions.extend(RefuseOffer(job) for job in offers)
+
+    def _staff(self, slot: Slot) -> None:
+        if self.broken is None and not self._is_stopping:
+            slot.state = SlotState.STARTING
+            self.restarts += 1
+            self.instructions.append(StartWorker(slot))
+
+    def _restaff(self, slot: Slot, before: SlotState, error: BaseException, now: float) -> None:
+        """Replace a worker: at once after a job's death, ever later after deaths without work, never when hopeless."""
+        if before is SlotState.STARTING:
+            self._failed_starts += 1
+            if self._failed_starts >= _MAX_FAILED_STARTS:
+                self.break_down(error)
+        elif before is not SlotState.IDLE or now - slot.ready_at >= _SETTLED_IN:
+            self._deaths_in_a_row = 0
+            self._staff(slot)
+            return
+        pause = _respawn_pause(self._deaths_in_a_row)
+        self._deaths_in_a_row += 1
+        if pause:
+            self._deadlines.add(now + pause, Alarm.RESPAWN, slot)
+        else:
+            self._staff(slot)
+
+    def _is_live(self, alarm: Alarm, subject: JobRecord | Slot, stamp: int) -> bool:
+        if isinstance(subject, Slot):
+            return subject.state is SlotState.VACANT
+        if alarm is Alarm.JOB_DUE:
+            return subject in self._pausing and subject.stamp == stamp
+        if alarm is Alarm.START_DEADLINE:
+            return subject.stamp == 0 and (
+                subject in self._offers or subject.state in (JobState.SCHEDULED, JobState.QUEUED)
+            )
+        return (
+            subject.stamp == stamp
+            and subject.slot is not None
+            and subject.slot.state is SlotState.BUSY
+        )
+
+
+def _respawn_pause(deaths_in_a_row: int) -> float:
+    if deaths_in_a_row == 0:
+        return 0.0
+    return min(_RESPAWN_PAUSE * 2.0 ** (min(deaths_in_a_row, 16) - 1), _RESPAWN_PAUSE_MAX)

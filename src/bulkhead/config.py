@@ -1,0 +1,114 @@
+"""What a pool is: a frozen value, checked when it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal
+
+from bulkhead import validate
+from bulkhead.errors import ConfigError, ConfigTypeError
+from bulkhead.retry import RetryPolicy
+
+__all__ = ["Pool", "StartMethod", "niceness_step", "pools_from"]
+
+StartMethod = Literal["fork", "forkserver", "spawn"]
+
+_START_METHODS = ("fork", "forkserver", "spawn")
+
+# Niceness between two neighbouring ranks. Why 5: the scheduler weighs each step by about 1.25, so 5 steps give the
+# more urgent pool three times the CPU share, and four ranks fit into the scale.
+_NICE_PER_RANK = 5
+_NICEST = 19
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The workers of one priority, with their queue and limits.
+
+    Args:
+        priority: Picks the pool for a job; a larger one is more urgent. Any int.
+        n_workers: Number of processes, and so of jobs that run at once; at least 1.
+        backlog: How many accepted jobs may wait beyond the workers before `dispatch` blocks. None is unbounded: then
+            the caller's memory is the bound.
+        name: For messages and statistics; "pool <priority>" by default.
+        timeout: Longest run of one attempt in seconds; None is unlimited. A job's own timeout beats it.
+        retry: Retry policy of jobs that bring none.
+        nice: Niceness of the workers, -20 to 19; by default 0 for the most urgent pool and 5 more for each rank below.
+        initializer: Called once in each worker before its first job.
+        initargs: Arguments of `initializer`.
+        start_method: "forkserver" (the default), "spawn", or "fork", which copies the caller as it is when the
+            dispatcher is made and is safe only while the caller has no other threads.
+
+    Raises:
+        ConfigError: A value cannot work; the message names the field.
+    """
+
+    priority: int
+    n_workers: int
+    _: KW_ONLY
+    backlog: int | None = 0
+    name: str | None = None
+    timeout: float | None = None
+    retry: RetryPolicy | None = None
+    nice: int | None = None
+    initializer: Callable[..., object] | None = None
+    initargs: tuple[Any, ...] = ()
+    start_method: StartMethod | None = None
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "priority", validate.whole_number("priority", self.priority))
+        put(self, "n_workers", validate.whole_number("n_workers", self.n_workers, at_least=1))
+        if self.backlog is not None:
+            put(self, "backlog", validate.whole_number("backlog", self.backlog, at_least=0))
+        if self.name is not None and not isinstance(self.name, str):
+            raise ConfigTypeError(f"name must be a str, not {self.name!r}")
+        if self.timeout is not None:
+            put(self, "timeout", validate.seconds("timeout", self.timeout))
+        if self.retry is not None and not isinstance(self.retry, RetryPolicy):
+            raise ConfigTypeError(f"retry must be a RetryPolicy, not {self.retry!r}")
+        if self.nice is not None:
+            put(self, "nice", validate.whole_number("nice", self.nice, at_least=-20, at_most=19))
+        if self.initializer is not None:
+            validate.function("initializer", self.initializer)
+        if not isinstance(self.initargs, (tuple, list)):
+            raise ConfigTypeError(f"initargs must be a tuple, not {self.initargs!r}")
+        put(self, "initargs", tuple(self.initargs))
+        if self.start_method is not None and self.start_method not in _START_METHODS:
+            raise ConfigError(f"start_method must be one of {_START_METHODS}, not {self.start_method!r}")
+
+    @property
+    def label(self) -> str:
+        """What messages call the pool."""
+        return self.name or f"pool {self.priority}"
+
+
+def pools_from(pools: Iterable[Pool | tuple[int, int]]) -> list[Pool]:
+    """Check a dispatcher's pools and return them, the most urgent first.
+
+    Raises:
+        ConfigError: No pool, two of one priority, or an entry that is neither a Pool nor a pair of ints.
+    """
+    if isinstance(pools, (str, bytes, Pool)) or not isinstance(pools, Iterable):
+        raise ConfigTypeError(f"pools must be a sequence of Pool or (priority, n_workers), not {pools!r}")
+    made = sorted((_pool_from(entry) for entry in pools), key=lambda pool: -pool.priority)
+    if not made:
+        raise ConfigError("pools must hold at least one Pool, not none")
+    for one, other in zip(made, made[1:], strict=False):
+        if one.priority == other.priority:
+            raise ConfigError(f"priority {one.priority} is given to two pools; each pool needs its own")
+    return made
+
+
+def _pool_from(entry: object) -> Pool:
+    if isinstance(entry, Pool):
+        return entry
+    if isinstance(entry, tuple) and len(entry) == 2:
+        return Pool(entry[0], entry[1])
+    raise ConfigTypeError(f"pools must hold Pool or (priority, n_workers), not {entry!r}")
+
+
+def niceness_step(rank: int) -> int:
+    """Return how much nicer than the caller the workers of a pool are, by its rank from 0, the most urgent."""
+    return min(_NICE_PER_RANK * rank, _NICEST)

@@ -1,0 +1,428 @@
+"""The face of the library: routes each job to the pool of its priority, and marks phases over all pools.
+
+A dispatcher holds no lock that two pools share. What it does for a job (checking, pickling, numbering) happens in the
+caller's thread; everything else is the pool's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import weakref
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from types import TracebackType
+from typing import Any, NoReturn, Self
+
+from bulkhead import validate
+from bulkhead._kernel.lifecycle import JobState
+from bulkhead._kernel.phases import Phase
+from bulkhead.config import Pool, niceness_step, pools_from
+from bulkhead.engines.processes.main_module import refuse_while_importing
+from bulkhead.engines.processes.payload import pack_call
+from bulkhead.engines.processes.pool import ProcessPool
+from bulkhead.errors import (
+    BarrierTimeout,
+    ConfigError,
+    ConfigTypeError,
+    JobsFailed,
+    NestedDispatch,
+    PoolFull,
+    RemoteError,
+    UnknownPriority,
+)
+from bulkhead.feeding import Feeder
+from bulkhead.history import History
+from bulkhead.job import Job, Options, call_of, options_of
+from bulkhead.stats import BarrierReport, DispatcherStats, PhaseCounts
+from bulkhead.tracker import Tracker
+
+__all__ = ["Dispatcher"]
+
+_log = logging.getLogger("bulkhead")
+
+# Bounds of the time that a cancelling finalize may take besides the kill ladder (seconds).
+_UNWIND = 5.0
+
+
+class Dispatcher:
+    """Isolated pools of processes, one for each priority.
+
+    Workers start in the background; the first job waits until one is up.
+
+    Args:
+        pools: `Pool` values or `(priority, n_workers)` pairs, each priority once.
+        job_expiry: Seconds that a settled job can be found by its id.
+        max_history: How many settled jobs can be found by their id.
+
+    Raises:
+        ConfigError: A value cannot work; nothing was started.
+        MissingMainGuard: The script has no `if __name__ == "__main__"` and a worker imports it.
+
+    Concurrency: any thread of the process that made it; from inside a job or a forked copy it raises NestedDispatch.
+
+    Example:
+        >>> with Dispatcher([(0, 1)]) as disp:
+        ...     disp.dispatch(Job(pow, 2, 10)).result()
+        1024
+    """
+
+    def __init__(
+        self,
+        pools: Iterable[Pool | tuple[int, int]],
+        *,
+        job_expiry: float = 300.0,
+        max_history: int = 10_000,
+    ) -> None:
+        refuse_while_importing()
+        _refuse_platform()
+        configs = pools_from(pools)
+        limit = validate.whole_number("max_history", max_history, at_least=0)
+        self._history = History(validate.seconds("job_expiry", job_expiry), limit)
+        self._pid = os.getpid()
+        self._pools: dict[int, ProcessPool] = {}
+        _warn_of_threads(configs)
+        try:
+            # Why all before any begins: a launcher that is a fork must be made before our threads are.
+            for rank, config in enumerate(configs):
+                nicer_by = niceness_step(rank)
+                self._pools[config.priority] = ProcessPool(
+                    config, nicer_by=nicer_by, keep_failures=limit, ledger=self._history
+                )
+            for pool in self._pools.values():
+                pool.begin()
+        except BaseException:
+            _end(list(self._pools.values()), cancel=True, deadline=None)
+            raise
+        self._finalizer = weakref.finalize(self, _forgotten, list(self._pools.values()), self._pid)
+
+    def dispatch(self, job: Any, *, timeout: float | None = None) -> Tracker:
+        """Give a job to the pool of its priority; wait until a worker there is free.
+
+        Args:
+            job: A `Job`, or a picklable object with `run()` and `priority`.
+            timeout: Longest wait in seconds, at least 0; None waits without limit.
+
+        Returns:
+            The job's tracker.
+
+        Raises:
+            PoolFull: No worker came free in time; nothing is queued and the job can be dispatched again.
+            UnknownPriority, ConfigError, JobNotPicklable, DuplicateJobId: The job cannot be run as it is.
+            PoolBroken: The pool has given up.
+            DispatcherFinalized: `finalize` was called.
+            NestedDispatch: Called from inside a job.
+
+        Blocking: until a worker is free (or the pool's backlog has room) or `timeout`.
+        """
+        deadline = None
+        if timeout is not None:
+            deadline = time.monotonic() + validate.seconds("timeout", timeout, zero=True)
+        pool, tracker = self._prepared(job)
+        try:
+            is_accepted = pool.dispatch(tracker, deadline)
+            if not is_accepted:
+                pool.check_open()
+        finally:
+            if tracker.state is None:
+                self._history.release(tracker)
+        if not is_accepted:
+            raise PoolFull(f"no worker of {pool.config.label} came free within {timeout} s")
+        return tracker
+
+    def try_dispatch(self, job: Any) -> Tracker | None:
+        """Give a job to the pool of its priority if a worker there is free now, else return None and queue nothing.
+
+        Raises:
+            What `dispatch` raises, but PoolFull.
+        """
+        pool, tracker = self._prepared(job)
+        try:
+            return tracker if pool.try_dispatch(tracker) else None
+        finally:
+            if tracker.state is None:
+                self._history.release(tracker)
+
+    def dispatch_all(self, jobs: Iterable[Any], *, lookahead: int = 1000) -> Iterator[Tracker]:
+        """Dispatch jobs of mixed priorities; a full pool does not keep another pool's job from starting.
+
+        Lazy: jobs are read and dispatched while the returned iterator is consumed. Leaving it early drops the jobs that
+        were read and not yet accepted.
+
+        Args:
+            jobs: Any iterable, also an infinite one. An exception of its own, or of a job that cannot be dispatched, is
+                raised when the jobs before it are dispatched.
+            lookahead: How many jobs may be read and not yet accepted, at least 1. When so many wait for full pools,
+                nothing is read until one of them is accepted.
+
+        Returns:
+            An iterator of trackers in the order of acceptance; within a pool that is the order of `jobs`.
+
+        Blocking: each step until some job is accepted, without limit.
+        """
+        self._refuse_elsewhere()
+        bound = validate.whole_number("lookahead", lookahead, at_least=1)
+        if not isinstance(jobs, Iterable):
+            raise ConfigTypeError(f"jobs must be iterable, not {jobs!r} of type {type(jobs).__name__}")
+        source = iter(jobs)
+        return iter(Feeder((self._prepared(job) for job in source), bound, self._history.release))
+
+    def barrier(
+        self, priority: int | None = None, *, timeout: float | None = None, check: bool = True
+    ) -> BarrierReport:
+        """Wait until every job dispatched before this call is settled.
+
+        Jobs that other threads dispatch meanwhile are not waited for; retries of an earlier job are.
+
+        Args:
+            priority: The pool to wait for; None means all pools.
+            timeout: Longest wait in seconds, at least 0; None waits without limit.
+            check: Raise JobsFailed when a job of this phase failed.
+
+        Returns:
+            A frozen report: counts by final state per pool, the failed trackers in dispatch order, `elapsed` in seconds.
+            A phase is what was dispatched since the last barrier that returned; each failure is reported once.
+
+        Raises:
+            BarrierTimeout: Some jobs are unsettled; `pending` holds their ids. They go on running; call again.
+            JobsFailed: An ExceptionGroup of this phase's failures. Every job has settled; the pools are usable.
+            NestedDispatch: Called from inside a job.
+
+        Blocking: until settled or `timeout`.
+        Concurrency: any thread of the process that made the dispatcher, but not from inside a job (raises).
+        Source: generation counting as in java.util.concurrent.CyclicBarrier.
+        """
+        self._refuse_elsewhere()
+        began = time.monotonic()
+        deadline = None if timeout is None else began + validate.seconds("timeout", timeout, zero=True)
+        pools = list(self._pools.values()) if priority is None else [self._pool_of(priority)]
+        phases = {pool: pool.close_phases() for pool in pools}
+        if not all([pool.wait_for_phases(phases[pool], deadline) for pool in pools]):
+            pending = [job for pool in pools for job in pool.unsettled_in(phases[pool])]
+            if pending:
+                _raise_pending(pending, timeout)
+        done = {pool.config.priority: pool.report_phases(phases[pool]) for pool in pools}
+        report = BarrierReport(
+            pools={priority: _counts(ended) for priority, ended in done.items()},
+            failed=_failures(done.values()),
+            elapsed=time.monotonic() - began,
+        )
+        if check and report.failed_count:
+            _raise_failures(report)
+        return report
+
+    def finalize(self, *, timeout: float | None = None, cancel: bool = False) -> None:
+        """Refuse new jobs, let accepted ones end, end all processes and threads. A second call does nothing.
+
+        Args:
+            timeout: Seconds that accepted jobs (delayed ones and retries included) have to end; then those that have
+                not are cancelled. None waits without limit.
+            cancel: Cancel at once what waits, end what runs.
+
+        Blocking: until the jobs are done or `timeout`, then some seconds at most to end the processes. Done callbacks
+            are waited for as well, within `timeout`.
+        """
+        self._refuse_elsewhere()
+        deadline = None
+        if timeout is not None:
+            deadline = time.monotonic() + validate.seconds("timeout", timeout, zero=True)
+        _end(list(self._pools.values()), cancel=cancel, deadline=deadline)
+        self._finalizer.detach()
+
+    def __enter__(self) -> Self:
+        self._refuse_elsewhere()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.finalize(cancel=error is not None)
+
+    def job(self, id: Any) -> Tracker:  # noqa: A002 - the fixed public name
+        """Return the tracker of a job that is live or settled not too long ago.
+
+        Raises:
+            JobNotFound: There is none; `job_id` holds the id.
+        """
+        return self._history.find(id)
+
+    def jobs(self, state: JobState | str | None = None) -> list[Tracker]:
+        """Return the known jobs, of one state if it is given, in the order of their dispatch.
+
+        Raises:
+            ConfigError: There is no such state.
+        """
+        if state is None:
+            return list(self._history.jobs())
+        try:
+            wanted = JobState(state)
+        except ValueError:
+            states = [one.value for one in JobState]
+            raise ConfigError(f"state must be one of {states}, not {state!r}") from None
+        return [job for job in self._history.jobs() if job.state is wanted]
+
+    def stats(self) -> DispatcherStats:
+        """Return counters of every pool. Each pool's are of one moment; two pools' moments may differ."""
+        self._refuse_elsewhere()
+        return DispatcherStats({priority: pool.stats() for priority, pool in self._pools.items()})
+
+    def __reduce__(self) -> NoReturn:
+        raise NestedDispatch(
+            "a Dispatcher cannot be sent to a job: jobs cannot dispatch to the dispatcher that runs them; return what "
+            "is to be done next and let the caller dispatch it"
+        )
+
+    def __repr__(self) -> str:
+        return f"<Dispatcher {[(pool.config.priority, pool.config.n_workers) for pool in self._pools.values()]}>"
+
+    def _prepared(self, job: Any) -> tuple[ProcessPool, Tracker]:
+        """Check a job, pickle it and find its pool; nothing is claimed yet but an id of the user's own."""
+        self._refuse_elsewhere()
+        call = call_of(job)
+        options = options_of(job)
+        pool = self._pool_of(options.get("priority"))
+        config = pool.config
+        tracker = Tracker(
+            pool,
+            pack_call(call),
+            config.priority,
+            options.get("timeout", config.timeout),
+            options.get("retry", config.retry),
+        )
+        if options:
+            self._apply(options, tracker)
+        return pool, tracker
+
+    def _apply(self, options: Options, tracker: Tracker) -> None:
+        if "delay" in options:
+            tracker.due = time.monotonic() + options["delay"]
+        elif "not_before" in options:
+            tracker.due = time.monotonic() + _seconds_until(options["not_before"])
+        if "start_deadline" in options:
+            value = options["start_deadline"]
+            is_instant = isinstance(value, datetime)
+            tracker.start_by = time.monotonic() + (_seconds_until(value) if is_instant else value)
+        if "id" in options:
+            self._history.reserve(options["id"], tracker)
+
+    def _pool_of(self, priority: int | None) -> ProcessPool:
+        if priority is None:
+            if len(self._pools) == 1:
+                return next(iter(self._pools.values()))
+            priority = 0
+        try:
+            return self._pools[priority]
+        except (KeyError, TypeError):
+            known = tuple(self._pools)
+            raise UnknownPriority(
+                f"priority {priority!r} has no pool; this dispatcher has pools {list(known)}",
+                priority=priority,
+                known=known,
+            ) from None
+
+    def _refuse_elsewhere(self) -> None:
+        if os.getpid() != self._pid:
+            raise NestedDispatch(
+                "this Dispatcher belongs to another process: a job cannot dispatch, wait at a barrier or finalize; "
+                "return what is to be done next and let the caller dispatch it"
+            )
+
+
+def _end(pools: list[ProcessPool], *, cancel: bool, deadline: float | None) -> None:
+    """Tear pools down; an interrupt on the way cancels what is left and is raised when everything is down."""
+    try:
+        for pool in pools:
+            pool.refuse()
+        if not cancel and not all([pool.drain(deadline) for pool in pools]):
+            _log.warning("finalize ran out of time and cancels the jobs that are left")
+            cancel = True
+        _tear_down(pools, cancel=cancel, deadline=deadline)
+    except BaseException:
+        _tear_down(pools, cancel=True, deadline=time.monotonic())
+        raise
+
+
+def _tear_down(pools: list[ProcessPool], *, cancel: bool, deadline: float | None) -> None:
+    if cancel:
+        for pool in pools:
+            pool.cancel_all()
+        unwound = time.monotonic() + _UNWIND
+        for pool in pools:
+            pool.drain(unwound)
+    for pool in pools:
+        pool.dismiss()
+    for pool in pools:
+        pool.stop(deadline)
+
+
+def _forgotten(pools: list[ProcessPool], pid: int) -> None:
+    """Tear down what nobody has finalized: at exit of the interpreter, or when the dispatcher was dropped."""
+    if os.getpid() != pid:
+        return
+    has_failed = getattr(sys, "last_value", None) is not None
+    _end(pools, cancel=has_failed, deadline=None)
+
+
+def _refuse_platform() -> None:
+    if os.name != "posix":
+        raise NotImplementedError("bulkhead needs process groups and Unix sockets: Linux, or macOS (untested)")
+
+
+def _warn_of_threads(configs: list[Pool]) -> None:
+    import threading
+    import warnings
+
+    others = [t.name for t in threading.enumerate() if not t.name.startswith("bulkhead-")][1:]
+    if others and any(config.start_method == "fork" for config in configs):
+        warnings.warn(
+            f"start_method='fork' copies a process that has other threads ({', '.join(others)}); a lock that one of "
+            "them holds stays locked in the workers for ever. Make the Dispatcher first, or use 'forkserver'",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _seconds_until(instant: datetime | float) -> float:
+    posix = instant.timestamp() if isinstance(instant, datetime) else instant
+    return posix - time.time()
+
+
+def _counts(phases: list[Phase]) -> PhaseCounts:
+    return PhaseCounts(
+        succeeded=sum(phase.succeeded for phase in phases),
+        failed=sum(phase.failed for phase in phases),
+        cancelled=sum(phase.cancelled for phase in phases),
+    )
+
+
+def _failures(phases_of_pools: Iterable[list[Phase]]) -> tuple[Tracker, ...]:
+    failed: list[Any] = [job for phases in phases_of_pools for phase in phases for job in phase.failures]
+    return tuple(sorted(failed, key=lambda job: job.queued_at))
+
+
+def _raise_pending(pending: list[Any], timeout: float | None) -> NoReturn:
+    ids = tuple(job.id for job in sorted(pending, key=lambda job: job.queued_at))
+    shown = ", ".join(map(repr, ids[:10])) + (", …" if len(ids) > 10 else "")
+    raise BarrierTimeout(f"{len(ids)} jobs have not settled within {timeout} s: {shown}", pending=ids)
+
+
+def _raise_failures(report: BarrierReport) -> NoReturn:
+    ids = tuple(job.id for job in report.failed)
+    shown = ", ".join(map(repr, ids[:10])) + (", …" if report.failed_count > 10 else "")
+    raise JobsFailed(
+        f"{report.failed_count} jobs failed: {shown}",
+        [_groupable(job) for job in report.failed],
+        job_ids=ids,
+        total=report.failed_count,
+    )
+
+
+def _groupable(job: Tracker) -> Exception:
+    error = job.error
+    if isinstance(error, Exception):
+        return error
+    return RemoteError(f"{type(error).__qualname__}: {error}")  # pragma: no cover - payload wraps these already
+
+

@@ -1,0 +1,132 @@
+"""What a worker leaves behind when it dies: a small shared file that it writes and its launcher reads.
+
+It holds the number of the last message the worker began to read, the tail of what was printed, and the Python stacks
+that faulthandler writes on a fatal signal (and on the SIGTERM of the kill ladder). The file has no name, so nothing has
+to be removed. Only output through `sys.stdout` and `sys.stderr` is seen, not what C code writes to descriptors.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import io
+import mmap
+import os
+import signal
+import struct
+import sys
+import tempfile
+from typing import NamedTuple
+
+__all__ = ["BlackBox", "Recovered", "create", "recover"]
+
+# Layout in bytes: two counters, a ring of output, then the stacks.
+_READ_AT = 0
+_WRITTEN_AT = 8
+_RING_AT = 16
+_RING_SIZE = 8192
+_STACK_AT = 16384
+_STACK_SIZE = 49152
+_COUNTER = struct.Struct("<Q")
+
+
+class Recovered(NamedTuple):
+    """What was in the box."""
+
+    last_read: int
+    output: str
+    stack: str
+
+
+class BlackBox:
+    """The worker's side. Owner: the worker process."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._map = mmap.mmap(fd, _STACK_AT)
+        self._written = 0
+        self.has_output = False
+
+    def note_read(self, number: int) -> None:
+        """Remember that the message of this number is being read."""
+        _COUNTER.pack_into(self._map, _READ_AT, number)
+
+    def watch(self) -> None:
+        """Have fatal signals, SIGTERM and everything printed recorded from now on."""
+        os.lseek(self._fd, _STACK_AT, os.SEEK_SET)
+        faulthandler.enable(file=self._fd, all_threads=True)
+        # Why chain: after the stacks are written the signal does what it would have done, it ends the process.
+        faulthandler.register(signal.SIGTERM, file=self._fd, all_threads=True, chain=True)
+        sys.stdout = _recording(sys.stdout, self)
+        sys.stderr = _recording(sys.stderr, self)
+
+    def record(self, text: str) -> None:
+        """Add to the ring of output."""
+        data = text[-_RING_SIZE:].encode("utf-8", "replace")[-_RING_SIZE:]
+        start = self._written % _RING_SIZE
+        first = min(len(data), _RING_SIZE - start)
+        self._map[_RING_AT + start : _RING_AT + start + first] = data[:first]
+        self._map[_RING_AT : _RING_AT + len(data) - first] = data[first:]
+        self._written += len(data)
+        _COUNTER.pack_into(self._map, _WRITTEN_AT, self._written)
+        self.has_output = True
+
+    def flush_output(self) -> None:
+        """Send on what the last job printed, so that nothing stays in a buffer that dies with the process."""
+        self.has_output = False
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError, AttributeError):  # closed, broken or replaced by the job
+                pass
+
+
+def create() -> int:
+    """Return the descriptor of a new, empty box."""
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("bulkhead-blackbox")
+    else:
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    os.ftruncate(fd, _STACK_AT)
+    return fd
+
+
+def recover(fd: int) -> Recovered:
+    """Return what a worker that is gone has left in its box."""
+    head = os.pread(fd, _RING_AT + _RING_SIZE, 0)
+    last_read, written = struct.unpack_from("<QQ", head)
+    ring = head[_RING_AT:]
+    if written <= _RING_SIZE:
+        tail = ring[:written]
+    else:
+        start = written % _RING_SIZE
+        tail = ring[start:] + ring[:start]
+    stack = os.pread(fd, _STACK_SIZE, _STACK_AT)
+    return Recovered(last_read, tail.decode("utf-8", "replace"), stack.decode("utf-8", "replace"))
+
+
+class _Recording(io.TextIOWrapper):
+    """A standard stream that also writes into the black box."""
+
+    box: BlackBox
+    beneath: io.TextIOWrapper  # Why kept: a text stream that is collected closes its buffer, which this one uses.
+
+    def write(self, text: str, /) -> int:
+        self.box.record(text)
+        return super().write(text)
+
+
+def _recording(stream: object, box: BlackBox) -> io.TextIOWrapper:
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream  # type: ignore[return-value]  # replaced on purpose, or None: nothing to record
+    stream.flush()
+    recording = _Recording(
+        stream.buffer,
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+    recording.box = box
+    recording.beneath = stream
+    return recording

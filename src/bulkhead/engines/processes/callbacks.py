@@ -1,0 +1,78 @@
+"""The thread that runs users' done callbacks: one per pool, made when the first callback is added.
+
+Why not in the thread that drives: a callback that takes long or waits would hold up timeouts and results of the pool,
+and a caller's `wait(timeout)` could last as long as somebody else's callback.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["CallbackThread", "DoneCallback"]
+
+_log = logging.getLogger("bulkhead")
+
+
+class CallbackThread:
+    """Runs callbacks one after the other, in the order of `submit`. Unbounded by choice: one entry per callback added.
+
+    Concurrency: any thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._queue: queue.SimpleQueue[tuple[Callable[[Any], object], Any] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()  # guards the making of the thread; nothing is acquired under it
+
+    def prepare(self) -> None:
+        """Make the thread if there is none."""
+        with self._lock:
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                thread.start()
+                self._thread = thread
+
+    def submit(self, callback: Callable[[Any], object], subject: Any) -> None:
+        """Have `callback(subject)` called; its exception is logged."""
+        self._queue.put((callback, subject))
+
+    def end(self, timeout: float | None) -> None:
+        """Run what is there and end. Blocking: until that is done or `timeout`; not at all in a callback."""
+        with self._lock:
+            thread = self._thread
+        if thread is None:
+            return
+        self._queue.put(None)
+        if thread is not threading.current_thread():
+            thread.join(timeout)
+            if thread.is_alive():
+                _log.warning("a done callback is still running after finalize")
+
+    def _run(self) -> None:
+        while (entry := self._queue.get()) is not None:
+            callback, subject = entry
+            try:
+                callback(subject)
+            except BaseException:
+                _log.exception("a done callback of job %r raised", subject.id)
+            del entry, callback, subject
+
+
+class DoneCallback:
+    """A callback in a job's list of waiters."""
+
+    __slots__ = ("_callback", "_job", "_thread")
+
+    def __init__(self, thread: CallbackThread, callback: Callable[[Any], object], job: Any) -> None:
+        self._thread = thread
+        self._callback = callback
+        self._job = job
+
+    def fire(self) -> None:
+        """The job has settled."""
+        self._thread.submit(self._callback, self._job)

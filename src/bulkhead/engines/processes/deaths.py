@@ -1,0 +1,81 @@
+"""The errors of jobs whose worker was ended or ended itself: what is known, in words and as attributes."""
+
+from __future__ import annotations
+
+import signal
+
+from bulkhead._kernel.records import JobRecord
+from bulkhead.engines.processes.launcher import Report
+from bulkhead.errors import JobTimeout, StartDeadlineExceeded, WorkerCrashed
+
+__all__ = ["UNKNOWN", "crash", "expiry", "timeout"]
+
+UNKNOWN = Report(None, None, 0, "", "", None, False)
+
+_OUTPUT_LINES = 20
+
+
+def crash(pid: int | None, report: Report, doing: str) -> WorkerCrashed:
+    """Return the error for a worker that ended without an answer.
+
+    Args:
+        pid: The process.
+        report: How it ended.
+        doing: What it was at, such as "running job 7".
+    """
+    name = _signal_name(report.signal)
+    output = _last_lines(report.output)
+    parts = [f"worker process {pid} {_how(report, name)} while {doing}"]
+    if report.out_of_memory:
+        parts.append("the kernel's out-of-memory killer is the likely cause")
+    if report.peak_rss_bytes is not None:
+        parts.append(f"peak memory {report.peak_rss_bytes / 2**20:.1f} MiB")
+    text = "; ".join(parts)
+    if report.stack:
+        text += f"\n{report.stack.rstrip()}"
+    if output:
+        text += f"\nlast output:\n{output}"
+    return WorkerCrashed(
+        text,
+        pid=pid,
+        signal=name,
+        exit_code=report.exit_code,
+        stack=report.stack,
+        peak_rss_bytes=report.peak_rss_bytes,
+        out_of_memory=report.out_of_memory,
+        output=output,
+    )
+
+
+def timeout(job: JobRecord, pid: int | None, report: Report) -> JobTimeout:
+    """Return the error for a job that was ended because it ran too long."""
+    text = f"job {job.id!r} ran longer than {job.timeout} s; worker process {pid} was ended with all it had started"
+    if report.stack:
+        text += f"\n{report.stack.rstrip()}"
+    return JobTimeout(text, timeout=job.timeout, pid=pid, stack=report.stack)
+
+
+def expiry(job: JobRecord) -> StartDeadlineExceeded:
+    """Return the error for a job that was not started in time."""
+    return StartDeadlineExceeded(f"job {job.id!r} did not start before its deadline and was not run")
+
+
+def _how(report: Report, name: str | None) -> str:
+    if name is not None:
+        return f"was ended by {name}"
+    if report.exit_code is not None:
+        return f"exited with code {report.exit_code}"
+    return "ended in a way that could not be learned"
+
+
+def _signal_name(number: int | None) -> str | None:
+    if number is None:
+        return None
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _last_lines(output: str) -> str:
+    return "\n".join(output.splitlines()[-_OUTPUT_LINES:])

@@ -1,0 +1,266 @@
+"""Whoever waits, drives: which thread polls a pool's pipes, who sleeps meanwhile, and who takes over.
+
+At any time at most one thread has the driver's role: it polls, and under the pool's lock it does what the events ask
+for. A thread that has to wait for something (a free slot, a result, a barrier) takes the role if nobody has it and
+keeps it until its own wish is fulfilled; otherwise it sleeps until its wish is fulfilled or the role is passed to it.
+So a script that dispatches from one thread never pays for a thread switch.
+
+The background thread drives when nobody else does: for timeouts, retries, callbacks and dead workers. It steps in when
+the role has been free for `_HESITATION`, so that it does not compete with a caller that comes back every few
+microseconds, and gives the role up as soon as a caller waits. With nothing to do it sleeps in the poll, without limit.
+
+Guarantees:
+- Whenever the role is free and there is a thread that sleeps for its wish, one such thread is being woken.
+- Whenever the role is free otherwise, the background thread takes it within `_HESITATION`.
+- No thread waits longer than its deadline (plus one step).
+
+Lock rank: the pool's lock is the only lock here; nothing else is acquired while it is held.
+
+Prior art: the leader/follower pattern (Schmidt, 2000).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from bulkhead.engines.processes.poller import READABLE, Alarm, make_poller
+
+__all__ = ["Driving", "Waiter"]
+
+# How long the role may be free before the background thread takes it (seconds). Longer than the usual pause between
+# two dispatches of a script in full swing, shorter than anybody notices.
+_HESITATION = 0.005
+
+# How often a caller looks for events before it sleeps in the poll; each look gives the CPU away. Why: an answer to a
+# small job is there after some ten microseconds, and waking a sleeper costs more than that.
+_LOOKS = 20
+_give_way = getattr(os, "sched_yield", lambda: None)
+
+_BACKGROUND = object()
+_NOT_POLLING = float("-inf")
+
+
+class Waiter:
+    """One thread's wish. Owner: the pool's lock, but for `is_done`, which any thread may read."""
+
+    __slots__ = ("_bed", "is_done")
+
+    def __init__(self) -> None:
+        self.is_done = False
+        self._bed: threading.Lock | None = None
+
+    def fire(self) -> None:
+        """The wish is fulfilled."""
+        self.is_done = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Let the sleeping thread look again."""
+        if self._bed is not None:
+            bed, self._bed = self._bed, None
+            bed.release()
+
+    def make_bed(self) -> threading.Lock:
+        """Return the lock whose release ends the sleep."""
+        self._bed = threading.Lock()
+        self._bed.acquire()
+        return self._bed
+
+
+class Driving:
+    """The driver's role of one pool, with the lock, the poller and the background thread that belong to it.
+
+    Args:
+        name: Of the background thread.
+        work: Does what the polled events ask for; called by the driver, without the lock.
+        next_deadline: When `work` has to be called even without events, in monotonic seconds; called under the lock.
+        is_busy: Tells whether an answer may come any moment.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        work: Callable[[list[tuple[int, int]]], None],
+        next_deadline: Callable[[], float | None],
+        is_busy: Callable[[], bool],
+    ) -> None:
+        self.lock = threading.Lock()
+        self.poller = make_poller()
+        self._alarm = Alarm()
+        self.poller.register(self._alarm.fd, READABLE)
+        self._work = work
+        self._next_deadline = next_deadline
+        self._is_busy = is_busy
+        # Owner of the rest: the lock.
+        self._role: object | None = None
+        self._sleepers: deque[Waiter] = deque()
+        self._polls_until: float | None = _NOT_POLLING
+        self._turns = 0  # how often the role was taken
+        self._gate = threading.Lock()  # the background thread's bed
+        self._gate.acquire()
+        self._is_gate_shut = False  # whether the background thread waits for it without limit
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._background, name=name, daemon=True)
+
+    def begin(self) -> None:
+        """Start the background thread."""
+        self._thread.start()
+
+    def wait(self, waiter: Waiter, deadline: float | None = None) -> bool:
+        """Drive, or sleep while another thread does, until the wish is fulfilled; False at the deadline."""
+        try:
+            while not waiter.is_done:
+                patience = None if deadline is None else deadline - time.monotonic()
+                if self._role is waiter or self._take_role(waiter):
+                    self._step(patience)
+                else:
+                    self._sleep(waiter, patience)
+                if patience is not None and patience <= 0:
+                    break
+        finally:
+            self._leave(waiter)
+        return waiter.is_done
+
+    def hurry(self, instant: float | None) -> None:
+        """Under the lock: make the polling thread look again if it would sleep beyond `instant`."""
+        if instant is not None and (self._polls_until is None or instant < self._polls_until):
+            self._alarm.ring()
+
+    def wake(self) -> None:
+        """Make the polling thread look again."""
+        self._alarm.ring()
+
+    def call_background(self) -> None:
+        """Have the background thread drive at once if nobody does: somebody waits who cannot drive."""
+        with self.lock:
+            self._pass_on()
+
+    def silence(self) -> None:
+        """Take note of a wake-up."""
+        self._alarm.silence()
+
+    def is_alarm(self, fd: int) -> bool:
+        """Tell whether `fd` is the descriptor of wake-ups."""
+        return fd == self._alarm.fd
+
+    def end_background(self) -> None:
+        """Let the background thread end, and wait for that unless it is the one that calls."""
+        with self.lock:
+            self._is_closed = True
+            self._open_gate()
+        self._alarm.ring()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def close(self) -> None:
+        """Close the descriptors; nobody waits or drives any more."""
+        self.poller.close()
+        self._alarm.close()
+
+    # The role
+
+    def _take_role(self, waiter: Waiter) -> bool:
+        with self.lock:
+            if self._role is None:
+                self._role = waiter
+                self._turns += 1
+                return True
+        return False
+
+    def _sleep(self, waiter: Waiter, patience: float | None) -> None:
+        with self.lock:
+            # Race: the driver may have fulfilled the wish, or left, since we looked.
+            if waiter.is_done or self._role is None:
+                return
+            bed = waiter.make_bed()
+            self._sleepers.append(waiter)
+            if self._role is _BACKGROUND:
+                self._alarm.ring()
+        bed.acquire(timeout=-1 if patience is None else max(patience, 0))
+
+    def _leave(self, waiter: Waiter) -> None:
+        try:
+            self._leave_role(waiter)
+        except KeyboardInterrupt:
+            # Race: a Ctrl-C just here must not leave the role with a thread that has gone.
+            self._leave_role(waiter)
+            raise
+
+    def _leave_role(self, waiter: Waiter) -> None:
+        with self.lock:
+            if waiter in self._sleepers:
+                self._sleepers.remove(waiter)
+            if self._role is waiter:
+                self._role = None
+            # Race: also a waiter that never drove may have been woken to take over and have run out of time instead.
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self._role is not None:
+            return
+        if self._sleepers:
+            self._sleepers.popleft().wake()
+        elif self._is_gate_shut:
+            self._open_gate()
+
+    def _open_gate(self) -> None:
+        if self._is_gate_shut:
+            self._is_gate_shut = False
+            self._gate.release()
+
+    # Driving
+
+    def _step(self, patience: float | None) -> None:
+        with self.lock:
+            deadline = self._next_deadline()
+            now = time.monotonic()
+            if patience is not None and (deadline is None or now + patience < deadline):
+                deadline = now + patience
+            self._polls_until = deadline
+        timeout = None if deadline is None else max(deadline - now, 0)
+        events = self._poll(timeout)
+        # Race: without the lock; whoever reads the old value rings for nothing, whoever reads this one has put down
+        # its deadline before the next step asks for it.
+        self._polls_until = _NOT_POLLING
+        self._work(events)
+
+    def _poll(self, timeout: float | None) -> list[tuple[int, int]]:
+        poll = self.poller.poll
+        if self._role is not _BACKGROUND and self._is_busy():
+            for _ in range(_LOOKS):
+                events = poll(0)
+                if events:
+                    return events
+                if timeout == 0:
+                    return events
+                _give_way()
+        return poll(timeout)
+
+    def _background(self) -> None:
+        turns = -1
+        while not self._is_closed:
+            with self.lock:
+                is_quiet = self._role is None and self._turns == turns
+                turns = self._turns
+                if is_quiet:
+                    self._role = _BACKGROUND
+                elif self._role is not None:
+                    self._is_gate_shut = True
+                patience = -1 if self._is_gate_shut else _HESITATION
+            if is_quiet:
+                self._drive_in_background()
+                turns = -1  # Why: whoever the role was passed to needs time to take it.
+            else:
+                self._gate.acquire(timeout=patience)
+
+    def _drive_in_background(self) -> None:
+        while self._role is _BACKGROUND:
+            self._step(None)
+            with self.lock:
+                if self._sleepers or self._is_closed:
+                    self._role = None
+                    self._pass_on()

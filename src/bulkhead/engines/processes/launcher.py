@@ -1,0 +1,450 @@
+"""The launcher: the process that starts, ends and reaps the workers of one pool.
+
+Why a process of its own: it has one thread and runs no job, so it may fork at any time; the caller's own handling of
+child processes and signals is left alone; pids cannot be taken by strangers, because it alone reaps and does so last;
+and it is there to end the workers when the caller is gone. With start method forkserver it has imported the caller's
+main module, so that a worker costs milliseconds; with spawn it starts fresh interpreters; with fork it is itself a
+copy of the caller, made before the caller's threads.
+
+Protocol (frames on a stream socket): start(number; with three descriptors), end(number, grace) from the caller;
+ready, unsuitable(why), started(number, pid), gone(number, Report) to it. The end of the socket, or of the caller's
+process, ends everything here at once.
+
+The kill ladder: SIGTERM to the worker's group and to descendants that left it, grace, SIGKILL. A worker is reported
+gone when its group is empty, so that nothing of an attempt runs on when its job is settled.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from typing import Any, NamedTuple
+
+from bulkhead.engines.processes import blackbox, main_module, worker_main
+from bulkhead.engines.processes.channel import HEADER, frame
+from bulkhead.errors import MissingMainGuard
+
+__all__ = ["Report", "Says", "Told", "Unsuitable", "main", "run"]
+
+# How long the rest of a group may take to vanish after SIGKILL (seconds). Longer only in uninterruptible sleep.
+_VANISH = 1.0
+
+# Pause between two looks at a group that should be empty soon (seconds).
+_LOOK_AGAIN = 0.005
+
+
+class Told:
+    """Kinds of frames to the launcher."""
+
+    CONFIGURE = 1
+    START = 2
+    END = 3
+
+
+class Says:
+    """Kinds of frames from the launcher."""
+
+    READY = 1
+    UNSUITABLE = 2
+    STARTED = 3
+    GONE = 4
+
+
+class Config(NamedTuple):
+    """What a launcher that is not a copy of its caller has to know."""
+
+    method: str
+    caller: int
+    main: main_module.MainModule
+    is_preloading: bool
+
+
+class Unsuitable(NamedTuple):
+    """Why this launcher cannot fork workers: preloading the main module failed, started threads, or met no guard."""
+
+    lacks_guard: bool
+    text: str
+
+
+class Report(NamedTuple):
+    """How a worker ended. `exit_code` and `signal` are None when that is not known."""
+
+    exit_code: int | None
+    signal: int | None
+    last_read: int
+    stack: str
+    output: str
+    peak_rss_bytes: int | None
+    out_of_memory: bool
+
+
+class _Child:
+    """One worker process. It is not reaped before it is reported, so that its pid stays its own."""
+
+    def __init__(self, number: int, pid: int, box: int) -> None:
+        self.number = number
+        self.pid = pid
+        self.box = box
+        self.oom_kills = _oom_kills()
+        self.has_exited = False
+        self.was_told = False
+        self.is_killed = False
+        self.deadline: float | None = None
+        self.strays: list[Any] = []  # psutil.Process: descendants in other groups
+
+
+def main(fd: int) -> None:
+    """Run a launcher in a fresh interpreter; `fd` is its end of the socket."""
+    os.setpgid(0, 0)
+    sock = socket.socket(fileno=fd)
+    kind, body = _receive_one(sock)
+    assert kind == Told.CONFIGURE
+    config: Config = pickle.loads(body)
+    if config.method == "forkserver":
+        _import_ahead(sock, config)
+    run(sock, config.method, config.caller)
+
+
+def run(
+    sock: socket.socket, method: str, caller: int, inherited: worker_main.Initializer | None = None
+) -> None:
+    """Serve until the caller is gone. Does not return."""
+    code = 1
+    try:
+        launcher = _Launcher(sock, method, caller, inherited)
+        gc.collect()
+        gc.freeze()  # Why: workers share these pages until someone writes to them, and the collector would.
+        launcher.say(Says.READY)
+        launcher.serve()
+        code = 0
+    except (BrokenPipeError, ConnectionResetError):
+        pass
+    finally:
+        os._exit(code)
+
+
+class _Launcher:
+    def __init__(
+        self, sock: socket.socket, method: str, caller: int, inherited: worker_main.Initializer | None
+    ) -> None:
+        self._sock = sock
+        self._method = method
+        self._caller = caller
+        self._inherited = inherited
+        self._children: dict[int, _Child] = {}
+        self._data = b""
+        self._fds: deque[int] = deque()
+        self._is_over = False
+        signal.set_wakeup_fd(-1)
+        self._signals, self._alarm = os.pipe()
+        os.set_blocking(self._signals, False)
+        os.set_blocking(self._alarm, False)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._alarm, warn_on_full_buffer=False)
+        self._poll = select.poll()
+        self._poll.register(self._sock, select.POLLIN)
+        self._poll.register(self._signals, select.POLLIN)
+        self._caller_fd = _watch_process(caller)
+        if self._caller_fd is not None:
+            self._poll.register(self._caller_fd, select.POLLIN)
+
+    def serve(self) -> None:
+        try:
+            while not self._is_over:
+                for fd, _ in self._poll.poll(self._patience()):
+                    if fd == self._signals:
+                        _drain(fd)
+                    elif fd == self._caller_fd:
+                        self._is_over = True
+                    else:
+                        self._listen()
+                self._see_to_children()
+        finally:
+            self._end_all()
+
+    def say(self, kind: int, number: int = 0, body: Any = None) -> None:
+        self._sock.sendall(frame(kind, number, pickle.dumps(body)))
+
+    # The conversation
+
+    def _listen(self) -> None:
+        data, fds, _, _ = socket.recv_fds(self._sock, 65536, 64)
+        if not data:
+            self._is_over = True
+            return
+        # Invariant: the descriptors of a message come with its first byte or before, and in order.
+        self._fds.extend(fds)
+        self._data += data
+        while len(self._data) >= HEADER.size:
+            kind, number, length = HEADER.unpack_from(self._data)
+            end = HEADER.size + length
+            if len(self._data) < end:
+                return
+            body = pickle.loads(self._data[HEADER.size : end])
+            self._data = self._data[end:]
+            if kind == Told.START:
+                self._start(number)
+            elif kind == Told.END:
+                self._end(number, body)
+
+    def _start(self, number: int) -> None:
+        box = blackbox.create()
+        ends = worker_main.Ends(self._fds.popleft(), self._fds.popleft(), self._fds.popleft(), box)
+        pid = self._spawn(ends) if self._method == "spawn" else self._fork(ends)
+        for fd in ends[:3]:
+            os.close(fd)
+        try:
+            os.setpgid(pid, pid)  # Race: the worker does it too; whoever comes first, it is done before any END.
+        except OSError:
+            pass
+        self._children[number] = _Child(number, pid, box)
+        self.say(Says.STARTED, number, pid)
+
+    def _fork(self, ends: worker_main.Ends) -> int:
+        pid = os.fork()
+        if pid:
+            return pid
+        try:
+            os.setpgid(0, 0)
+            self._sock.close()
+            for child in self._children.values():
+                os.close(child.box)
+            for fd in (self._signals, self._alarm, self._caller_fd):
+                if fd is not None:
+                    os.close(fd)
+            signal.set_wakeup_fd(-1)
+            worker_main.run(ends, self._inherited)
+        finally:
+            os._exit(1)
+
+    def _spawn(self, ends: worker_main.Ends) -> int:
+        for fd in ends:
+            os.set_inheritable(fd, True)
+        try:
+            call = f"from bulkhead.engines.processes.worker_main import Ends, main; main(Ends{tuple(ends)})"
+            command = interpreter_command(call)
+            return os.posix_spawn(command[0], command, os.environ, setpgroup=0)
+        finally:
+            for fd in ends:
+                os.set_inheritable(fd, False)
+
+    # The kill ladder
+
+    def _end(self, number: int, grace: float) -> None:
+        child = self._children.get(number)
+        if child is None or child.was_told or child.has_exited:
+            return
+        child.was_told = True
+        child.strays = _strays(child.pid)
+        self._climb(child, signal.SIGTERM, grace)
+
+    def _climb(self, child: _Child, rung: signal.Signals, patience: float) -> None:
+        child.deadline = time.monotonic() + patience
+        child.is_killed = child.is_killed or rung is signal.SIGKILL
+        _signal_group(child.pid, rung)
+        for stray in child.strays:
+            _signal_stray(stray, rung)
+
+    def _patience(self) -> float | None:
+        """Return how long to poll, in milliseconds."""
+        if not any(child.deadline is not None for child in self._children.values()):
+            return None
+        return _LOOK_AGAIN * 1000
+
+    def _see_to_children(self) -> None:
+        for child in list(self._children.values()):
+            if not child.has_exited and _has_exited(child.pid):
+                child.has_exited = True
+                if not child.was_told:
+                    self._climb(child, signal.SIGKILL, _VANISH)  # what it started goes with it
+            if child.deadline is not None:
+                self._look_after(child)
+
+    def _look_after(self, child: _Child) -> None:
+        assert child.deadline is not None
+        is_late = time.monotonic() >= child.deadline
+        if child.has_exited and (_is_deserted(child) or (is_late and child.is_killed)):
+            self._bury(child)
+        elif is_late and not child.is_killed:
+            self._climb(child, signal.SIGKILL, _VANISH)
+
+    def _bury(self, child: _Child) -> None:
+        report = _reap(child)
+        os.close(child.box)
+        del self._children[child.number]
+        self.say(Says.GONE, child.number, report)
+
+    def _end_all(self) -> None:
+        for child in self._children.values():
+            child.strays = child.strays or _strays(child.pid)
+        for child in self._children.values():
+            self._climb(child, signal.SIGKILL, 0)
+
+
+def interpreter_command(code: str) -> list[str]:
+    """Return the command that runs `code` in a fresh interpreter like this one, which can import bulkhead."""
+    from multiprocessing import spawn, util
+
+    import bulkhead
+
+    home = os.path.dirname(os.path.dirname(os.path.abspath(bulkhead.__file__)))
+    executable = spawn.get_executable() or sys.executable
+    flags = util._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    return [os.fsdecode(executable), *flags, "-c", f"import sys; sys.path.insert(0, {home!r}); {code}"]
+
+
+def _import_ahead(sock: socket.socket, config: Config) -> None:
+    """Import what workers will need; say `unsuitable` and leave when the process must not be forked afterwards."""
+    main_module.prepare(config.main, "bulkhead-launcher")
+    if not config.is_preloading:
+        return
+    unsuitable = None
+    try:
+        main_module.import_main(config.main)
+    except MissingMainGuard as error:
+        unsuitable = Unsuitable(True, str(error))
+    except BaseException as error:  # the worker that imports it will say so better
+        unsuitable = Unsuitable(False, f"importing the main module: {error!r}")
+    else:
+        if _n_threads() > 1:
+            unsuitable = Unsuitable(False, "the main module starts threads when it is imported")
+    if unsuitable is not None:
+        sock.sendall(frame(Says.UNSUITABLE, 0, pickle.dumps(unsuitable)))
+        os._exit(0)
+
+
+def _receive_one(sock: socket.socket) -> tuple[int, bytes]:
+    head = _receive(sock, HEADER.size)
+    kind, _, length = HEADER.unpack(head)
+    return kind, _receive(sock, length)
+
+
+def _receive(sock: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        more = sock.recv(size - len(data))
+        if not more:
+            os._exit(0)
+        data += more
+    return data
+
+
+def _n_threads() -> int:
+    """Count the threads of this process, those of C libraries included where the system tells."""
+    try:
+        return len(os.listdir("/proc/self/task"))
+    except OSError:
+        return threading.active_count()
+
+
+def _watch_process(pid: int) -> int | None:
+    """Return a descriptor that becomes readable when the process ends, where there is such a thing.
+
+    Why besides the socket: a process that the caller forked may hold a copy of the socket.
+    """
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return None
+
+
+def _drain(fd: int) -> None:
+    try:
+        while os.read(fd, 4096):
+            pass
+    except BlockingIOError:
+        pass
+
+
+def _has_exited(pid: int) -> bool:
+    """Tell whether the child is a zombie, and leave it one."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True
+    except AttributeError:  # macOS before Python 3.13
+        import psutil
+
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+
+
+def _signal_group(pgid: int, rung: signal.Signals) -> None:
+    try:
+        os.killpg(pgid, rung)
+    except (ProcessLookupError, PermissionError):  # empty, or (macOS) zombies only
+        pass
+
+
+def _strays(pid: int) -> list[Any]:
+    """Return the descendants of a worker that have left its group."""
+    import psutil
+
+    try:
+        return [one for one in psutil.Process(pid).children(recursive=True) if _group_of(one.pid) != pid]
+    except psutil.Error:
+        return []
+
+
+def _signal_stray(stray: Any, rung: signal.Signals) -> None:
+    import psutil
+
+    try:
+        stray.send_signal(rung)  # psutil makes sure that the pid is still the same process
+    except psutil.Error:
+        pass
+
+
+def _is_deserted(child: _Child) -> bool:
+    """Tell whether nothing of a worker that has exited is left but itself."""
+    import psutil
+
+    members = (pid for pid in psutil.pids() if pid != child.pid and _group_of(pid) == child.pid)
+    return not any(map(_is_alive, members)) and not any(_is_alive(stray.pid) for stray in child.strays)
+
+
+def _group_of(pid: int) -> int:
+    try:
+        return os.getpgid(pid)
+    except OSError:
+        return -1
+
+
+def _is_alive(pid: int) -> bool:
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def _reap(child: _Child) -> Report:
+    left = blackbox.recover(child.box)
+    try:
+        _, status, usage = os.wait4(child.pid, 0)
+    except ChildProcessError:
+        return Report(None, None, left.last_read, left.stack, left.output, None, False)
+    number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+    code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    is_oom = number == signal.SIGKILL and not child.was_told and _oom_kills() > child.oom_kills
+    return Report(code, number, left.last_read, left.stack, left.output, peak, is_oom)
+
+
+def _oom_kills() -> int:
+    """Return how many processes the kernel's out-of-memory killer has ended since boot, or 0 where it does not tell."""
+    try:
+        with open("/proc/vmstat", encoding="ascii") as file:
+            return next((int(line.split()[1]) for line in file if line.startswith("oom_kill ")), 0)
+    except OSError:
+        return 0

@@ -1,0 +1,134 @@
+"""Pickling both ways: jobs in the caller, outcomes in the worker; each failure is found where it is made.
+
+The caller pickles a job before it claims anything, so that a job that cannot be pickled costs no worker. The worker
+pickles results and proves that an exception can be rebuilt before it sends it, and sends its text if it cannot.
+"""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from bulkhead.errors import JobNotPicklable, RemoteError, RemoteTraceback
+
+__all__ = [
+    "pack_call",
+    "pack_error",
+    "pack_value",
+    "unpack_call",
+    "unpack_error",
+    "unpack_value",
+]
+
+_PROTOCOL = 5
+
+
+def pack_call(call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]], what: str = "job") -> bytes:
+    """Return the bytes of a call.
+
+    Raises:
+        JobNotPicklable: With the reason, and with what to install where that would help.
+    """
+    try:
+        return pickle.dumps(call, _PROTOCOL)
+    except Exception as error:  # arbitrary code of the user's objects runs here
+        return _pack_closure(call, what, error)
+
+
+def unpack_call(body: memoryview | bytes | bytearray) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """Return the call that `pack_call` packed."""
+    return pickle.loads(body)  # type: ignore[no-any-return]
+
+
+def pack_value(value: Any) -> bytes:
+    """Return the bytes of a job's result; raises whatever its pickling raises."""
+    try:
+        return pickle.dumps(value, _PROTOCOL)
+    except Exception as error:
+        packed = _cloudpickled(value)
+        if packed is None:
+            raise error
+        return packed
+
+
+def unpack_value(body: memoryview | bytes | bytearray) -> Any:
+    """Return a job's result; raises whatever its rebuilding raises."""
+    return pickle.loads(body)
+
+
+def pack_error(error: BaseException) -> bytes:
+    """Return the bytes of what a job raised: always succeeds, with the text alone if need be."""
+    # Why from the second entry: the first is the worker's own call.
+    tb = error.__traceback__
+    text = _text_of(error, tb.tb_next if tb is not None else None)
+    facts = (type(error).__qualname__, _message_of(error), text)
+    return pickle.dumps((*facts, _rebuildable(error)), _PROTOCOL)
+
+
+def unpack_error(body: memoryview | bytes | bytearray) -> BaseException:
+    """Return the exception that a job raised, with the remote traceback as its cause, or a RemoteError of its text."""
+    type_name, message, text, packed = pickle.loads(body)
+    error: Exception | None = None
+    if packed is not None:
+        try:
+            rebuilt = pickle.loads(packed)
+            if isinstance(rebuilt, Exception):
+                error = rebuilt
+        except Exception as reason:  # the class may be missing here, or its __init__ may refuse
+            text += f"\nThe exception could not be rebuilt in the caller: {reason!r}\n"
+    if error is None:
+        error = RemoteError(f"{type_name}: {message}", type_name=type_name, traceback=text)
+    error.__cause__ = RemoteTraceback(text)
+    return error
+
+
+def _text_of(error: BaseException, tb: Any) -> str:
+    try:
+        return "".join(traceback.format_exception(type(error), error, tb))
+    except Exception as reason:  # a __str__ or __cause__ of the user's that raises
+        return f"{type(error).__qualname__} (its traceback could not be formatted: {type(reason).__qualname__})\n"
+
+
+def _message_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return "<its text could not be made>"
+
+
+def _rebuildable(error: BaseException) -> bytes | None:
+    """Return the pickled exception if it comes out of pickle as what it was, else None."""
+    # Why not SystemExit and its like: raised from result() they would end the caller.
+    if not isinstance(error, Exception):
+        return None
+    try:
+        packed = pickle.dumps(error, _PROTOCOL)
+        return packed if type(pickle.loads(packed)) is type(error) else None
+    except Exception:
+        return None
+
+
+def _pack_closure(call: Any, what: str, error: Exception) -> bytes:
+    try:
+        import cloudpickle
+    except ImportError:
+        raise JobNotPicklable(
+            f"{what} cannot be pickled: {error}. Functions must be importable by name; for lambdas and closures "
+            "install the extra: pip install 'bulkhead-pool[closures]'"
+        ) from error
+    try:
+        return cloudpickle.dumps(call, protocol=_PROTOCOL)  # type: ignore[no-any-return]
+    except Exception as second:
+        raise JobNotPicklable(f"{what} cannot be pickled, not even by cloudpickle: {second}") from second
+
+
+def _cloudpickled(value: Any) -> bytes | None:
+    try:
+        import cloudpickle
+
+        return cloudpickle.dumps(value, protocol=_PROTOCOL)  # type: ignore[no-any-return]
+    except Exception:
+        return None
+

@@ -1,0 +1,808 @@
+"""One pool of processes: carries out the kernel's instructions and reports to it what happened.
+
+Data flow: see the package docstring. Nothing here is shared with another pool: lock, poller, threads, launcher, pipes
+and workers are this pool's own.
+
+Every change of the kernel's state happens under `driving.lock`; reading and unpickling results does not, because the
+users' code that runs there may take long and may call us.
+
+What can end this: `ruin`. Should an exception come out of the middle of a change (a Ctrl-C at an unlucky instant, no
+memory, a bug), the kernel's state cannot be trusted. Then the pool is given up loudly: every job that has not settled
+fails with PoolBroken, every process is killed, nobody waits for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from bulkhead._kernel import lifecycle
+from bulkhead._kernel.lifecycle import JobState
+from bulkhead._kernel.phases import Phase
+from bulkhead._kernel.records import JobRecord, Slot, SlotState, Verdict
+from bulkhead._kernel.scheduler import (
+    AcceptOffer,
+    EndWorker,
+    RefuseOffer,
+    Scheduler,
+    SettleJob,
+    StartJob,
+    StartWorker,
+)
+from bulkhead.config import Pool
+from bulkhead.engines.base import Ledger
+from bulkhead.engines.processes import deaths, main_module
+from bulkhead.engines.processes.callbacks import CallbackThread, DoneCallback
+from bulkhead.engines.processes.channel import Frame
+from bulkhead.engines.processes.driving import Driving, Waiter
+from bulkhead.engines.processes.launcher import Report, Says, Unsuitable
+from bulkhead.engines.processes.launcher_link import LauncherLink
+from bulkhead.engines.processes.payload import pack_call, unpack_error, unpack_value
+from bulkhead.engines.processes.poller import READABLE, WRITABLE
+from bulkhead.engines.processes.worker import Worker
+from bulkhead.engines.processes.worker_main import Kind, Setup
+from bulkhead.errors import (
+    DispatcherFinalized,
+    JobCancelled,
+    MissingMainGuard,
+    PoolBroken,
+    RemoteError,
+)
+from bulkhead.stats import PoolStats, WorkerStats
+
+__all__ = ["ProcessPool"]
+
+# Seconds between SIGTERM and SIGKILL for a job that is timed out or cancelled.
+_GRACE = 1.0
+
+# Seconds that an idle worker has to leave by itself when the pool stops.
+_LEAVE = 1.0
+
+# Seconds that the launcher may take to report a worker whose result pipe has ended, before it is told to end it.
+_REPORT = 1.0
+
+# Seconds that stopping may take in all before the life lines are cut.
+_STOP = 3.0
+
+# Launchers that end before they are ready, in a row, after which the pool is broken (arbitrary).
+_MAX_LAUNCHERS = 3
+
+_Event = tuple[Callable[..., None], tuple[Any, ...]]
+
+_live_pools: weakref.WeakSet[ProcessPool] = weakref.WeakSet()
+
+
+class ProcessPool:
+    """The workers of one `Pool`, on processes of this machine.
+
+    Args:
+        config: The pool.
+        nicer_by: What is added to the workers' niceness when the pool names none.
+        keep_failures: Failed jobs that a phase remembers for its barrier.
+        ledger: Told of each job that is accepted or has settled.
+    """
+
+    def __init__(
+        self,
+        config: Pool,
+        *,
+        nicer_by: int,
+        keep_failures: int,
+        ledger: Ledger,
+    ) -> None:
+        self.config = config
+        self._method = config.start_method or "forkserver"
+        self._ledger = ledger
+        self._inherited = (config.initializer, config.initargs, {}) if config.initializer else None
+        self._setup = self._make_setup(nicer_by)
+        self._driving = Driving(
+            f"bulkhead-{config.label}", self._work, self._next_deadline, self._is_answer_near
+        )
+        self.lock = self._driving.lock
+        self._callbacks = CallbackThread(f"bulkhead-{config.label}-callbacks")
+        # Owner of the rest: the lock.
+        self._scheduler = Scheduler(
+            config.n_workers,
+            config.backlog,
+            keep_failures=keep_failures,
+            draw=random.random,
+            on_accept=ledger.enter,
+            expired=deaths.expiry,
+        )
+        self._workers: dict[int, Worker] = {}
+        self._results: dict[int, Worker] = {}  # by descriptor of the result pipe
+        self._blocked: dict[int, Worker] = {}  # by descriptor of the job pipe, while it takes no more
+        self._hung_up: dict[Worker, float] = {}  # result pipe at its end, since when
+        self._workers_made = 0
+        self._busy_seconds = 0.0  # of workers that are gone
+        self._launchers_lost = 0
+        self._drained: list[Waiter] = []
+        self._deserted: list[Waiter] = []
+        self._ruin: PoolBroken | None = None
+        self._is_dismissed = False
+        self._is_stopped = False
+        self._link = self._launch()
+        _live_pools.add(self)
+
+    # What a dispatcher asks for
+
+    def begin(self) -> None:
+        """Start the threads and the workers."""
+        self._driving.begin()
+        with self._change():
+            self._scheduler.begin()
+            self._carry_out(time.monotonic())
+        self._driving.wake()
+
+    def dispatch(self, job: JobRecord, deadline: float | None) -> bool:
+        """Have the job accepted, waiting for room until `deadline`; False when there was none in time.
+
+        Raises:
+            DispatcherFinalized: No more jobs are taken.
+            PoolBroken: The pool has given up.
+        """
+        waiter = None
+        with self.lock:
+            self._check_open()
+            now = time.monotonic()
+            try:
+                if not self._scheduler.offer(job, now):
+                    waiter = Waiter()
+                    job.waiters = [waiter]
+                    self._driving.hurry(self._next_deadline())
+                self._carry_out(now)
+            except BaseException as error:
+                self._fall(error)
+                raise
+        if waiter is None:
+            return True
+        try:
+            self._driving.wait(waiter, deadline)
+        finally:
+            if job.state is None:
+                self._withdraw(job)
+        return job.state is not None
+
+    def try_dispatch(self, job: JobRecord, waiter: Any = None) -> bool:
+        """Have the job accepted if there is room at once.
+
+        Args:
+            job: The job.
+            waiter: Fired once when it is worth trying again; for callers that wait for several pools.
+        """
+        with self.lock:
+            self._check_open()
+            now = time.monotonic()
+            try:
+                taken = self._scheduler.offer(job, now, patient=waiter is not None)
+                if not taken and waiter is not None:
+                    job.waiters = [waiter]
+                self._driving.hurry(self._next_deadline())
+                self._carry_out(now)
+            except BaseException as error:
+                self._fall(error)
+                raise
+            return taken
+
+    def withdraw(self, job: JobRecord) -> bool:
+        """Take an offer back that was left with `try_dispatch`; False when it has been accepted."""
+        if job.state is None:
+            self._withdraw(job)
+        return job.state is None
+
+    def check_open(self) -> None:
+        """Raise DispatcherFinalized or PoolBroken when no job is taken."""
+        with self.lock:
+            self._check_open()
+
+    def call_background(self) -> None:
+        """Somebody waits who cannot drive."""
+        self._driving.call_background()
+
+    def wait_for(self, job: JobRecord, deadline: float | None) -> bool:
+        """Wait until the job has settled or `deadline`."""
+        if job.state in lifecycle.SETTLED:
+            return True
+        waiter = Waiter()
+        if self.add_waiter(job, waiter) and not self._driving.wait(waiter, deadline):
+            with self.lock:
+                if job.waiters and waiter in job.waiters:
+                    job.waiters.remove(waiter)
+        return job.state in lifecycle.SETTLED
+
+    def add_waiter(self, job: JobRecord, waiter: Any) -> bool:
+        """Have `waiter.fire()` called, under the lock, when the job settles; False when it has settled."""
+        with self.lock:
+            if job.state in lifecycle.SETTLED:
+                return False
+            if job.waiters is None:
+                job.waiters = []
+            job.waiters.append(waiter)
+            return True
+
+    def add_callback(self, job: JobRecord, callback: Callable[[Any], object]) -> None:
+        """Have `callback(job)` called in the callback thread when the job has settled, at once if it has."""
+        self._callbacks.prepare()
+        done = DoneCallback(self._callbacks, callback, job)
+        if not self.add_waiter(job, done):
+            done.fire()
+
+    def cancel(self, job: JobRecord) -> bool:
+        """Take a waiting job out, end the worker of a running one; False when it has settled otherwise."""
+        with self._change():
+            is_cancelled = self._scheduler.cancel(job, JobCancelled(f"job {job.id!r} was cancelled"))
+            self._carry_out(time.monotonic())
+        self._driving.wake()
+        return is_cancelled or job.state is JobState.CANCELLED
+
+    def close_phases(self) -> list[Phase]:
+        """Close the open phase; return those that a barrier called now waits for."""
+        with self.lock:
+            return self._scheduler.phases.close()
+
+    def wait_for_phases(self, phases: list[Phase], deadline: float | None) -> bool:
+        """Wait until every job of the phases has settled or `deadline`."""
+        return all(self._wait_for_phase(phase, deadline) for phase in phases)
+
+    def report_phases(self, phases: list[Phase]) -> list[Phase]:
+        """Return those of the phases that no barrier has reported yet, and drop them."""
+        with self.lock:
+            return self._scheduler.phases.report(phases)
+
+    def unsettled_in(self, phases: list[Phase]) -> list[JobRecord]:
+        """Return the unsettled jobs of the phases."""
+        with self.lock:
+            return [job for job in self._scheduler.unsettled_jobs() if job.phase in phases]
+
+    def stats(self) -> PoolStats:
+        """Return a snapshot."""
+        with self.lock:
+            return self._stats(time.monotonic())
+
+    # Ending
+
+    def refuse(self) -> None:
+        """Take no more jobs."""
+        with self._change():
+            self._scheduler.refuse()
+            self._carry_out(time.monotonic())
+
+    def drain(self, deadline: float | None) -> bool:
+        """Wait until every accepted job has settled or `deadline`."""
+        waiter = Waiter()
+        with self.lock:
+            if self._scheduler.unsettled == 0:
+                return True
+            self._drained.append(waiter)
+        return self._driving.wait(waiter, deadline)
+
+    def cancel_all(self) -> None:
+        """Cancel every job that has not settled."""
+        with self._change():
+            for job in self._scheduler.unsettled_jobs():
+                self._scheduler.cancel(job, JobCancelled(f"job {job.id!r} was cancelled by finalize"))
+            self._carry_out(time.monotonic())
+        self._driving.wake()
+
+    def dismiss(self) -> None:
+        """Send the workers home: idle ones leave by themselves, the others are ended. Does not wait."""
+        with self._change():
+            self._scheduler.stop()
+            self._is_dismissed = True
+            for worker in self._workers.values():
+                if worker.slot.state is SlotState.IDLE:
+                    worker.writer.close()
+                else:
+                    self._link.end(worker.number, 0.0)
+
+    def stop(self, callback_deadline: float | None) -> None:
+        """End every process and thread and close everything; `drain` and `dismiss` came before.
+
+        Blocking: some seconds at most, and for done callbacks until `callback_deadline`.
+        """
+        if self._is_stopped:
+            return
+        self._wait_until_deserted(_LEAVE)
+        with self.lock:
+            for worker in self._workers.values():
+                self._link.end(worker.number, 0.0)
+        self._wait_until_deserted(_STOP)
+        with self.lock:
+            for worker in self._workers.values():
+                worker.cut()
+        self._driving.end_background()
+        with self.lock:
+            self._is_stopped = True
+            for worker in list(self._workers.values()):
+                self._forget(worker)
+            self._link.close(_STOP)
+            self._fail_rest(PoolBroken(f"{self.config.label} was stopped"))
+        self._callbacks.end(
+            None if callback_deadline is None else max(callback_deadline - time.monotonic(), 0)
+        )
+        self._driving.close()
+        _live_pools.discard(self)
+
+    def abandon(self) -> None:
+        """Close this process's copies of the descriptors: for a forked copy of the caller."""
+        if not self._is_stopped:
+            self._is_stopped = True
+            for worker in self._workers.values():
+                worker.close()
+            self._link.abandon()
+            self._driving.close()
+
+    # Starting
+
+    def _make_setup(self, nicer_by: int) -> bytes:
+        """Return the packed Setup; raises JobNotPicklable when the initializer cannot be sent."""
+        is_fork = self._method == "fork"
+        call = None
+        if self._inherited is not None and not is_fork:
+            call = pack_call(self._inherited, "initializer")
+        main = None if is_fork else main_module.describe()
+        setup = Setup(f"bulkhead-{self.config.label}", main, call, self.config.nice, nicer_by)
+        return pickle.dumps(setup)
+
+    def _launch(self, *, is_preloading: bool = True) -> LauncherLink:
+        link = LauncherLink(self._method, is_preloading=is_preloading, inherited=self._inherited)
+        self._driving.poller.register(link.fd, READABLE)
+        return link
+
+    def _start_worker(self, slot: Slot) -> None:
+        self._workers_made += 1
+        worker = Worker(self._workers_made, slot)
+        slot.worker = worker
+        self._workers[worker.number] = worker
+        self._link.start(worker.number, worker.give_away())
+        worker.close_theirs()
+        self._results[worker.reader.fd] = worker
+        self._driving.poller.register(worker.reader.fd, READABLE)
+        self._send(worker, Kind.SETUP, self._setup)
+
+    def _send(self, worker: Worker, kind: int, body: bytes) -> None:
+        fd = worker.writer.fd
+        if not worker.writer.write(kind, worker.message, body) and fd not in self._blocked:
+            self._blocked[fd] = worker
+            self._driving.poller.register(fd, WRITABLE)
+            self._driving.wake()
+
+    # Driving: what happens at each step
+
+    def _next_deadline(self) -> float | None:
+        deadline = self._scheduler.next_deadline
+        sweep = self._ledger.next_sweep()
+        if sweep is not None and (deadline is None or sweep < deadline):
+            deadline = sweep
+        if self._hung_up:
+            hung_up = min(self._hung_up.values()) + _REPORT
+            return hung_up if deadline is None else min(deadline, hung_up)
+        return deadline
+
+    def _is_answer_near(self) -> bool:
+        return self._scheduler.running > 0
+
+    def _work(self, events: list[tuple[int, int]]) -> None:
+        """Do what the polled events ask for, and what is due."""
+        try:
+            news: list[_Event] = []
+            for fd, _ in events:
+                if fd in self._results:
+                    self._read_results(self._results[fd], news)
+                elif fd == self._link.fd:
+                    self._read_launcher(news)
+                elif self._driving.is_alarm(fd):
+                    self._driving.silence()
+                elif fd in self._blocked:
+                    news.append((self._resume, (fd,)))
+            with self.lock:
+                if self._ruin is not None:
+                    return
+                now = time.monotonic()
+                for handle, arguments in news:
+                    handle(*arguments, now)
+                self._tick(now)
+                self._carry_out(now)
+        except BaseException as error:
+            with self.lock:
+                self._fall(error)
+            raise
+
+    def _read_results(self, worker: Worker, news: list[_Event]) -> None:
+        try:
+            frames = worker.reader.read()
+        except (ValueError, MemoryError, OSError) as error:
+            news.append((self._garbled, (worker, error)))
+            return
+        for message in frames:
+            news.append((self._answered, (worker, *self._decoded(message))))
+        if worker.reader.is_at_end:
+            news.append((self._hang_up, (worker,)))
+
+    def _read_launcher(self, news: list[_Event]) -> None:
+        link = self._link
+        for kind, number, body in link.read():
+            if kind == Says.STARTED:
+                news.append((self._started, (number, body)))
+            elif kind == Says.GONE:
+                self._read_last_words(number, news)
+                news.append((self._gone, (number, body)))
+            elif kind == Says.READY:
+                news.append((self._launcher_ready, ()))
+            elif kind == Says.UNSUITABLE:
+                news.append((self._launcher_unsuitable, (body,)))
+        if link.reader.is_at_end:
+            news.append((self._launcher_lost, (link,)))
+
+    def _read_last_words(self, number: int, news: list[_Event]) -> None:
+        """Drain the result pipe of a worker that is gone: an answer it gave before counts."""
+        worker = self._workers.get(number)
+        if worker is None:
+            return
+        try:
+            frames = worker.reader.read_rest()
+        except (ValueError, MemoryError, OSError):
+            return
+        for message in frames:
+            news.append((self._answered, (worker, *self._decoded(message))))
+
+    def _decoded(self, message: Frame) -> tuple[int, int, Any, BaseException | None]:
+        """Return kind, number, value and error of an answer; whatever the users' code does in there."""
+        kind, number, body = message
+        try:
+            if kind == Kind.VALUE:
+                return kind, number, unpack_value(body), None
+            if kind == Kind.READY:
+                return kind, number, None, None
+            return kind, number, None, unpack_error(body)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            name = type(error).__qualname__
+            text = f"the job's result could not be unpickled in the caller: {name}: {error}"
+            remote = RemoteError(text, type_name=name)
+            remote.__cause__ = error
+            return kind, number, None, remote
+
+    # What was read, told to the kernel (under the lock)
+
+    def _answered(
+        self, worker: Worker, kind: int, number: int, value: Any, error: BaseException | None, now: float
+    ) -> None:
+        slot = worker.slot
+        if kind == Kind.READY:
+            if slot.state is SlotState.STARTING:
+                self._scheduler.worker_ready(slot, now)
+            return
+        if kind == Kind.NOT_READY:
+            worker.failure = error
+            return
+        # Race: a copy of the worker that a job forked may answer a second time; only the first answer counts.
+        if slot.worker is not worker or number != worker.message or slot.state is not SlotState.BUSY:
+            return
+        worker.jobs += 1
+        worker.busy_seconds += now - worker.began
+        job = slot.job
+        assert job is not None
+        job.value = value
+        self._scheduler.attempt_ended(slot, error, now)
+
+    def _garbled(self, worker: Worker, error: Exception, now: float) -> None:
+        worker.failure = RemoteError(f"the worker's answer cannot be read: {error!r}")
+        self._stop_reading(worker)
+        self._link.end(worker.number, 0.0)
+
+    def _hang_up(self, worker: Worker, now: float) -> None:
+        self._stop_reading(worker)
+        if worker.number in self._workers:
+            self._hung_up[worker] = now
+
+    def _resume(self, fd: int, now: float) -> None:
+        worker = self._blocked.get(fd)
+        if worker is not None and worker.writer.resume():
+            self._unblock(worker)
+
+    def _started(self, number: int, pid: int, now: float) -> None:
+        worker = self._workers.get(number)
+        if worker is not None:
+            worker.pid = pid
+
+    def _gone(self, number: int, report: Report, now: float) -> None:
+        worker = self._workers.get(number)
+        if worker is None:
+            return
+        slot = worker.slot
+        job = slot.job
+        if slot.state is SlotState.STARTING:
+            error = self._start_failure(worker, report)
+        elif job is not None and slot.verdict is Verdict.TIMEOUT:
+            error = deaths.timeout(job, worker.pid, report)
+        elif job is not None:
+            error = worker.failure or deaths.crash(worker.pid, report, f"running job {job.id!r}")
+        else:
+            error = deaths.crash(worker.pid, report, "idle")
+        if job is not None:
+            worker.busy_seconds += now - worker.began
+        self._forget(worker)
+        unread = report.last_read != worker.message and report is not deaths.UNKNOWN
+        self._scheduler.worker_gone(slot, error, now, unread=unread)
+        if isinstance(error.__cause__, MissingMainGuard):
+            self._scheduler.break_down(error)
+
+    def _start_failure(self, worker: Worker, report: Report) -> BaseException:
+        cause = worker.failure or deaths.crash(worker.pid, report, "getting ready")
+        error = PoolBroken(f"{self.config.label} is given up, its workers do not come up: {cause}")
+        error.__cause__ = cause
+        return error
+
+    def _forget(self, worker: Worker) -> None:
+        del self._workers[worker.number]
+        self._stop_reading(worker)
+        self._unblock(worker)
+        self._hung_up.pop(worker, None)
+        self._busy_seconds += worker.busy_seconds
+        if worker.slot.worker is worker:
+            worker.slot.worker = None
+        worker.close()
+        if not self._workers:
+            _fire(self._deserted)
+
+    def _stop_reading(self, worker: Worker) -> None:
+        if self._results.pop(worker.reader.fd, None) is not None:
+            self._driving.poller.unregister(worker.reader.fd)
+
+    def _unblock(self, worker: Worker) -> None:
+        if self._blocked.pop(worker.writer.fd, None) is not None:
+            self._driving.poller.unregister(worker.writer.fd)
+
+    # The launcher
+
+    def _launcher_ready(self, now: float) -> None:
+        self._launchers_lost = 0
+
+    def _launcher_unsuitable(self, why: Unsuitable, now: float) -> None:
+        if why.lacks_guard:
+            cause = MissingMainGuard(why.text)
+            error = PoolBroken(f"{self.config.label} cannot start workers: {why.text}")
+            error.__cause__ = cause
+            self._scheduler.break_down(error)
+        self._relaunch()
+
+    def _launcher_lost(self, link: LauncherLink, now: float) -> None:
+        """The launcher has died. Its workers go with it: nobody could reap or end them any more."""
+        if link is not self._link:
+            return
+        self._launchers_lost += 1
+        was_staffed = [w for w in self._workers.values() if w.pid is not None]
+        for worker in was_staffed:
+            worker.cut()
+        for worker in was_staffed:
+            self._mourn(worker, now)
+        if self._method == "fork" or self._launchers_lost >= _MAX_LAUNCHERS:
+            self._scheduler.break_down(
+                PoolBroken(f"{self.config.label} is given up: its launcher process {link.pid} ended")
+            )
+        self._relaunch()
+
+    def _mourn(self, worker: Worker, now: float) -> None:
+        """See the end of a worker whose life line was cut, and count what it answered before."""
+        end = now + _REPORT
+        news: list[_Event] = []
+        while not worker.reader.is_at_end and time.monotonic() < end:
+            self._read_results(worker, news)
+            time.sleep(0.001)
+        for handle, arguments in news:
+            if handle == self._answered:
+                handle(*arguments, now)
+        self._gone(worker.number, deaths.UNKNOWN, now)
+
+    def _relaunch(self) -> None:
+        """Replace the launcher and ask the new one for the workers that the old one had not started."""
+        self._driving.poller.unregister(self._link.fd)
+        self._link.close(0.2)
+        unborn = list(self._workers.values())
+        for worker in unborn:
+            self._forget(worker)
+        if self._scheduler.broken is not None or self._is_dismissed:
+            for worker in unborn:
+                self._scheduler.worker_gone(worker.slot, PoolBroken("not started"), time.monotonic())
+            return
+        self._link = self._launch(is_preloading=False)
+        for worker in unborn:
+            self._start_worker(worker.slot)
+
+    # Carrying out
+
+    def _tick(self, now: float) -> None:
+        deadline = self._scheduler.next_deadline
+        if deadline is not None and deadline <= now:
+            self._scheduler.tick(now)
+        sweep = self._ledger.next_sweep()
+        if sweep is not None and sweep <= now:
+            self._ledger.sweep()
+        if self._hung_up:
+            for worker, since in list(self._hung_up.items()):
+                if now >= since + _REPORT:
+                    del self._hung_up[worker]
+                    self._link.end(worker.number, _GRACE)
+
+    def _carry_out(self, now: float) -> None:
+        """Do what the kernel has decided. Under the lock."""
+        instructions = self._scheduler.instructions
+        if not instructions:
+            return
+        for instruction in instructions:
+            kind = type(instruction)
+            if kind is StartJob:
+                self._start_job(instruction.slot.worker, instruction.job, now)  # type: ignore[union-attr]
+            elif kind is SettleJob:
+                self._settled(instruction.job, instruction.phase_is_over)  # type: ignore[union-attr]
+            elif kind is AcceptOffer or kind is RefuseOffer:
+                _fire_waiters(instruction.job)  # type: ignore[union-attr]
+            elif kind is StartWorker:
+                self._start_worker(instruction.slot)  # type: ignore[union-attr]
+            elif kind is EndWorker:
+                self._link.end(instruction.slot.worker.number, _GRACE)  # type: ignore[union-attr]
+        instructions.clear()
+
+    def _start_job(self, worker: Worker, job: JobRecord, now: float) -> None:
+        worker.message += 1
+        worker.began = now
+        job.started_at = time.time()
+        job.pid = worker.pid
+        self._send(worker, Kind.JOB, job.payload)
+        if job.timeout is not None:
+            self._scheduler.arm_timeout(job, now)
+            self._driving.hurry(now + job.timeout)
+
+    def _settled(self, job: JobRecord, phase_is_over: bool) -> None:
+        job.finished_at = time.time()
+        job.payload = None
+        self._ledger.settle(job)
+        if job.waiters is not None:
+            _fire_waiters(job)
+        phase = job.phase
+        job.phase = None
+        if phase_is_over and phase is not None and phase.waiters is not None:
+            _fire(phase.waiters)
+        if self._drained and self._scheduler.unsettled == 0:
+            _fire(self._drained)
+
+    def _withdraw(self, job: JobRecord) -> None:
+        with self._change():
+            self._scheduler.withdraw(job)
+
+    # Answers
+
+    def _check_open(self) -> None:
+        if self._scheduler.broken is not None:
+            error = PoolBroken(str(self._scheduler.broken))
+            raise error from self._scheduler.broken.__cause__
+        if self._scheduler.is_refusing:
+            raise DispatcherFinalized("the dispatcher is finalized and takes no more jobs; make a new one")
+
+    def _wait_for_phase(self, phase: Phase, deadline: float | None) -> bool:
+        waiter = Waiter()
+        with self.lock:
+            if phase.is_over:
+                return True
+            if phase.waiters is None:
+                phase.waiters = []
+            phase.waiters.append(waiter)
+        self._driving.wait(waiter, deadline)
+        return phase.is_over
+
+    def _wait_until_deserted(self, patience: float) -> None:
+        waiter = Waiter()
+        with self.lock:
+            if not self._workers:
+                return
+            self._deserted.append(waiter)
+        self._driving.wait(waiter, time.monotonic() + patience)
+
+    def _stats(self, now: float) -> PoolStats:
+        scheduler = self._scheduler
+        states = [slot.state for slot in scheduler.slots]
+        workers = tuple(_worker_stats(worker, now) for worker in self._workers.values())
+        return PoolStats(
+            priority=self.config.priority,
+            name=self.config.label,
+            workers=len(states),
+            idle=states.count(SlotState.IDLE),
+            starting=states.count(SlotState.STARTING),
+            waiting=scheduler.waiting,
+            running=scheduler.running,
+            delayed=scheduler.delayed,
+            succeeded=scheduler.succeeded,
+            failed=scheduler.failed,
+            cancelled=scheduler.cancelled,
+            retried=scheduler.retried,
+            restarts=scheduler.restarts,
+            busy_seconds=self._busy_seconds + sum(worker.busy_seconds for worker in workers),
+            processes=workers,
+        )
+
+    # Ruin
+
+    def _change(self) -> _Change:
+        return _Change(self)
+
+    def _fall(self, error: BaseException) -> None:
+        """Give everything up after `error` came out of the middle of a change. Under the lock."""
+        if self._ruin is not None:
+            return
+        self._ruin = PoolBroken(f"{self.config.label} was hit by {error!r} in the middle of a change and is given up")
+        self._ruin.__cause__ = error
+        for worker in list(self._workers.values()):
+            self._forget(worker)  # closes the life line, so the kernel kills it
+        self._driving.poller.unregister(self._link.fd)
+        self._fail_rest(self._ruin)
+        self._driving.wake()
+
+    def _fail_rest(self, error: PoolBroken) -> None:
+        """Settle what has not settled, whatever state it is in, and wake everybody. Under the lock."""
+        phases = list(self._scheduler.phases.unreported)
+        for job in self._ledger.live(self.config.priority):
+            if job.state not in lifecycle.SETTLED:
+                job.state = JobState.FAILED
+                job.error = error
+                self._settled(job, False)
+        for job in self._scheduler.ruin(error):
+            if job.waiters is not None:
+                _fire_waiters(job)
+        for phase in phases:
+            if phase.waiters is not None:
+                _fire(phase.waiters)
+        _fire(self._drained)
+        _fire(self._deserted)
+
+
+class _Change:
+    """The pool's lock around a change of the kernel's state; an exception out of it ruins the pool."""
+
+    def __init__(self, pool: ProcessPool) -> None:
+        self._pool = pool
+
+    def __enter__(self) -> None:
+        self._pool.lock.acquire()
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            if error is not None:
+                self._pool._fall(error)
+        finally:
+            self._pool.lock.release()
+
+
+def _worker_stats(worker: Worker, now: float) -> WorkerStats:
+    state = worker.slot.state
+    busy = worker.busy_seconds
+    if worker.slot.job is not None:
+        busy += now - worker.began
+    return WorkerStats(worker.pid, state.value, worker.jobs, busy)
+
+
+def _fire(waiters: list[Any]) -> None:
+    """Wake everybody on the list, and empty it."""
+    while waiters:
+        waiters.pop().fire()
+
+
+def _fire_waiters(job: JobRecord) -> None:
+    waiters, job.waiters = job.waiters, None
+    for waiter in waiters or ():
+        waiter.fire()
+
+
+def _abandon_all() -> None:
+    for pool in list(_live_pools):
+        pool.abandon()
+
+
+# Why: a process that the caller forks must not hold the ends of pipes whose closing tells that the caller is gone.
+os.register_at_fork(after_in_child=_abandon_all)

@@ -1,0 +1,225 @@
+"""What runs in a worker: read a job, run it, write the outcome, again.
+
+The process leads its own group, so that what jobs start ends with it; it ignores SIGINT, so that Ctrl-C is the caller's
+alone to answer. It never exits by itself but at the end of its job pipe or when that or the result pipe is unusable.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from bulkhead.engines.processes import lifeline, main_module
+from bulkhead.engines.processes.blackbox import BlackBox
+from bulkhead.engines.processes.channel import CHUNK, HEADER, Frame, read_frame, write_all
+from bulkhead.engines.processes.payload import pack_error, pack_value, unpack_call
+from bulkhead.errors import RemoteError
+
+__all__ = ["Ends", "Kind", "Setup", "main", "run"]
+
+# How long a worker looks for its next job before it sleeps (seconds). Why: a producer that is at work sends the next
+# job within some ten microseconds, and waking a sleeper costs more than that. It gives the CPU away at each look.
+_LOOK_FOR = 50e-6
+_give_way = getattr(os, "sched_yield", lambda: None)
+
+
+class Kind:
+    """Kinds of frames between a worker and its caller."""
+
+    SETUP = 1
+    JOB = 2
+    READY = 3
+    NOT_READY = 4
+    VALUE = 5
+    ERROR = 6
+
+
+class Ends(NamedTuple):
+    """The worker's descriptors: jobs in, results out, life line, black box."""
+
+    jobs: int
+    results: int
+    life: int
+    box: int
+
+
+class Setup(NamedTuple):
+    """How a worker gets ready. `initializer` is a packed call; under fork it is inherited instead."""
+
+    process_name: str
+    main: main_module.MainModule | None
+    initializer: bytes | None
+    nice: int | None
+    nicer_by: int
+
+
+Initializer = tuple[Callable[..., object], tuple[Any, ...], dict[str, Any]]
+
+
+def main(ends: Ends) -> None:
+    """Run a worker in a fresh interpreter (start method spawn)."""
+    os.setpgid(0, 0)
+    run(ends)
+
+
+def run(ends: Ends, inherited: Initializer | None = None) -> None:
+    """Run a worker in this process until its caller is done with it. Does not return."""
+    code = 1
+    try:
+        box = _settle_in(ends)
+        if _get_ready(ends, box, inherited):
+            _serve(ends, box)
+            code = 0
+    except OSError:
+        pass  # the caller is gone, or the job closed our descriptors; nobody is left to be told
+    except BaseException as error:
+        print(f"bulkhead: worker {os.getpid()} ends: {error!r}", file=sys.stderr)
+    finally:
+        _leave(code)
+
+
+def _settle_in(ends: Ends) -> BlackBox:
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # or printing could stop a background group of a terminal
+    for number in (signal.SIGTERM, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    lifeline.hold(ends.life)
+    _detach_stdin()
+    box = BlackBox(ends.box)
+    box.watch()
+    return box
+
+
+def _detach_stdin() -> None:
+    # Why: several processes reading one terminal take each other's input.
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    if nothing != 0:
+        os.close(nothing)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - lives as long as the process
+
+
+def _get_ready(ends: Ends, box: BlackBox, inherited: Initializer | None) -> bool:
+    message = read_frame(ends.jobs, b"")
+    if message is None:
+        return False
+    try:
+        setup: Setup = pickle.loads(message.body)
+        if setup.nice is not None:
+            os.setpriority(os.PRIO_PROCESS, 0, setup.nice)
+        elif setup.nicer_by:
+            os.nice(setup.nicer_by)
+        if setup.main is not None:
+            main_module.prepare(setup.main, setup.process_name)
+            main_module.import_main(setup.main)
+        call = unpack_call(setup.initializer) if setup.initializer is not None else inherited
+        if call is not None:
+            fn, args, kwargs = call
+            fn(*args, **kwargs)
+    except BaseException as error:
+        box.flush_output()
+        write_all(ends.results, Kind.NOT_READY, 0, pack_error(error))
+        return False
+    write_all(ends.results, Kind.READY, 0, b"")
+    return True
+
+
+def _serve(ends: Ends, box: BlackBox) -> None:
+    pid = os.getpid()
+    os.set_blocking(ends.jobs, False)
+    sleeper = select.poll()
+    sleeper.register(ends.jobs, select.POLLIN)
+    while True:
+        first = _next_bytes(ends.jobs, sleeper)
+        if not first:
+            return
+        message = _begin_read(ends.jobs, first, box)
+        if message is None:
+            return
+        kind, number, body = message.kind, message.number, message.body
+        del message, first
+        outcome, packed = _attempt(body)
+        # Race: a job that forked and let its child return would answer twice; the copy has no business here.
+        if os.getpid() != pid:
+            os._exit(0)
+        assert kind == Kind.JOB
+        if box.has_output:
+            box.flush_output()
+        write_all(ends.results, outcome, number, packed)
+        del packed, body
+
+
+def _next_bytes(fd: int, sleeper: select.poll) -> bytes:
+    try:
+        return os.read(fd, CHUNK)
+    except BlockingIOError:
+        pass
+    give_up = time.perf_counter() + _LOOK_FOR
+    while time.perf_counter() < give_up:
+        _give_way()
+        try:
+            return os.read(fd, CHUNK)
+        except BlockingIOError:
+            pass
+    while True:
+        sleeper.poll()
+        try:
+            return os.read(fd, CHUNK)
+        except BlockingIOError:
+            pass
+
+
+def _begin_read(fd: int, first: bytes, box: BlackBox) -> Frame | None:
+    if len(first) >= HEADER.size:
+        kind, number, length = HEADER.unpack_from(first)
+        box.note_read(number)
+        if len(first) == HEADER.size + length:
+            return Frame(kind, number, memoryview(first)[HEADER.size :])
+    os.set_blocking(fd, True)
+    message = read_frame(fd, first)
+    os.set_blocking(fd, False)
+    return message
+
+
+def _attempt(body: memoryview | bytes | bytearray) -> tuple[int, bytes]:
+    try:
+        fn, args, kwargs = unpack_call(body)
+    except BaseException as error:
+        return Kind.ERROR, pack_error(_cannot("the job could not be unpickled in the worker", error))
+    try:
+        value = fn(*args, **kwargs)
+    except BaseException as error:
+        return Kind.ERROR, pack_error(error)
+    try:
+        return Kind.VALUE, pack_value(value)
+    except BaseException as error:
+        named = f"the job's result of type {type(value).__qualname__} cannot be pickled"
+        return Kind.ERROR, pack_error(_cannot(named, error))
+
+
+def _cannot(what: str, error: BaseException) -> RemoteError:
+    wrapped = RemoteError(f"{what}: {type(error).__qualname__}: {error}", type_name=type(error).__qualname__)
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def _leave(code: int) -> None:
+    """End without the exit handlers that a forked process inherits, but with those of multiprocessing, flushed."""
+    try:
+        util = sys.modules.get("multiprocessing.util")
+        if util is not None:
+            util._exit_function()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    except BaseException:
+        code = code or 1
+    finally:
+        os._exit(code)

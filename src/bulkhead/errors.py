@@ -1,0 +1,218 @@
+"""Everything bulkhead raises, each named for what happened.
+
+All derive from `BulkheadError` and, where one fits, from the builtin that callers already catch. All survive pickling:
+the message is the only positional argument, every other fact is an attribute.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from typing import Any, Self
+
+__all__ = [
+    "BarrierTimeout",
+    "BulkheadError",
+    "ConfigError",
+    "ConfigTypeError",
+    "DispatcherFinalized",
+    "DuplicateJobId",
+    "JobCancelled",
+    "JobNotFound",
+    "JobNotPicklable",
+    "JobTimeout",
+    "JobsFailed",
+    "MissingMainGuard",
+    "NestedDispatch",
+    "PoolBroken",
+    "PoolFull",
+    "RemoteError",
+    "RemoteTraceback",
+    "StartDeadlineExceeded",
+    "UnknownPriority",
+    "Unrecoverable",
+    "WaitTimeout",
+    "WorkerCrashed",
+]
+
+
+class BulkheadError(Exception):
+    """Base of every error that bulkhead raises of its own."""
+
+    def __init__(self, message: str = "", **facts: Any) -> None:
+        super().__init__(message)
+        self.__dict__.update(facts)
+
+
+class ConfigError(BulkheadError, ValueError):
+    """An option has a value that cannot work; the message names the option and the value. Nothing was started."""
+
+
+class ConfigTypeError(ConfigError, TypeError):
+    """An option has a value of the wrong type; the message names the option and the value. Nothing was started."""
+
+
+class UnknownPriority(BulkheadError, LookupError):
+    """No pool of the dispatcher has this priority. Nothing was queued.
+
+    Attributes:
+        priority: What was asked for.
+        known: The priorities of the dispatcher's pools.
+    """
+
+    priority: int
+    known: tuple[int, ...] = ()
+
+
+class DuplicateJobId(BulkheadError, ValueError):
+    """A job with this id is still live. Nothing was queued."""
+
+
+class JobNotPicklable(BulkheadError, TypeError, pickle.PicklingError):
+    """The job cannot be sent to another process. Nothing was queued, no worker was touched."""
+
+
+class PoolFull(BulkheadError, TimeoutError):
+    """No worker of the pool came free in time. Nothing was queued; the job object can be dispatched again."""
+
+
+class PoolBroken(BulkheadError):
+    """The pool has given up, for instance because its workers die at every start; `__cause__` says why.
+
+    Other pools of the dispatcher are not affected.
+    """
+
+
+class MissingMainGuard(BulkheadError, RuntimeError):
+    """The script makes a Dispatcher while a worker imports it: it needs `if __name__ == "__main__":`."""
+
+
+class DispatcherFinalized(BulkheadError, RuntimeError):
+    """The dispatcher takes no more jobs. Nothing was queued."""
+
+
+class NestedDispatch(BulkheadError, RuntimeError):
+    """A dispatcher was used from inside a job, or in a forked copy of its process, where it has no workers."""
+
+
+class JobNotFound(BulkheadError, LookupError):
+    """No job with this id is known: it never existed, or it ended longer ago than the history reaches.
+
+    Attributes:
+        job_id: What was asked for.
+    """
+
+    job_id: Any
+
+
+class JobTimeout(BulkheadError, TimeoutError):
+    """The job ran longer than its timeout; its process and all it had started are ended.
+
+    Attributes:
+        timeout: Seconds it was allowed.
+        pid: The worker that ran it.
+        stack: Python stacks of the worker when it was told to end, or "".
+    """
+
+    timeout: float = 0.0
+    pid: int | None = None
+    stack: str = ""
+
+
+class WaitTimeout(BulkheadError, TimeoutError):
+    """The job has not settled within the time the caller was ready to wait. It goes on."""
+
+
+class WorkerCrashed(BulkheadError):
+    """The worker process ended without an answer.
+
+    Attributes:
+        pid: The process that died.
+        signal: Name of the signal that ended it, such as "SIGSEGV", or None.
+        exit_code: Its exit code when no signal ended it, or None; both None means that it could not be learned.
+        stack: The Python stacks at death where the interpreter could still write them, or "".
+        peak_rss_bytes: The largest resident set it ever had, or None.
+        out_of_memory: True when the kernel's out-of-memory killer is the likely cause.
+        output: The last lines the job had printed (Python level), or "".
+    """
+
+    pid: int | None = None
+    signal: str | None = None
+    exit_code: int | None = None
+    stack: str = ""
+    peak_rss_bytes: int | None = None
+    out_of_memory: bool = False
+    output: str = ""
+
+
+class JobCancelled(BulkheadError):
+    """The job was cancelled before it ended."""
+
+
+class StartDeadlineExceeded(BulkheadError, TimeoutError):
+    """The job did not start in time and was not run."""
+
+
+class BarrierTimeout(BulkheadError, TimeoutError):
+    """Some jobs of the phase are unsettled. They go on; call the barrier again.
+
+    Attributes:
+        pending: Ids of the unsettled jobs, in dispatch order.
+    """
+
+    pending: tuple[Any, ...] = ()
+
+
+class RemoteError(BulkheadError):
+    """What a job raised, or an answer of it, that could not be brought into the caller's process.
+
+    Attributes:
+        type_name: Qualified name of the original exception type.
+        traceback: The remote traceback as text.
+    """
+
+    type_name: str = ""
+    traceback: str = ""
+
+
+class Unrecoverable(BulkheadError):
+    """Raise this in a job (or derive from it) to say that trying again is useless: no retry policy applies."""
+
+
+class RemoteTraceback(Exception):
+    """The `__cause__` of an exception that came from a job: prints the worker's traceback.
+
+    Source: the shape of concurrent.futures.process._RemoteTraceback, so that tools show it alike.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.text}"""'
+
+
+class JobsFailed(BulkheadError, ExceptionGroup[Exception]):
+    """Jobs of a phase failed. All jobs of the phase have settled and the pools are usable.
+
+    Attributes:
+        job_ids: Ids of the failed jobs, one for each exception of the group, in the same order.
+        total: Number of failed jobs; more than the exceptions held when the phase had more than the history keeps.
+    """
+
+    job_ids: tuple[Any, ...]
+    total: int
+
+    def __new__(cls, message: str, exceptions: Sequence[Exception], **facts: Any) -> Self:
+        return super().__new__(cls, message, exceptions)
+
+    def __init__(self, message: str, exceptions: Sequence[Exception], **facts: Any) -> None:
+        self.__dict__.update(facts)
+
+    def derive(self, excs: Sequence[Exception]) -> JobsFailed:  # type: ignore[override]
+        """Make a part of the group, as `except*` and `split` do, with the ids that belong to it."""
+        ids = dict(zip(map(id, self.exceptions), self.job_ids, strict=False))
+        return JobsFailed(
+            self.message, excs, job_ids=tuple(ids.get(id(e)) for e in excs), total=len(excs)
+        )

@@ -1,0 +1,119 @@
+"""The jobs a dispatcher knows by id: all live ones, and settled ones within bounds of age and number.
+
+Concurrency: no lock, because pools must not share one. Every step is a single operation of a dict or deque, which
+CPython makes atomic; what two threads may do twice is written so that twice does no harm.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Hashable, Iterator
+from itertools import count
+from typing import Any
+
+from bulkhead._kernel.lifecycle import SETTLED
+from bulkhead.errors import DuplicateJobId, JobNotFound
+from bulkhead.tracker import Tracker
+
+__all__ = ["History"]
+
+# Settled jobs are dropped when they are this much older than the expiry, as a share of it, even if nothing happens.
+_SLACK = 0.1
+
+
+class History:
+    """Jobs by id.
+
+    Args:
+        expiry: Seconds that a settled job is remembered.
+        limit: How many settled jobs are remembered.
+    """
+
+    def __init__(self, expiry: float, limit: int) -> None:
+        self.limit = limit
+        self._expiry = expiry
+        self._jobs: dict[Any, Tracker] = {}
+        self._settled: deque[tuple[float, Tracker]] = deque()
+        self._numbers = count()
+
+    def reserve(self, job_id: Hashable, job: Tracker) -> None:
+        """Give `job` an id of the user's; raises DuplicateJobId when a live job has it."""
+        while (holder := self._jobs.setdefault(job_id, job)) is not job:
+            if holder.state not in SETTLED:
+                raise DuplicateJobId(f"a job with id {job_id!r} is still live")
+            if self._jobs.get(job_id) is holder:
+                self._jobs.pop(job_id, None)
+        job.id = job_id
+
+    def release(self, job: Tracker) -> None:
+        """Forget a job that was not accepted."""
+        if self._jobs.get(job.id) is job:
+            self._jobs.pop(job.id, None)
+
+    def enter(self, job: Any) -> None:
+        """Note the acceptance of a job; one without an id of its own gets the next number."""
+        job.queued_at = time.time()
+        while job.id is None:
+            number = next(self._numbers)
+            if self._jobs.setdefault(number, job) is job:
+                job.id = number
+
+    def settle(self, job: Any) -> None:
+        """Note that a job has settled, and drop what is too old or too much."""
+        now = time.monotonic()
+        settled = self._settled
+        settled.append((now, job))
+        horizon = now - self._expiry
+        try:
+            while len(settled) > self.limit or settled[0][0] <= horizon:
+                self._drop_first()
+        except IndexError:  # Race: another pool's thread has dropped the last one
+            pass
+
+    def next_sweep(self) -> float | None:
+        """Return when `sweep` should be called next, in monotonic seconds."""
+        try:
+            return self._settled[0][0] + (1 + _SLACK) * self._expiry
+        except IndexError:
+            return None
+
+    def sweep(self) -> None:
+        """Drop what is too old."""
+        horizon = time.monotonic() - self._expiry
+        try:
+            while self._settled[0][0] <= horizon:
+                self._drop_first()
+        except IndexError:  # Race: another pool's thread has dropped the last one
+            pass
+
+    def find(self, job_id: Any) -> Tracker:
+        """Return a known job; raises JobNotFound."""
+        self.sweep()
+        try:
+            job = self._jobs[job_id]
+        except (KeyError, TypeError):
+            job = None
+        if job is None or job.state is None:
+            raise JobNotFound(
+                f"no job {job_id!r} is known: it was never dispatched, or it has expired", job_id=job_id
+            )
+        return job
+
+    def jobs(self) -> Iterator[Tracker]:
+        """Return all known jobs in the order of their acceptance."""
+        self.sweep()
+        return iter([job for job in list(self._jobs.values()) if job.state is not None])
+
+    def live(self, priority: int) -> list[Tracker]:
+        """Return the jobs of a pool that are accepted and not settled."""
+        known = list(self._jobs.values())
+        return [job for job in known if job.priority == priority and job.state not in (*SETTLED, None)]
+
+    def _drop_first(self) -> None:
+        try:
+            _, job = self._settled.popleft()
+        except IndexError:
+            return
+        if self._jobs.get(job.id) is job:
+            self._jobs.pop(job.id, None)

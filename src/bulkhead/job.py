@@ -1,0 +1,165 @@
+"""What to run: a function with its arguments, or any picklable object with `run()` and `priority`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from datetime import datetime
+from typing import Any
+
+from bulkhead import validate
+from bulkhead.errors import ConfigError, ConfigTypeError
+from bulkhead.retry import RetryPolicy
+
+__all__ = ["Job", "Options", "call_of", "options_of", "run_object"]
+
+Options = dict[str, Any]
+Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
+_NO_OPTIONS: Options = {}
+
+
+class Job:
+    """A function call to be run in a worker.
+
+    The function and its arguments are pickled when the job is dispatched, so a Job can be dispatched many times and
+    later changes of its arguments do not reach runs under way.
+
+    Args:
+        fn: The function; importable by name in the worker, or any closure when cloudpickle is installed.
+        *args: Its positional arguments.
+        **kwargs: Its keyword arguments.
+
+    Example:
+        >>> Job(pow, 2, 10).options(priority=1, timeout=5.0)
+        Job(pow, 2, 10).options(priority=1, timeout=5.0)
+    """
+
+    __slots__ = ("_options", "args", "fn", "kwargs")
+
+    def __init__(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+        if not callable(fn):
+            validate.function("fn", fn)
+        self.fn = fn
+        self.args = args
+        self.kwargs = kwargs
+        self._options = _NO_OPTIONS
+
+    def options(
+        self,
+        *,
+        priority: int | None = None,
+        id: Hashable | None = None,  # noqa: A002 - the fixed public name
+        timeout: float | None = None,
+        retry: RetryPolicy | None = None,
+        delay: float | None = None,
+        not_before: datetime | float | None = None,
+        start_deadline: datetime | float | None = None,
+    ) -> Job:
+        """Return a copy of the job with these options added to those it has.
+
+        Args:
+            priority: The pool; by default the only pool, else pool 0.
+            id: Own id instead of the next number; must be unique among live jobs.
+            timeout: Longest run of one attempt in seconds.
+            retry: When to try again after a failure.
+            delay: Earliest start in seconds after the dispatch, above 0.
+            not_before: Earliest start as an aware datetime or POSIX timestamp; a past one means at once.
+            start_deadline: Latest start, as an aware datetime or in seconds after the dispatch; a job that has not
+                started by then fails with StartDeadlineExceeded.
+
+        Raises:
+            ConfigError: A value cannot work; the message names the option.
+        """
+        given = {
+            "priority": priority,
+            "id": id,
+            "timeout": timeout,
+            "retry": retry,
+            "delay": delay,
+            "not_before": not_before,
+            "start_deadline": start_deadline,
+        }
+        job = Job(self.fn, *self.args, **self.kwargs)
+        job._options = _checked({**self._options, **{k: v for k, v in given.items() if v is not None}})
+        return job
+
+    def __repr__(self) -> str:
+        named = getattr(self.fn, "__qualname__", repr(self.fn))
+        parts = [named, *map(repr, self.args), *(f"{k}={v!r}" for k, v in self.kwargs.items())]
+        text = f"Job({', '.join(parts)})"
+        if self._options:
+            text += f".options({', '.join(f'{k}={v!r}' for k, v in self._options.items())})"
+        return text
+
+
+def call_of(job: object) -> Call:
+    """Return what the worker has to call for `job`.
+
+    Raises:
+        ConfigTypeError: It is neither a Job nor an object with a `run` method.
+    """
+    if isinstance(job, Job):
+        return job.fn, job.args, job.kwargs
+    if isinstance(job, type) or not callable(getattr(job, "run", None)):
+        hint = f"; for a function write Job({getattr(job, '__name__', 'fn')}, ...)" if callable(job) else ""
+        raise ConfigTypeError(
+            f"job must be a Job or an object with run() and priority, not {job!r} of type {type(job).__name__}{hint}"
+        )
+    return run_object, (job,), {}
+
+
+def options_of(job: object) -> Options:
+    """Return the checked options that a job brings: those of a Job, or the attributes of a run object.
+
+    An attribute `id` of a run object is not taken for the job's id: too many classes have one of their own meaning.
+    """
+    if isinstance(job, Job):
+        return job._options
+    found = {name: getattr(job, name, None) for name in _CHECKS if name != "id"}
+    return _checked({name: value for name, value in found.items() if value is not None})
+
+
+def run_object(job: Any) -> Any:
+    """Run a job object in the worker."""
+    return job.run()
+
+
+def _checked(options: Options) -> Options:
+    if "delay" in options and "not_before" in options:
+        raise ConfigError(f"delay={options['delay']!r} and not_before={options['not_before']!r} exclude each other")
+    return {name: _CHECKS[name](name, value) for name, value in options.items()}
+
+
+def _job_id(option: str, value: Any) -> Hashable:
+    try:
+        hash(value)
+    except TypeError:
+        raise ConfigTypeError(f"{option} must be hashable, not {value!r}") from None
+    if isinstance(value, bool):
+        raise ConfigTypeError(f"{option} must not be a bool: {value!r}")
+    return value  # type: ignore[no-any-return]
+
+
+def _policy(option: str, value: Any) -> RetryPolicy:
+    if not isinstance(value, RetryPolicy):
+        raise ConfigTypeError(f"{option} must be a RetryPolicy, not {value!r}")
+    return value
+
+
+def _instant(option: str, value: Any) -> datetime | float:
+    if not isinstance(value, datetime):
+        return validate.seconds(option, value)
+    if value.tzinfo is None:
+        raise ConfigError(f"{option} must be an aware datetime (with tzinfo), not {value!r}")
+    return value
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "priority": validate.whole_number,
+    "id": _job_id,
+    "timeout": validate.seconds,
+    "retry": _policy,
+    "delay": validate.seconds,
+    "not_before": _instant,
+    "start_deadline": _instant,
+}

@@ -1,0 +1,118 @@
+"""Frozen snapshots: what a dispatcher and a barrier can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bulkhead.tracker import Tracker
+
+__all__ = ["BarrierReport", "DispatcherStats", "PhaseCounts", "PoolStats", "WorkerStats"]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStats:
+    """One worker process.
+
+    Attributes:
+        pid: None until it is started.
+        state: "starting", "idle", "busy" or "ending".
+        jobs: Attempts it has answered.
+        busy_seconds: Time it had a job.
+    """
+
+    pid: int | None
+    state: str
+    jobs: int
+    busy_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStats:
+    """One pool at one moment; counts of jobs since the dispatcher was made.
+
+    Attributes:
+        workers: Slots, staffed or not.
+        idle: Workers that wait for a job.
+        starting: Workers that are coming up.
+        waiting: Accepted jobs that wait for a worker.
+        running: Jobs that a worker has.
+        delayed: Accepted jobs that wait for an instant: a delayed start or the next attempt.
+        retried: Attempts that were followed by another.
+        restarts: Workers that were started to replace another.
+        busy_seconds: Time workers had jobs, those that are gone included.
+        processes: The workers of the moment.
+    """
+
+    priority: int
+    name: str
+    workers: int
+    idle: int
+    starting: int
+    waiting: int
+    running: int
+    delayed: int
+    succeeded: int
+    failed: int
+    cancelled: int
+    retried: int
+    restarts: int
+    busy_seconds: float
+    processes: tuple[WorkerStats, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DispatcherStats:
+    """All pools of a dispatcher, by priority, the most urgent first. `stats[priority]` is one of them."""
+
+    pools: Mapping[int, PoolStats]
+
+    def __getitem__(self, priority: int) -> PoolStats:
+        return self.pools[priority]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.pools)
+
+    def __len__(self) -> int:
+        return len(self.pools)
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseCounts:
+    """How many jobs of a phase ended in which way."""
+
+    succeeded: int = 0
+    failed: int = 0
+    cancelled: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BarrierReport:
+    """What became of the jobs of a phase.
+
+    Attributes:
+        pools: Counts for each pool that was waited for, by priority.
+        failed: Trackers of the failed jobs in the order of their dispatch, at most as many as the history keeps.
+        elapsed: Seconds that the barrier waited.
+    """
+
+    pools: Mapping[int, PhaseCounts]
+    failed: tuple[Tracker, ...] = field(repr=False)
+    elapsed: float
+
+    @property
+    def succeeded(self) -> int:
+        """Succeeded jobs of all pools."""
+        return sum(counts.succeeded for counts in self.pools.values())
+
+    @property
+    def failed_count(self) -> int:
+        """Failed jobs of all pools; may exceed `len(failed)`."""
+        return sum(counts.failed for counts in self.pools.values())
+
+    @property
+    def cancelled(self) -> int:
+        """Cancelled jobs of all pools."""
+        return sum(counts.cancelled for counts in self.pools.values())

@@ -1,0 +1,217 @@
+"""The caller's handle on one job, and the frozen picture of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+from bulkhead import validate
+from bulkhead._kernel.lifecycle import SETTLED, JobState
+from bulkhead._kernel.records import JobRecord
+from bulkhead.errors import NestedDispatch, RemoteTraceback, WaitTimeout
+from bulkhead.retry import RetryPolicy
+
+if TYPE_CHECKING:
+    import asyncio
+
+__all__ = ["JobStatus", "Tracker"]
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatus:
+    """A job at one moment. Times are aware datetimes in UTC; what does not apply (yet) is None.
+
+    Attributes:
+        attempt: Runs begun so far; 0 before the first.
+        pid: The worker that ran the last attempt.
+        error_type, error_message, traceback: Of the last failed attempt; the traceback is the worker's, as text.
+    """
+
+    id: Any
+    state: JobState
+    priority: int
+    attempt: int
+    queued_at: datetime | None = None
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    pid: int | None = None
+    error_type: str | None = None
+    error_message: str | None = None
+    traceback: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is known in JSON's types: times in RFC 3339, absent values left out.
+
+        An id that is neither a string nor a number becomes its repr.
+        """
+        named = ((one.name, getattr(self, one.name)) for one in fields(self))
+        return {name: _plain(value) for name, value in named if value is not None}
+
+    def to_json(self) -> str:
+        """Return `to_dict()` as a JSON text."""
+        return json.dumps(self.to_dict())
+
+
+class JobHome(Protocol):
+    """What a tracker needs of the pool that its job belongs to."""
+
+    def wait_for(self, job: JobRecord, deadline: float | None) -> bool: ...
+    def add_waiter(self, job: JobRecord, waiter: Any) -> bool: ...
+    def add_callback(self, job: JobRecord, callback: Callable[[Any], object]) -> None: ...
+    def cancel(self, job: JobRecord) -> bool: ...
+    @property
+    def lock(self) -> Any: ...
+
+
+class Tracker(JobRecord):
+    """The caller's handle on one dispatched job. `dispatch` makes it; `id` and the methods are its public part.
+
+    Concurrency: any thread of the process that made the dispatcher.
+    """
+
+    __slots__ = ("__weakref__", "_home")
+
+    def __init__(
+        self,
+        home: JobHome,
+        payload: bytes,
+        priority: int,
+        timeout: float | None = None,
+        retry: RetryPolicy | None = None,
+    ) -> None:
+        JobRecord.__init__(self, payload, priority, timeout, retry)
+        self._home = home
+
+    def status(self) -> JobStatus:
+        """Return a frozen picture of the job."""
+        with self._home.lock:
+            error = self.error
+            state = self.state or JobState.QUEUED
+            shown = (
+                self.attempt,
+                _utc(self.queued_at),
+                _utc(self.started_at),
+                _utc(self.finished_at),
+                self.pid,
+            )
+        return JobStatus(self.id, state, self.priority, *shown, *_described(error))
+
+    def done(self) -> bool:
+        """Tell whether the job has settled: succeeded, failed or cancelled."""
+        return self.state in SETTLED
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the job has settled, at most `timeout` seconds; tell whether it has.
+
+        Blocking: until settled or `timeout`; None waits without limit.
+        """
+        if self.state in SETTLED:
+            return True
+        deadline = None
+        if timeout is not None:
+            deadline = time.monotonic() + validate.seconds("timeout", timeout, zero=True)
+        return self._home.wait_for(self, deadline)
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for the job and return what it returned.
+
+        Raises:
+            WaitTimeout: It has not settled within `timeout` seconds; it goes on.
+            JobCancelled: It was cancelled.
+            Exception: What the job raised, with the worker's traceback as its cause; or JobTimeout, WorkerCrashed,
+                StartDeadlineExceeded, PoolBroken, RemoteError for a job that failed otherwise.
+        """
+        error = self.exception(timeout)
+        if error is not None:
+            raise error
+        return self.value
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait for the job and return what it failed with (JobCancelled for a cancelled one), or None.
+
+        Raises:
+            WaitTimeout: It has not settled within `timeout` seconds; it goes on.
+        """
+        if not self.wait(timeout):
+            raise WaitTimeout(f"job {self.id!r} has not settled within {timeout} s; it is {self.state}")
+        return self.error
+
+    def cancel(self) -> bool:
+        """Take the job out if it waits, end its worker if it runs; False when it has succeeded or failed.
+
+        A running job is cancelled when its process has ended, which may take a second; `wait` for that.
+        """
+        return self._home.cancel(self)
+
+    def add_done_callback(self, fn: Callable[[Tracker], object]) -> None:
+        """Have `fn(tracker)` called in this process when the job has settled, at once if it has.
+
+        Callbacks of a pool run one after the other in a thread of their own, in the order in which jobs settle; one that
+        raises is logged to the logger "bulkhead" and holds nothing up. `finalize` waits for them.
+        """
+        self._home.add_callback(self, validate.function("fn", fn))
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        """Wait in asyncio and give what `result()` gives. Cancelling the wait leaves the job alone."""
+        if self.state not in SETTLED:
+            import asyncio  # Why here: half of the package's import time, and workers import it too
+
+            waiter = _AsyncWaiter(asyncio.get_running_loop())
+            if self._home.add_waiter(self, waiter):
+                yield from waiter.settled.__await__()
+        return self.result(0)
+
+    def __reduce__(self) -> NoReturn:
+        raise NestedDispatch("a Tracker cannot be sent to another process; send its id or its result instead")
+
+    def __repr__(self) -> str:
+        return f"<Tracker {self.id!r} {self.state or 'not accepted'}>"
+
+
+class _AsyncWaiter:
+    """Settles a future of an event loop from another thread."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.settled: asyncio.Future[None] = loop.create_future()
+
+    def fire(self) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._settle)
+        except RuntimeError:
+            pass  # the loop is closed: nobody waits any more
+
+    def _settle(self) -> None:
+        if not self.settled.done():
+            self.settled.set_result(None)
+
+
+def _utc(posix: float | None) -> datetime | None:
+    return None if posix is None else datetime.fromtimestamp(posix, UTC)
+
+
+def _described(error: BaseException | None) -> tuple[str | None, str | None, str | None]:
+    if error is None:
+        return None, None, None
+    cause = error.__cause__
+    trace = cause.text if isinstance(cause, RemoteTraceback) else getattr(error, "stack", None)
+    return getattr(error, "type_name", None) or type(error).__qualname__, _text(error), trace or None
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # a __str__ of the user's that raises
+        return "<its text could not be made>"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat().replace("+00:00", "Z")
+    if isinstance(value, JobState):
+        return value.value
+    return value if isinstance(value, (str, int, float)) else repr(value)
