@@ -20,7 +20,7 @@ from pathlib import Path
 from contestants import CONTESTANTS
 from idleness import measure_idleness
 from isolation import measure_isolation
-from settings import Settings
+from settings import Settings, StartMethod
 from startup import measure_startup
 from throughput import measure_throughput
 
@@ -73,7 +73,7 @@ def _at_least_1(text: str) -> int:
     return value
 
 
-def _default_method() -> str:
+def _default_method() -> StartMethod:
     """bulkhead's own default."""
     return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 

@@ -21,6 +21,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from settings import StartMethod
+
 __all__ = ["BULKHEAD", "BY_NAME", "CONTESTANTS", "EXECUTOR", "STDLIB_POOL", "Contestant", "Fn", "Session"]
 
 Fn = Callable[[], object]
@@ -48,7 +50,7 @@ class Contestant:
     name: str
     distribution: str | None
     module: str
-    open: Callable[[int, str], AbstractContextManager[Session]]
+    open: Callable[[int, StartMethod], AbstractContextManager[Session]]
 
     def is_installed(self) -> bool:
         try:
@@ -68,7 +70,7 @@ class Contestant:
 
 @contextmanager
 def _open_bulkhead(
-    workers: int, method: str, *, backlog: int = 0, collect: bool = False
+    workers: int, method: StartMethod, *, backlog: int = 0, collect: bool = False
 ) -> Iterator[Session]:
     from bulkhead import Dispatcher, Job, Pool
 
@@ -90,19 +92,19 @@ def _open_bulkhead(
 
 
 @contextmanager
-def _open_bulkhead_collecting(workers: int, method: str) -> Iterator[Session]:
+def _open_bulkhead_collecting(workers: int, method: StartMethod) -> Iterator[Session]:
     with _open_bulkhead(workers, method, collect=True) as session:
         yield session
 
 
 @contextmanager
-def _open_bulkhead_backlog(workers: int, method: str) -> Iterator[Session]:
+def _open_bulkhead_backlog(workers: int, method: StartMethod) -> Iterator[Session]:
     with _open_bulkhead(workers, method, backlog=1000) as session:
         yield session
 
 
 @contextmanager
-def _open_stdlib_pool(workers: int, method: str) -> Iterator[Session]:
+def _open_stdlib_pool(workers: int, method: StartMethod) -> Iterator[Session]:
     pool = multiprocessing.get_context(method).Pool(workers)
     try:
         yield _session(pool.apply_async, lambda result: result.get())
@@ -112,28 +114,28 @@ def _open_stdlib_pool(workers: int, method: str) -> Iterator[Session]:
 
 
 @contextmanager
-def _open_stdlib_pool_fork(workers: int, method: str) -> Iterator[Session]:
+def _open_stdlib_pool_fork(workers: int, method: StartMethod) -> Iterator[Session]:
     del method  # Why: this row shows what the standard library's usual default on Linux gives.
     with _open_stdlib_pool(workers, "fork") as session:
         yield session
 
 
 @contextmanager
-def _open_executor(workers: int, method: str) -> Iterator[Session]:
+def _open_executor(workers: int, method: StartMethod) -> Iterator[Session]:
     context = multiprocessing.get_context(method)
     with ProcessPoolExecutor(workers, mp_context=context) as executor:
         yield _session(executor.submit, lambda future: future.result())
 
 
 @contextmanager
-def _open_loky(workers: int, method: str) -> Iterator[Session]:
+def _open_loky(workers: int, method: StartMethod) -> Iterator[Session]:
     loky = importlib.import_module("loky")
     with loky.ProcessPoolExecutor(workers, context=multiprocessing.get_context(method)) as executor:
         yield _session(executor.submit, lambda future: future.result())
 
 
 @contextmanager
-def _open_pebble(workers: int, method: str) -> Iterator[Session]:
+def _open_pebble(workers: int, method: StartMethod) -> Iterator[Session]:
     pebble = importlib.import_module("pebble")
     # Leaving its `with` closes and joins.
     with pebble.ProcessPool(workers, context=multiprocessing.get_context(method)) as pool:
@@ -141,7 +143,7 @@ def _open_pebble(workers: int, method: str) -> Iterator[Session]:
 
 
 @contextmanager
-def _open_mpire(workers: int, method: str) -> Iterator[Session]:
+def _open_mpire(workers: int, method: StartMethod) -> Iterator[Session]:
     mpire = importlib.import_module("mpire")
     pool = mpire.WorkerPool(workers, start_method=method)
     try:
@@ -151,7 +153,7 @@ def _open_mpire(workers: int, method: str) -> Iterator[Session]:
 
 
 @contextmanager
-def _open_deadpool(workers: int, method: str) -> Iterator[Session]:
+def _open_deadpool(workers: int, method: StartMethod) -> Iterator[Session]:
     deadpool = importlib.import_module("deadpool")
     with deadpool.Deadpool(workers, mp_context=method) as executor:
         yield _session(executor.submit, lambda future: future.result())

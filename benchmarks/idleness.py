@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 from contestants import BULKHEAD, CONTESTANTS, Contestant
-from settings import Settings
+from settings import Settings, StartMethod
 from tables import ABSENT, print_table, verdict
 
 __all__ = ["measure_idleness"]
@@ -75,7 +75,7 @@ def measure_idleness(settings: Settings) -> dict[str, object]:
     return {"watch_seconds": WATCH_SECONDS, "rests": {name: asdict(rest) for name, rest in rests.items()}}
 
 
-def _watch(contestants: Sequence[Contestant], start_method: str) -> dict[str, Rest]:
+def _watch(contestants: Sequence[Contestant], start_method: StartMethod) -> dict[str, Rest]:
     with ExitStack() as stack:
         probes = {c.name: _start_probe(stack, c.name, start_method) for c in contestants}
         time.sleep(SETTLE_SECONDS)
@@ -88,7 +88,7 @@ def _watch(contestants: Sequence[Contestant], start_method: str) -> dict[str, Re
     return rests
 
 
-def _start_probe(stack: ExitStack, name: str, start_method: str) -> subprocess.Popen[str]:
+def _start_probe(stack: ExitStack, name: str, start_method: StartMethod) -> subprocess.Popen[str]:
     command = [sys.executable, str(PROBE), "rest", name, str(WORKERS), start_method, str(WARM_UP_JOBS)]
     probe = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     # After communicate() this finds nothing to do; on the way out by an error it ends the caller.

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from contestants import BULKHEAD, STDLIB_POOL, Contestant, Fn
-from settings import Settings
+from settings import Settings, StartMethod
 from tables import ABSENT, percentile, print_table
 from workload import burn, hold, noop
 
@@ -39,7 +39,7 @@ class Pair:
     call: Callable[[Fn], object]
 
 
-OpenPair = Callable[[str], AbstractContextManager[Pair]]
+OpenPair = Callable[[StartMethod], AbstractContextManager[Pair]]
 Disturbance = Callable[[Pair], object]
 Latencies = dict[str, dict[str, list[float]]]
 """Seconds, by contestant and disturbance."""
@@ -71,7 +71,7 @@ def measure_isolation(settings: Settings) -> dict[str, object]:
     return {"latency_seconds": found}
 
 
-def _measure(open_pair: OpenPair, start_method: str, disturbance: str) -> list[float]:
+def _measure(open_pair: OpenPair, start_method: StartMethod, disturbance: str) -> list[float]:
     with open_pair(start_method) as pair:
         for _ in range(WARM_UP_JOBS):
             pair.call(noop)
@@ -112,7 +112,7 @@ def _pairs() -> list[tuple[Contestant, OpenPair]]:
 
 
 @contextmanager
-def _open_bulkhead(start_method: str) -> Iterator[Pair]:
+def _open_bulkhead(start_method: StartMethod) -> Iterator[Pair]:
     from bulkhead import Dispatcher, Job, Pool
 
     flooded = Pool(0, FLOODED_WORKERS, start_method=start_method)
@@ -125,7 +125,7 @@ def _open_bulkhead(start_method: str) -> Iterator[Pair]:
 
 
 @contextmanager
-def _open_stdlib(start_method: str) -> Iterator[Pair]:
+def _open_stdlib(start_method: StartMethod) -> Iterator[Pair]:
     context = multiprocessing.get_context(start_method)
     flooded, idle = context.Pool(FLOODED_WORKERS), context.Pool(1)
     room = threading.Semaphore(FLOODED_WORKERS)

@@ -12,22 +12,24 @@ import json
 import sys
 import time
 from contextlib import ExitStack
+from typing import cast
 
 from contestants import BY_NAME
+from settings import StartMethod
 from workload import hold, noop
 
 HOLDS_PER_WORKER = 2
 """Enough jobs that hold a worker that a pool which starts its workers on demand has started them all."""
 
 
-def live(name: str, workers: int, start_method: str) -> None:
+def live(name: str, workers: int, start_method: StartMethod) -> None:
     """Time two lives of a pool: the first pays for what the process sets up once, such as a fork server."""
     print(
         json.dumps({"first": _life(name, workers, start_method), "again": _life(name, workers, start_method)})
     )
 
 
-def rest(name: str, workers: int, start_method: str, jobs: int) -> None:
+def rest(name: str, workers: int, start_method: StartMethod, jobs: int) -> None:
     """Do some jobs, then nothing until told to end."""
     with BY_NAME[name].open(workers, start_method) as session:
         session.run(hold, workers * HOLDS_PER_WORKER)
@@ -36,7 +38,7 @@ def rest(name: str, workers: int, start_method: str, jobs: int) -> None:
         sys.stdin.readline()
 
 
-def _life(name: str, workers: int, start_method: str) -> dict[str, float]:
+def _life(name: str, workers: int, start_method: StartMethod) -> dict[str, float]:
     with ExitStack() as stack:
         start = time.perf_counter()
         session = stack.enter_context(BY_NAME[name].open(workers, start_method))
@@ -50,10 +52,11 @@ def _life(name: str, workers: int, start_method: str) -> dict[str, float]:
 
 def _main() -> None:
     command, name, workers, start_method, *jobs = sys.argv[1:]
+    method = cast("StartMethod", start_method)
     if command == "live":
-        live(name, int(workers), start_method)
+        live(name, int(workers), method)
     else:
-        rest(name, int(workers), start_method, int(jobs[0]))
+        rest(name, int(workers), method, int(jobs[0]))
 
 
 if __name__ == "__main__":

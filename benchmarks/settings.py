@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-__all__ = ["Settings"]
+__all__ = ["Settings", "StartMethod"]
+
+StartMethod = Literal["fork", "forkserver", "spawn"]
 
 
 @dataclass(frozen=True)
@@ -19,4 +22,4 @@ class Settings:
 
     rounds: int
     jobs: int
-    start_method: str
+    start_method: StartMethod

@@ -17,7 +17,7 @@ from multiprocessing import get_all_start_methods
 from pathlib import Path
 
 from contestants import BULKHEAD, EXECUTOR, STDLIB_POOL
-from settings import Settings
+from settings import Settings, StartMethod
 from tables import ABSENT, median, print_table
 
 __all__ = ["measure_startup"]
@@ -27,10 +27,11 @@ PROBE_TIMEOUT_SECONDS = 120
 MOST_ROUNDS = 3
 """More would take minutes: a round is 18 interpreters with up to 16 workers, twice."""
 WORKERS = (2, 16)
+START_METHODS: tuple[StartMethod, ...] = ("forkserver", "fork", "spawn")
 
 Life = dict[str, float]
 Lives = dict[str, Life]
-Case = tuple[str, int, str]
+Case = tuple[str, int, StartMethod]
 
 
 def measure_startup(settings: Settings) -> dict[str, object]:
@@ -55,7 +56,7 @@ def measure_startup(settings: Settings) -> dict[str, object]:
 
 def _cases() -> Iterator[Case]:
     names = [contestant.name for contestant in (BULKHEAD, STDLIB_POOL, EXECUTOR) if contestant.is_installed()]
-    methods = [method for method in ("forkserver", "fork", "spawn") if method in get_all_start_methods()]
+    methods = [method for method in START_METHODS if method in get_all_start_methods()]
     for workers, method, name in product(WORKERS, methods, names):
         yield name, workers, method
 

@@ -317,8 +317,10 @@ class Scheduler:
 
     def _take(self, job: JobRecord) -> None:
         self._accept(job, lifecycle.ACCEPT)
-        self._ready[job] = None
-        self._start_ready()
+        if self._idle and not self._ready:
+            self._start(self._idle.pop(), job)
+        else:
+            self._ready[job] = None
 
     def _start_ready(self) -> None:
         idle, ready = self._idle, self._ready
@@ -344,7 +346,8 @@ class Scheduler:
 
     def _fill(self) -> None:
         """Put idle slots and free room to use."""
-        self._start_ready()
+        if self._ready:
+            self._start_ready()
         while self._offers and self._has_room():
             job, _ = self._offers.popitem(last=False)
             self._take(job)

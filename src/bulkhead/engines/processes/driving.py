@@ -103,6 +103,7 @@ class Driving:
         self._gate = threading.Lock()  # the background thread's bed
         self._gate.acquire()
         self._is_gate_shut = False  # whether the background thread waits for it without limit
+        self._is_urgent = False  # whether the background thread should not hesitate
         self._is_closed = False
         self._thread = threading.Thread(target=self._background, name=name, daemon=True)
 
@@ -125,6 +126,14 @@ class Driving:
             self._leave(waiter)
         return waiter.is_done
 
+    def try_role(self, waiter: Waiter) -> bool:
+        """Under the lock: take the driver's role if nobody has it. Who takes it calls `wait`."""
+        if self._role is None:
+            self._role = waiter
+            self._turns += 1
+            return True
+        return False
+
     def hurry(self, instant: float | None) -> None:
         """Under the lock: make the polling thread look again if it would sleep beyond `instant`."""
         if instant is not None and (self._polls_until is None or instant < self._polls_until):
@@ -135,8 +144,9 @@ class Driving:
         self._alarm.ring()
 
     def call_background(self) -> None:
-        """Have the background thread drive at once if nobody does: somebody waits who cannot drive."""
+        """Have the background thread drive soon if nobody does: somebody waits who cannot drive."""
         with self.lock:
+            self._is_urgent = self._role is None
             self._pass_on()
 
     def silence(self) -> None:
@@ -165,11 +175,7 @@ class Driving:
 
     def _take_role(self, waiter: Waiter) -> bool:
         with self.lock:
-            if self._role is None:
-                self._role = waiter
-                self._turns += 1
-                return True
-        return False
+            return self.try_role(waiter)
 
     def _sleep(self, waiter: Waiter, patience: float | None) -> None:
         with self.lock:
@@ -241,21 +247,25 @@ class Driving:
         return poll(timeout)
 
     def _background(self) -> None:
-        turns = -1
+        seen = -1
         while not self._is_closed:
             with self.lock:
-                is_quiet = self._role is None and self._turns == turns
-                turns = self._turns
-                if is_quiet:
+                is_free = self._role is None
+                is_same_turn = self._turns == seen
+                is_mine = is_free and (is_same_turn or self._is_urgent)
+                if is_mine:
                     self._role = _BACKGROUND
-                elif self._role is not None:
-                    self._is_gate_shut = True
+                    self._is_urgent = False
+                # A caller that drives for long opens the gate when it leaves; until then there is nothing to look at.
+                self._is_gate_shut = is_same_turn and not is_free
                 patience = -1 if self._is_gate_shut else _HESITATION
-            if is_quiet:
+                seen = self._turns
+            if is_mine:
                 self._drive_in_background()
-                turns = -1  # Why: whoever the role was passed to needs time to take it.
             else:
                 self._gate.acquire(timeout=patience)
+            if is_mine or patience < 0:
+                seen = -1  # Why: whoever left or was passed the role may want it (again) at once.
 
     def _drive_in_background(self) -> None:
         while self._role is _BACKGROUND:

@@ -100,7 +100,8 @@ class LauncherLink:
 
 
 def _opened(message: Frame) -> tuple[int, int, Any]:
-    return message.kind, message.number, pickle.loads(message.body)
+    kind, number, body = message
+    return kind, number, pickle.loads(body)
 
 
 def _run(theirs: socket.socket) -> subprocess.Popen[bytes]:

@@ -38,7 +38,6 @@ from bulkhead.config import Pool
 from bulkhead.engines.base import Ledger
 from bulkhead.engines.processes import deaths, main_module
 from bulkhead.engines.processes.callbacks import CallbackThread, DoneCallback
-from bulkhead.engines.processes.channel import Frame
 from bulkhead.engines.processes.driving import Driving, Waiter
 from bulkhead.engines.processes.launcher import Report, Says, Unsuitable
 from bulkhead.engines.processes.launcher_link import LauncherLink
@@ -73,6 +72,7 @@ _STOP = 3.0
 _MAX_LAUNCHERS = 3
 
 _Event = tuple[Callable[..., None], tuple[Any, ...]]
+_Answer = tuple[Worker, int, int, Any, BaseException | None]
 
 _live_pools: weakref.WeakSet[ProcessPool] = weakref.WeakSet()
 
@@ -154,7 +154,9 @@ class ProcessPool:
                 if not self._scheduler.offer(job, now):
                     waiter = Waiter()
                     job.waiters = [waiter]
-                    self._driving.hurry(self._next_deadline())
+                    self._driving.try_role(waiter)
+                if job.due is not None or job.start_by is not None:
+                    self._driving.hurry(self._scheduler.next_deadline)
                 self._carry_out(now)
             except BaseException as error:
                 self._fall(error)
@@ -182,7 +184,8 @@ class ProcessPool:
                 taken = self._scheduler.offer(job, now, patient=waiter is not None)
                 if not taken and waiter is not None:
                     job.waiters = [waiter]
-                self._driving.hurry(self._next_deadline())
+                if job.due is not None or job.start_by is not None:
+                    self._driving.hurry(self._scheduler.next_deadline)
                 self._carry_out(now)
             except BaseException as error:
                 self._fall(error)
@@ -391,11 +394,13 @@ class ProcessPool:
         """Do what the polled events ask for, and what is due."""
         try:
             news: list[_Event] = []
+            answers: list[_Answer] = []
             for fd, _ in events:
-                if fd in self._results:
-                    self._read_results(self._results[fd], news)
+                worker = self._results.get(fd)
+                if worker is not None:
+                    self._read_results(worker, answers, news)
                 elif fd == self._link.fd:
-                    self._read_launcher(news)
+                    self._read_launcher(answers, news)
                 elif self._driving.is_alarm(fd):
                     self._driving.silence()
                 elif fd in self._blocked:
@@ -404,6 +409,8 @@ class ProcessPool:
                 if self._ruin is not None:
                     return
                 now = time.monotonic()
+                for answer in answers:
+                    self._answered(*answer, now)
                 for handle, arguments in news:
                     handle(*arguments, now)
                 self._tick(now)
@@ -413,24 +420,24 @@ class ProcessPool:
                 self._fall(error)
             raise
 
-    def _read_results(self, worker: Worker, news: list[_Event]) -> None:
+    def _read_results(self, worker: Worker, answers: list[_Answer], news: list[_Event]) -> None:
         try:
             frames = worker.reader.read()
         except (ValueError, MemoryError, OSError) as error:
             news.append((self._garbled, (worker, error)))
             return
-        for message in frames:
-            news.append((self._answered, (worker, *self._decoded(message))))
+        for kind, number, body in frames:
+            answers.append((worker, kind, number, *_decoded(kind, body)))
         if worker.reader.is_at_end:
             news.append((self._hang_up, (worker,)))
 
-    def _read_launcher(self, news: list[_Event]) -> None:
+    def _read_launcher(self, answers: list[_Answer], news: list[_Event]) -> None:
         link = self._link
         for kind, number, body in link.read():
             if kind == Says.STARTED:
                 news.append((self._started, (number, body)))
             elif kind == Says.GONE:
-                self._read_last_words(number, news)
+                self._read_last_words(number, answers)
                 news.append((self._gone, (number, body)))
             elif kind == Says.READY:
                 news.append((self._launcher_ready, ()))
@@ -439,7 +446,7 @@ class ProcessPool:
         if link.reader.is_at_end:
             news.append((self._launcher_lost, (link,)))
 
-    def _read_last_words(self, number: int, news: list[_Event]) -> None:
+    def _read_last_words(self, number: int, answers: list[_Answer]) -> None:
         """Drain the result pipe of a worker that is gone: an answer it gave before counts."""
         worker = self._workers.get(number)
         if worker is None:
@@ -448,26 +455,8 @@ class ProcessPool:
             frames = worker.reader.read_rest()
         except (ValueError, MemoryError, OSError):
             return
-        for message in frames:
-            news.append((self._answered, (worker, *self._decoded(message))))
-
-    def _decoded(self, message: Frame) -> tuple[int, int, Any, BaseException | None]:
-        """Return kind, number, value and error of an answer; whatever the users' code does in there."""
-        kind, number, body = message
-        try:
-            if kind == Kind.VALUE:
-                return kind, number, unpack_value(body), None
-            if kind == Kind.READY:
-                return kind, number, None, None
-            return kind, number, None, unpack_error(body)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            name = type(error).__qualname__
-            text = f"the job's result could not be unpickled in the caller: {name}: {error}"
-            remote = RemoteError(text, type_name=name)
-            remote.__cause__ = error
-            return kind, number, None, remote
+        for kind, message, body in frames:
+            answers.append((worker, kind, message, *_decoded(kind, body)))
 
     # What was read, told to the kernel (under the lock)
 
@@ -477,6 +466,7 @@ class ProcessPool:
         slot = worker.slot
         if kind == Kind.READY:
             if slot.state is SlotState.STARTING:
+                worker.pid = number
                 self._scheduler.worker_ready(slot, now)
             return
         if kind == Kind.NOT_READY:
@@ -592,13 +582,12 @@ class ProcessPool:
     def _mourn(self, worker: Worker, now: float) -> None:
         """See the end of a worker whose life line was cut, and count what it answered before."""
         end = now + _REPORT
-        news: list[_Event] = []
+        answers: list[_Answer] = []
         while not worker.reader.is_at_end and time.monotonic() < end:
-            self._read_results(worker, news)
+            self._read_results(worker, answers, [])
             time.sleep(0.001)
-        for handle, arguments in news:
-            if handle == self._answered:
-                handle(*arguments, now)
+        for answer in answers:
+            self._answered(*answer, now)
         self._gone(worker.number, deaths.UNKNOWN, now)
 
     def _relaunch(self) -> None:
@@ -785,6 +774,22 @@ def _worker_stats(worker: Worker, now: float) -> WorkerStats:
     if worker.slot.job is not None:
         busy += now - worker.began
     return WorkerStats(worker.pid, state.value, worker.jobs, busy)
+
+
+def _decoded(kind: int, body: Any) -> tuple[Any, BaseException | None]:
+    """Return value and error of an answer, whatever the users' code does in there."""
+    try:
+        if kind == Kind.VALUE:
+            return unpack_value(body), None
+        return None, None if kind == Kind.READY else unpack_error(body)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        name = type(error).__qualname__
+        text = f"the job's result could not be unpickled in the caller: {name}: {error}"
+        remote = RemoteError(text, type_name=name)
+        remote.__cause__ = error
+        return None, remote
 
 
 def _fire(waiters: list[Any]) -> None:

@@ -111,7 +111,7 @@ def _get_ready(ends: Ends, box: BlackBox, inherited: Initializer | None) -> bool
     if message is None:
         return False
     try:
-        setup: Setup = pickle.loads(message.body)
+        setup: Setup = pickle.loads(message[2])
         if setup.nice is not None:
             os.setpriority(os.PRIO_PROCESS, 0, setup.nice)
         elif setup.nicer_by:
@@ -127,7 +127,7 @@ def _get_ready(ends: Ends, box: BlackBox, inherited: Initializer | None) -> bool
         box.flush_output()
         write_all(ends.results, Kind.NOT_READY, 0, pack_error(error))
         return False
-    write_all(ends.results, Kind.READY, 0, b"")
+    write_all(ends.results, Kind.READY, os.getpid(), b"")
     return True
 
 
@@ -143,7 +143,7 @@ def _serve(ends: Ends, box: BlackBox) -> None:
         message = _begin_read(ends.jobs, first, box)
         if message is None:
             return
-        kind, number, body = message.kind, message.number, message.body
+        kind, number, body = message
         del message, first
         outcome, packed = _attempt(body)
         # Race: a job that forked and let its child return would answer twice; the copy has no business here.
@@ -181,7 +181,7 @@ def _begin_read(fd: int, first: bytes, box: BlackBox) -> Frame | None:
         kind, number, length = HEADER.unpack_from(first)
         box.note_read(number)
         if len(first) == HEADER.size + length:
-            return Frame(kind, number, memoryview(first)[HEADER.size :])
+            return kind, number, memoryview(first)[HEADER.size :]
     os.set_blocking(fd, True)
     message = read_frame(fd, first)
     os.set_blocking(fd, False)
