@@ -27,27 +27,33 @@ class CallbackThread:
         self._name = name
         self._queue: queue.SimpleQueue[tuple[Callable[[Any], object], Any] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()  # guards the making of the thread; nothing is acquired under it
+        self._has_ended = False
+        self._lock = threading.Lock()  # guards the making and the end of the thread; nothing is acquired under it
 
     def prepare(self) -> None:
         """Make the thread if there is none."""
         with self._lock:
-            if self._thread is None:
+            if self._thread is None and not self._has_ended:
                 thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 thread.start()
                 self._thread = thread
 
     def submit(self, callback: Callable[[Any], object], subject: Any) -> None:
-        """Have `callback(subject)` called; its exception is logged."""
-        self._queue.put((callback, subject))
+        """Have `callback(subject)` called, at once in this thread after the end; its exception is logged."""
+        with self._lock:
+            if not self._has_ended:
+                self._queue.put((callback, subject))
+                return
+        _call(callback, subject)
 
     def end(self, timeout: float | None) -> None:
         """Run what is there and end. Blocking: until that is done or `timeout`; not at all in a callback."""
         with self._lock:
+            self._has_ended = True
             thread = self._thread
+            self._queue.put(None)
         if thread is None:
             return
-        self._queue.put(None)
         if thread is not threading.current_thread():
             thread.join(timeout)
             if thread.is_alive():
@@ -55,12 +61,15 @@ class CallbackThread:
 
     def _run(self) -> None:
         while (entry := self._queue.get()) is not None:
-            callback, subject = entry
-            try:
-                callback(subject)
-            except BaseException:
-                _log.exception("a done callback of job %r raised", subject.id)
-            del entry, callback, subject
+            _call(*entry)
+            del entry  # Why: a thread that waits for the next one must not keep this job alive.
+
+
+def _call(callback: Callable[[Any], object], subject: Any) -> None:
+    try:
+        callback(subject)
+    except BaseException:
+        _log.exception("a done callback of job %r raised", subject.id)
 
 
 class DoneCallback:

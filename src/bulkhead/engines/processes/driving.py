@@ -140,7 +140,7 @@ class Driving:
             self._alarm.ring()
 
     def wake(self) -> None:
-        """Make the polling thread look again."""
+        """Under the lock: make the polling thread look again."""
         self._alarm.ring()
 
     def call_background(self) -> None:

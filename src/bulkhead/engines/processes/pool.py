@@ -137,7 +137,7 @@ class ProcessPool:
         with self._change():
             self._scheduler.begin()
             self._carry_out(time.monotonic())
-        self._driving.wake()
+            self._driving.wake()
 
     def dispatch(self, job: JobRecord, deadline: float | None) -> bool:
         """Have the job accepted, waiting for room until `deadline`; False when there was none in time.
@@ -240,7 +240,6 @@ class ProcessPool:
         with self._change():
             is_cancelled = self._scheduler.cancel(job, JobCancelled(f"job {job.id!r} was cancelled"))
             self._carry_out(time.monotonic())
-        self._driving.wake()
         return is_cancelled or job.state is JobState.CANCELLED
 
     def close_phases(self) -> list[Phase]:
@@ -290,7 +289,6 @@ class ProcessPool:
             for job in self._scheduler.unsettled_jobs():
                 self._scheduler.cancel(job, JobCancelled(f"job {job.id!r} was cancelled by finalize"))
             self._carry_out(time.monotonic())
-        self._driving.wake()
 
     def dismiss(self) -> None:
         """Send the workers home: idle ones leave by themselves, the others are ended. Does not wait."""
