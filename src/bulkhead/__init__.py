@@ -1,8 +1,8 @@
 """Isolated pools of processes for jobs of different urgency: dispatch, barrier, finalize.
 
-    with Dispatcher([Pool(priority=0, n_workers=6), Pool(priority=1, n_workers=2)]) as disp:
-        disp.dispatch(job)     # job.priority picks the pool; blocks until a worker there is free
-        disp.barrier()         # phase over
+with Dispatcher([Pool(priority=0, n_workers=6), Pool(priority=1, n_workers=2)]) as disp:
+disp.dispatch(job)     # job.priority picks the pool; blocks until a worker there is free
+disp.barrier()         # phase over
 """
 
 import logging

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from bulkhead import validate
@@ -95,7 +96,7 @@ def pools_from(pools: Iterable[Pool | tuple[int, int]]) -> list[Pool]:
     made = sorted((_pool_from(entry) for entry in pools), key=lambda pool: -pool.priority)
     if not made:
         raise ConfigError("pools must hold at least one Pool, not none")
-    for one, other in zip(made, made[1:], strict=False):
+    for one, other in pairwise(made):
         if one.priority == other.priority:
             raise ConfigError(f"priority {one.priority} is given to two pools; each pool needs its own")
     return made

@@ -35,7 +35,7 @@ from bulkhead.errors import (
 )
 from bulkhead.feeding import Feeder
 from bulkhead.history import History
-from bulkhead.job import Job, Options, call_of, options_of
+from bulkhead.job import Options, call_of, options_of
 from bulkhead.stats import BarrierReport, DispatcherStats, PhaseCounts
 from bulkhead.tracker import Tracker
 
@@ -182,7 +182,7 @@ class Dispatcher:
             check: Raise JobsFailed when a job of this phase failed.
 
         Returns:
-            A frozen report: counts by final state per pool, the failed trackers in dispatch order, `elapsed` in seconds.
+            A frozen report: counts by final state per pool, the failed trackers in dispatch order, `elapsed` seconds.
             A phase is what was dispatched since the last barrier that returned; each failure is reported once.
 
         Raises:
@@ -275,7 +275,9 @@ class Dispatcher:
         )
 
     def __repr__(self) -> str:
-        return f"<Dispatcher {[(pool.config.priority, pool.config.n_workers) for pool in self._pools.values()]}>"
+        return (
+            f"<Dispatcher {[(pool.config.priority, pool.config.n_workers) for pool in self._pools.values()]}>"
+        )
 
     def _prepared(self, job: Any) -> tuple[ProcessPool, Tracker]:
         """Check a job, pickle it and find its pool; nothing is claimed yet but an id of the user's own."""
@@ -367,7 +369,9 @@ def _forgotten(pools: list[ProcessPool], pid: int) -> None:
 
 def _refuse_platform() -> None:
     if os.name != "posix":
-        raise NotImplementedError("bulkhead needs process groups and Unix sockets: Linux, or macOS (untested)")
+        raise NotImplementedError(
+            "bulkhead needs process groups and Unix sockets: Linux, or macOS (untested)"
+        )
 
 
 def _warn_of_threads(configs: list[Pool]) -> None:
@@ -423,6 +427,6 @@ def _groupable(job: Tracker) -> Exception:
     error = job.error
     if isinstance(error, Exception):
         return error
-    return RemoteError(f"{type(error).__qualname__}: {error}")  # pragma: no cover - payload wraps these already
-
-
+    return RemoteError(
+        f"{type(error).__qualname__}: {error}"
+    )  # pragma: no cover - payload wraps these already

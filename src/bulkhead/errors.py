@@ -205,6 +205,7 @@ class JobsFailed(BulkheadError, ExceptionGroup[Exception]):
     total: int
 
     def __new__(cls, message: str, exceptions: Sequence[Exception], **facts: Any) -> Self:
+        """Make the group without the facts, which ExceptionGroup does not know."""
         return super().__new__(cls, message, exceptions)
 
     def __init__(self, message: str, exceptions: Sequence[Exception], **facts: Any) -> None:
@@ -213,6 +214,4 @@ class JobsFailed(BulkheadError, ExceptionGroup[Exception]):
     def derive(self, excs: Sequence[Exception]) -> JobsFailed:  # type: ignore[override]
         """Make a part of the group, as `except*` and `split` do, with the ids that belong to it."""
         ids = dict(zip(map(id, self.exceptions), self.job_ids, strict=False))
-        return JobsFailed(
-            self.message, excs, job_ids=tuple(ids.get(id(e)) for e in excs), total=len(excs)
-        )
+        return JobsFailed(self.message, excs, job_ids=tuple(ids.get(id(e)) for e in excs), total=len(excs))

@@ -23,6 +23,7 @@ class Feedable(Protocol):
     def try_dispatch(self, job: Tracker, waiter: object = None) -> bool: ...
     def withdraw(self, job: Tracker) -> bool: ...
     def check_open(self) -> None: ...
+    def wait_until_accepted(self, job: Tracker) -> None: ...
     def call_background(self) -> None: ...
 
 
@@ -75,43 +76,49 @@ class Feeder:
         except Exception as error:
             self._failure, self._is_exhausted = error, True
             return
-        if pool not in self._offered:
-            if self._offer(pool, job):
-                yield job
-                return
-        else:
-            self._lines.setdefault(pool, deque()).append(job)
         self._held += 1
+        if pool in self._offered:
+            self._lines.setdefault(pool, deque()).append(job)
+        else:
+            self._offered[pool] = job
+            self._offer(pool, job)
+            yield from self._accepted()
 
-    def _offer(self, pool: Feedable, job: Tracker) -> bool:
+    def _offer(self, pool: Feedable, job: Tracker) -> None:
         """Leave the job with its pool, which accepts it at once or when there is room."""
         try:
-            if pool.try_dispatch(job, self._bell):
-                return True
+            pool.try_dispatch(job, self._bell)
         except BaseException:
+            del self._offered[pool]
             self._forget(job)
             raise
-        self._offered[pool] = job
-        return False
 
     def _accepted(self) -> Iterator[Tracker]:
         """Yield the jobs that pools have accepted meanwhile, and offer the next of their lines."""
         self._bell.clear()
-        for pool, job in list(self._offered.items()):
-            if job.state is None:
-                pool.check_open()
-            while job.state is not None:
+        for pool in list(self._offered):
+            while (job := self._offered.get(pool)) is not None:
+                if job.state is None:
+                    pool.check_open()
+                    break
                 del self._offered[pool]
                 self._held -= 1
                 yield job
-                line = self._lines.get(pool)
-                if not line:
-                    break
-                job = line.popleft()
-                if self._offer(pool, job):
-                    self._offered[pool] = job
+                self._offer_next(pool)
+
+    def _offer_next(self, pool: Feedable) -> None:
+        line = self._lines.get(pool)
+        if line:
+            job = line.popleft()
+            self._offered[pool] = job
+            self._offer(pool, job)
 
     def _wait(self) -> None:
+        """Wait until some pool has accepted a job. Blocking: without limit, as dispatch does."""
+        if len(self._offered) == 1:
+            [(pool, job)] = self._offered.items()
+            pool.wait_until_accepted(job)
+            return
         for pool in self._offered:
             pool.call_background()
         self._bell.wait()
@@ -135,7 +142,7 @@ class _Bell:
         self._event.set()
 
     def wait(self) -> None:
-        """Wait until it rings. Blocking: without limit, as dispatch does."""
+        """Wait until it rings. Blocking: without limit."""
         self._event.wait()
 
     def clear(self) -> None:

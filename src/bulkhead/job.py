@@ -126,7 +126,9 @@ def run_object(job: Any) -> Any:
 
 def _checked(options: Options) -> Options:
     if "delay" in options and "not_before" in options:
-        raise ConfigError(f"delay={options['delay']!r} and not_before={options['not_before']!r} exclude each other")
+        raise ConfigError(
+            f"delay={options['delay']!r} and not_before={options['not_before']!r} exclude each other"
+        )
     return {name: _CHECKS[name](name, value) for name, value in options.items()}
 
 

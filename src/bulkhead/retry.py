@@ -74,13 +74,9 @@ class RetryPolicy:
         )
 
 
-
-
 def _exception_types(value: object) -> tuple[type[BaseException], ...]:
     types = value if isinstance(value, tuple) else (value,)
     for one in types:
         if not (isinstance(one, type) and issubclass(one, BaseException)):
             raise ConfigTypeError(f"retry_on must be exception types, not {one!r}")
     return types
-
-

@@ -150,8 +150,8 @@ class Tracker(JobRecord):
     def add_done_callback(self, fn: Callable[[Tracker], object]) -> None:
         """Have `fn(tracker)` called in this process when the job has settled, at once if it has.
 
-        Callbacks of a pool run one after the other in a thread of their own, in the order in which jobs settle; one that
-        raises is logged to the logger "bulkhead" and holds nothing up. `finalize` waits for them.
+        Callbacks of a pool run one after the other in a thread of their own, in the order in which jobs settle; one
+        that raises is logged to the logger "bulkhead" and holds nothing up. `finalize` waits for them.
         """
         self._home.add_callback(self, validate.function("fn", fn))
 

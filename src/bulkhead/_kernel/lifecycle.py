@@ -11,7 +11,19 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import NoReturn
 
-__all__ = ["ACCEPT", "CANCEL", "DUE", "FAIL", "RETRY", "RETURN", "SCHEDULE", "SETTLED", "START", "SUCCEED", "JobState"]
+__all__ = [
+    "ACCEPT",
+    "CANCEL",
+    "DUE",
+    "FAIL",
+    "RETRY",
+    "RETURN",
+    "SCHEDULE",
+    "SETTLED",
+    "START",
+    "SUCCEED",
+    "JobState",
+]
 
 
 class JobState(StrEnum):
@@ -54,11 +66,11 @@ SUCCEED = Event("succeed", {_S.RUNNING: _S.SUCCEEDED})
 RETRY = Event("be retried", {_S.RUNNING: _S.RETRYING})
 FAIL = Event(
     "fail",
-    {state: _S.FAILED for state in (_S.SCHEDULED, _S.QUEUED, _S.RUNNING, _S.RETRYING)},
+    dict.fromkeys((_S.SCHEDULED, _S.QUEUED, _S.RUNNING, _S.RETRYING), _S.FAILED),
 )
 CANCEL = Event(
     "be cancelled",
-    {state: _S.CANCELLED for state in (_S.SCHEDULED, _S.QUEUED, _S.RUNNING, _S.RETRYING)},
+    dict.fromkeys((_S.SCHEDULED, _S.QUEUED, _S.RUNNING, _S.RETRYING), _S.CANCELLED),
 )
 
 EVENTS = (ACCEPT, SCHEDULE, DUE, START, RETURN, SUCCEED, RETRY, FAIL, CANCEL)

@@ -457,11 +457,7 @@ class Scheduler:
             return subject.stamp == 0 and (
                 subject in self._offers or subject.state in (JobState.SCHEDULED, JobState.QUEUED)
             )
-        return (
-            subject.stamp == stamp
-            and subject.slot is not None
-            and subject.slot.state is SlotState.BUSY
-        )
+        return subject.stamp == stamp and subject.slot is not None and subject.slot.state is SlotState.BUSY
 
 
 def _respawn_pause(deaths_in_a_row: int) -> float:

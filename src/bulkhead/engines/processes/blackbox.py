@@ -109,7 +109,9 @@ class _Recording(io.TextIOWrapper):
     """A standard stream that also writes into the black box."""
 
     box: BlackBox
-    beneath: io.TextIOWrapper  # Why kept: a text stream that is collected closes its buffer, which this one uses.
+    beneath: (
+        io.TextIOWrapper
+    )  # Why kept: a text stream that is collected closes its buffer, which this one uses.
 
     def write(self, text: str, /) -> int:
         self.box.record(text)

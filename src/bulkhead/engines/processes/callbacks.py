@@ -28,7 +28,9 @@ class CallbackThread:
         self._queue: queue.SimpleQueue[tuple[Callable[[Any], object], Any] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._has_ended = False
-        self._lock = threading.Lock()  # guards the making and the end of the thread; nothing is acquired under it
+        self._lock = (
+            threading.Lock()
+        )  # guards the making and the end of the thread; nothing is acquired under it
 
     def prepare(self) -> None:
         """Make the thread if there is none."""

@@ -204,7 +204,9 @@ class _Launcher:
         for fd in ends[:3]:
             os.close(fd)
         try:
-            os.setpgid(pid, pid)  # Race: the worker does it too; whoever comes first, it is done before any END.
+            os.setpgid(
+                pid, pid
+            )  # Race: the worker does it too; whoever comes first, it is done before any END.
         except OSError:
             pass
         self._children[number] = _Child(number, pid, box)

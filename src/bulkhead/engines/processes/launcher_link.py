@@ -118,7 +118,7 @@ def _run(theirs: socket.socket) -> subprocess.Popen[bytes]:
 
 def _fork(ours: socket.socket, theirs: socket.socket, inherited: worker_main.Initializer | None) -> int:
     caller = os.getpid()
-    # Race: a Ctrl-C between fork and the launcher's own signal handling would print a traceback of a copy of the caller.
+    # Race: a Ctrl-C between fork and the launcher's own signal handling would print a traceback of this copy.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         pid = os.fork()

@@ -57,7 +57,8 @@ def describe() -> MainModule:
     name = getattr(getattr(main, "__spec__", None), "name", None)
     path = None if name is not None else getattr(main, "__file__", None)
     if path is not None:
-        path = os.path.normpath(os.path.join(process.ORIGINAL_DIR or "", path))
+        began_in = process.ORIGINAL_DIR or ""  # type: ignore[attr-defined]
+        path = os.path.normpath(os.path.join(began_in, path))
         if not os.path.exists(path):  # "<stdin>" and the like
             path = None
     cwd = os.getcwd()

@@ -37,7 +37,9 @@ def pack_call(call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]], 
         return _pack_closure(call, what, error)
 
 
-def unpack_call(body: memoryview | bytes | bytearray) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+def unpack_call(
+    body: memoryview | bytes | bytearray,
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """Return the call that `pack_call` packed."""
     return pickle.loads(body)  # type: ignore[no-any-return]
 
@@ -131,4 +133,3 @@ def _cloudpickled(value: Any) -> bytes | None:
         return cloudpickle.dumps(value, protocol=_PROTOCOL)  # type: ignore[no-any-return]
     except Exception:
         return None
-

@@ -44,7 +44,7 @@ from bulkhead.engines.processes.launcher_link import LauncherLink
 from bulkhead.engines.processes.payload import pack_call, unpack_error, unpack_value
 from bulkhead.engines.processes.poller import READABLE, WRITABLE
 from bulkhead.engines.processes.worker import Worker
-from bulkhead.engines.processes.worker_main import Kind, Setup
+from bulkhead.engines.processes.worker_main import Initializer, Kind, Setup
 from bulkhead.errors import (
     DispatcherFinalized,
     JobCancelled,
@@ -98,7 +98,9 @@ class ProcessPool:
         self.config = config
         self._method = config.start_method or "forkserver"
         self._ledger = ledger
-        self._inherited = (config.initializer, config.initargs, {}) if config.initializer else None
+        self._inherited: Initializer | None = (
+            (config.initializer, config.initargs, {}) if config.initializer else None
+        )
         self._setup = self._make_setup(nicer_by)
         self._driving = Driving(
             f"bulkhead-{config.label}", self._work, self._next_deadline, self._is_answer_near
@@ -191,6 +193,15 @@ class ProcessPool:
                 self._fall(error)
                 raise
             return taken
+
+    def wait_until_accepted(self, job: JobRecord) -> None:
+        """Wait until an offer that was left with `try_dispatch` is accepted or refused. Blocking: without limit."""
+        waiter = Waiter()
+        with self.lock:
+            if job.waiters is None:
+                return
+            job.waiters.append(waiter)
+        self._driving.wait(waiter)
 
     def withdraw(self, job: JobRecord) -> bool:
         """Take an offer back that was left with `try_dispatch`; False when it has been accepted."""
@@ -723,7 +734,9 @@ class ProcessPool:
         """Give everything up after `error` came out of the middle of a change. Under the lock."""
         if self._ruin is not None:
             return
-        self._ruin = PoolBroken(f"{self.config.label} was hit by {error!r} in the middle of a change and is given up")
+        self._ruin = PoolBroken(
+            f"{self.config.label} was hit by {error!r} in the middle of a change and is given up"
+        )
         self._ruin.__cause__ = error
         for worker in list(self._workers.values()):
             self._forget(worker)  # closes the life line, so the kernel kills it
