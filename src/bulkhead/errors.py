@@ -201,8 +201,8 @@ class JobsFailed(BulkheadError, ExceptionGroup[Exception]):
         total: Number of failed jobs; more than the exceptions held when the phase had more than the history keeps.
     """
 
-    job_ids: tuple[Any, ...]
-    total: int
+    job_ids: tuple[Any, ...] = ()
+    total: int = 0
 
     def __new__(cls, message: str, exceptions: Sequence[Exception], **facts: Any) -> Self:
         """Make the group without the facts, which ExceptionGroup does not know."""
@@ -213,5 +213,15 @@ class JobsFailed(BulkheadError, ExceptionGroup[Exception]):
 
     def derive(self, excs: Sequence[Exception]) -> JobsFailed:  # type: ignore[override]
         """Make a part of the group, as `except*` and `split` do, with the ids that belong to it."""
-        ids = dict(zip(map(id, self.exceptions), self.job_ids, strict=False))
-        return JobsFailed(self.message, excs, job_ids=tuple(ids.get(id(e)) for e in excs), total=len(excs))
+        ids: dict[int, Any] = {}
+        for job_id, error in zip(self.job_ids, self.exceptions, strict=False):
+            ids.update(dict.fromkeys(map(id, _leaves(error)), job_id))
+        # Why by leaves: a job's error that is a group itself is taken apart and made anew.
+        found = tuple(next((ids[id(leaf)] for leaf in _leaves(e) if id(leaf) in ids), None) for e in excs)
+        return JobsFailed(self.message, excs, job_ids=found, total=len(excs))
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    if not isinstance(error, BaseExceptionGroup):
+        return [error]
+    return [leaf for part in error.exceptions for leaf in _leaves(part)]

@@ -62,7 +62,7 @@ class RetryPolicy:
         try:
             pause = min(self.initial * self.factor ** (attempt - 1), self.maximum)
         except OverflowError:
-            pause = self.maximum
+            pause = self.maximum if self.initial else 0.0
         return min(pause * (1 + self.jitter * (2 * draw - 1)), self.maximum)
 
     def allows(self, attempt: int, error: BaseException) -> bool:

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 from bulkhead import validate
 from bulkhead._kernel.lifecycle import SETTLED, JobState
 from bulkhead._kernel.records import JobRecord
-from bulkhead.errors import NestedDispatch, RemoteTraceback, WaitTimeout
+from bulkhead.errors import (
+    JobTimeout,
+    NestedDispatch,
+    RemoteError,
+    RemoteTraceback,
+    WaitTimeout,
+    WorkerCrashed,
+)
 from bulkhead.retry import RetryPolicy
 
 if TYPE_CHECKING:
@@ -198,13 +205,16 @@ def _described(error: BaseException | None) -> tuple[str | None, str | None, str
     if error is None:
         return None, None, None
     cause = error.__cause__
-    trace = cause.text if isinstance(cause, RemoteTraceback) else getattr(error, "stack", None)
-    return getattr(error, "type_name", None) or type(error).__qualname__, _text(error), trace or None
+    trace = cause.text if isinstance(cause, RemoteTraceback) else None
+    if isinstance(error, (JobTimeout, WorkerCrashed)):
+        trace = error.stack or None
+    name = error.type_name if isinstance(error, RemoteError) and error.type_name else type(error).__qualname__
+    return name, _text(error), trace
 
 
 def _text(error: BaseException) -> str:
     try:
-        return str(error)
+        return "".join((str(error),))
     except Exception:  # a __str__ of the user's that raises
         return "<its text could not be made>"
 

@@ -2,6 +2,7 @@
 
 A job that ends leaves its timeout behind in the heap. Such entries are dropped when they come to the top, and swept out
 when they make up more than half, so that the heap stays within twice the number of live entries however many jobs pass.
+They hold no job alive: an alarm refers to a slot, or to a job's handle, which is emptied when the job settles.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ __all__ = ["JobRecord", "Slot", "SlotState", "Verdict"]
 
 
 class Verdict(Enum):
-    """Why a slot's worker is being ended; the first verdict stands."""
+    """Why a slot's worker is being ended; a cancellation overrides a timeout."""
 
     TIMEOUT = "timeout"
     CANCEL = "cancel"
@@ -32,6 +32,7 @@ class JobRecord:
         "due",
         "error",
         "finished_at",
+        "handle",
         "id",
         "payload",
         "phase",
@@ -67,9 +68,10 @@ class JobRecord:
         self.due: float | None = None  # Earliest start, monotonic seconds.
         self.start_by: float | None = None  # Latest start, monotonic seconds.
         self.stamp = 0  # Number of its last start in the pool; tells stale alarms from live ones.
+        self.handle: list[JobRecord] | None = None  # What alarms refer to; emptied when the job settles.
         self.phase: Phase | None = None
         self.slot: Slot | None = None
-        self.returns = 0  # How often a worker died before it had read the job.
+        self.returns = 0  # How often in a row a worker died before it had read the job.
         self.value: Any = None  # Owner: the engine, which sets it before it reports a success.
         self.error: BaseException | None = None
         self.waiters: list[Any] | None = None  # Owner: the engine.

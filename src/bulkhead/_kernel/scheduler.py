@@ -16,6 +16,7 @@ Source: decisions apart from actions as in distributed's worker_state_machine.py
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
@@ -130,6 +131,7 @@ class Scheduler:
         self._offers: OrderedDict[JobRecord, None] = OrderedDict()
         self._pausing: dict[JobRecord, None] = {}  # scheduled or retrying
         self._deadlines = Deadlines(self._is_live)
+        self._now = 0.0  # of the last stimulus
         self._starts = 0
         self._failed_starts = 0
         self._deaths_in_a_row = 0
@@ -142,26 +144,32 @@ class Scheduler:
 
         The engine has checked `broken` and `is_refusing`.
         """
+        self._now = now
         if job.due is not None and job.due > now:
             self._accept(job, lifecycle.SCHEDULE)
             self._pausing[job] = None
-            self._deadlines.add(job.due, Alarm.JOB_DUE, job)
+            self._deadlines.add(job.due, Alarm.JOB_DUE, _handle(job))
         elif not self._offers and self._has_room():
             self._take(job)
         elif patient:
             self._offers[job] = None
         else:
             return False
-        if job.start_by is not None:
-            self._deadlines.add(job.start_by, Alarm.START_DEADLINE, job)
+        if job.start_by is not None and job.state not in lifecycle.SETTLED:
+            self._deadlines.add(job.start_by, Alarm.START_DEADLINE, _handle(job))
         return job.state is not None
 
     def withdraw(self, job: JobRecord) -> bool:
         """Forget the offer of a caller that waits no longer; False when it was accepted just before."""
-        return self._offers.pop(job, job) is None
+        if job not in self._offers:
+            return False
+        del self._offers[job]
+        _drop_handle(job)
+        return True
 
-    def cancel(self, job: JobRecord, error: BaseException) -> bool:
+    def cancel(self, job: JobRecord, error: BaseException, now: float) -> bool:
         """Take a waiting job out, or have the worker of a running one ended. False when it has settled."""
+        self._now = now
         if job.state in lifecycle.SETTLED or job.state is None:
             return False
         job.error = error
@@ -192,6 +200,7 @@ class Scheduler:
 
     def worker_ready(self, slot: Slot, now: float) -> None:
         """The slot's worker has come up and waits for a job."""
+        self._now = now
         self._failed_starts = 0
         slot.ready_at = now
         slot.state = SlotState.IDLE
@@ -200,6 +209,7 @@ class Scheduler:
 
     def attempt_ended(self, slot: Slot, error: BaseException | None, now: float) -> None:
         """The slot's worker has answered; `error` is None for a success. A worker told to end has lost its say."""
+        self._now = now
         if slot.state is not SlotState.BUSY:
             return
         job = slot.job
@@ -224,6 +234,7 @@ class Scheduler:
             now: Monotonic seconds.
             unread: The worker had not begun to read its job.
         """
+        self._now = now
         state, job, verdict = slot.state, slot.job, slot.verdict
         if state is SlotState.IDLE:
             self._idle.remove(slot)
@@ -239,14 +250,15 @@ class Scheduler:
 
     def tick(self, now: float) -> None:
         """Let everything happen that is due."""
+        self._now = now
         while (entry := self._deadlines.pop(now)) is not None:
             alarm, subject = entry
             if alarm is Alarm.JOB_DUE:
-                self._job_due(subject)
+                self._job_due(subject[0])
             elif alarm is Alarm.START_DEADLINE:
-                self._start_deadline(subject)
+                self._start_deadline(subject[0])
             elif alarm is Alarm.TIMEOUT:
-                self._end(subject, Verdict.TIMEOUT)
+                self._end(subject.job, Verdict.TIMEOUT)
             else:
                 self._staff(subject)
         self._fill()
@@ -258,7 +270,7 @@ class Scheduler:
         self.broken = error
         self._refuse_offers()
         for job in [*self._ready, *self._pausing]:
-            job.error = error
+            job.error = _copy_of(error)
             self._settle(job, lifecycle.FAIL)
         self._ready.clear()
 
@@ -317,16 +329,25 @@ class Scheduler:
 
     def _take(self, job: JobRecord) -> None:
         self._accept(job, lifecycle.ACCEPT)
-        if self._idle and not self._ready:
-            self._start(self._idle.pop(), job)
-        else:
+        if self._ready or not self._idle:
             self._ready[job] = None
+        elif not self._is_too_late(job):
+            self._start(self._idle.pop(), job)
+
+    def _is_too_late(self, job: JobRecord) -> bool:
+        """Settle a job that is about to start after its start deadline. Why here too: nobody may have called `tick`."""
+        if job.start_by is None or job.attempt > 0 or self._now <= job.start_by:
+            return False
+        job.error = self._expired(job)
+        self._settle(job, lifecycle.FAIL)
+        return True
 
     def _start_ready(self) -> None:
         idle, ready = self._idle, self._ready
         while idle and ready:
             job, _ = ready.popitem(last=False)
-            self._start(idle.pop(), job)
+            if not self._is_too_late(job):
+                self._start(idle.pop(), job)
 
     def _start(self, slot: Slot, job: JobRecord) -> None:
         self._starts += 1
@@ -341,8 +362,8 @@ class Scheduler:
 
     def arm_timeout(self, job: JobRecord, now: float) -> None:
         """Begin to count a started job's timeout; the engine calls it when it has carried StartJob out."""
-        if job.timeout is not None:
-            self._deadlines.add(now + job.timeout, Alarm.TIMEOUT, job, job.stamp)
+        if job.timeout is not None and job.slot is not None:
+            self._deadlines.add(now + job.timeout, Alarm.TIMEOUT, job.slot, job.stamp)
 
     def _fill(self) -> None:
         """Put idle slots and free room to use."""
@@ -355,6 +376,7 @@ class Scheduler:
 
     def _attempt_failed(self, job: JobRecord, error: BaseException, now: float) -> None:
         job.error = error
+        job.returns = 0
         policy = job.retry
         if policy is None or self.broken is not None or not policy.allows(job.attempt, error):
             self._settle(job, lifecycle.FAIL)
@@ -363,7 +385,7 @@ class Scheduler:
         self.retried += 1
         self._pausing[job] = None
         job.due = now + policy.pause(job.attempt, self._draw())
-        self._deadlines.add(job.due, Alarm.JOB_DUE, job, job.stamp)
+        self._deadlines.add(job.due, Alarm.JOB_DUE, _handle(job), job.stamp)
 
     def _job_lost(
         self, job: JobRecord, verdict: Verdict | None, error: BaseException, now: float, *, unread: bool
@@ -371,13 +393,21 @@ class Scheduler:
         if verdict is Verdict.CANCEL:
             self._settle(job, lifecycle.CANCEL)
         elif verdict is None and unread and job.returns < _MAX_RETURNS and self.broken is None:
-            job.returns += 1
-            job.attempt -= 1
-            job.state = lifecycle.RETURN[job.state]
-            self._ready[job] = None
-            self._ready.move_to_end(job, last=False)
+            self._return(job)
         else:
             self._attempt_failed(job, error, now)
+
+    def _return(self, job: JobRecord) -> None:
+        """Put an unread job back to the front, in the order in which it and other unread ones were started."""
+        job.returns += 1
+        job.attempt -= 1
+        job.state = lifecycle.RETURN[job.state]
+        before = [other for other in self._ready if other.returns and other.stamp < job.stamp]
+        self._ready[job] = None
+        for one in [job, *reversed(before)]:
+            self._ready.move_to_end(one, last=False)
+        if job.start_by is not None:
+            self._deadlines.add(job.start_by, Alarm.START_DEADLINE, _handle(job))
 
     def _settle(self, job: JobRecord, event: lifecycle.Event) -> None:
         before = job.state
@@ -392,6 +422,7 @@ class Scheduler:
         else:
             self.cancelled += 1
         self.unsettled -= 1
+        _drop_handle(job)
         phase = self.phases.leave(job)
         self.instructions.append(SettleJob(job, phase.unsettled == 0))
 
@@ -402,6 +433,8 @@ class Scheduler:
             slot.state = SlotState.ENDING
             slot.verdict = verdict
             self.instructions.append(EndWorker(slot))
+        elif verdict is Verdict.CANCEL:
+            slot.verdict = verdict
 
     def _job_due(self, job: JobRecord) -> None:
         del self._pausing[job]
@@ -448,16 +481,39 @@ class Scheduler:
         else:
             self._staff(slot)
 
-    def _is_live(self, alarm: Alarm, subject: JobRecord | Slot, stamp: int) -> bool:
+    def _is_live(self, alarm: Alarm, subject: Slot | list[JobRecord], stamp: int) -> bool:
         if isinstance(subject, Slot):
-            return subject.state is SlotState.VACANT
+            if alarm is Alarm.RESPAWN:
+                return subject.state is SlotState.VACANT
+            return subject.state is SlotState.BUSY and subject.job is not None and subject.job.stamp == stamp
+        if not subject:
+            return False
+        job = subject[0]
         if alarm is Alarm.JOB_DUE:
-            return subject in self._pausing and subject.stamp == stamp
-        if alarm is Alarm.START_DEADLINE:
-            return subject.stamp == 0 and (
-                subject in self._offers or subject.state in (JobState.SCHEDULED, JobState.QUEUED)
-            )
-        return subject.stamp == stamp and subject.slot is not None and subject.slot.state is SlotState.BUSY
+            return job in self._pausing and job.stamp == stamp
+        return job.attempt == 0 and (
+            job in self._offers or job.state in (JobState.SCHEDULED, JobState.QUEUED)
+        )
+
+
+def _handle(job: JobRecord) -> list[JobRecord]:
+    """Return what an alarm holds instead of the job, so that a stale alarm does not keep a settled job alive."""
+    if job.handle is None:
+        job.handle = [job]
+    return job.handle
+
+
+def _drop_handle(job: JobRecord) -> None:
+    if job.handle is not None:
+        job.handle.clear()
+        job.handle = None
+
+
+def _copy_of(error: BaseException) -> BaseException:
+    """Return an error of its own for one of several jobs, since each raise adds to an error's traceback."""
+    copied = copy.copy(error)
+    copied.__cause__ = error.__cause__
+    return copied
 
 
 def _respawn_pause(deaths_in_a_row: int) -> float:

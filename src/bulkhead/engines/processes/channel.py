@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable
 
 __all__ = ["CHUNK", "HEADER", "Frame", "FrameReader", "FrameWriter", "frame", "read_frame", "write_all"]
 
@@ -43,16 +42,14 @@ def frame(kind: int, number: int, body: bytes) -> bytes:
 
 def write_all(fd: int, kind: int, number: int, body: bytes) -> None:
     """Write one message to a blocking pipe. Blocking: until the reader has taken it or is gone (BrokenPipeError)."""
-    if len(body) < CHUNK:
-        data = HEADER.pack(kind, number, len(body)) + body
-        if os.write(fd, data) == len(data):
-            return
-        raise AssertionError("a blocking pipe took a part of a write")
-    parts: Iterable[bytes] = (HEADER.pack(kind, number, len(body)), body)
-    for part in parts:
-        view = memoryview(part)
-        while view:
-            view = view[os.write(fd, view) :]
+    header = HEADER.pack(kind, number, len(body))
+    for part in (header + body,) if len(body) < CHUNK else (header, body):
+        n = os.write(fd, part)
+        if n < len(part):
+            # A large message, or a signal handler of the job's that interrupted the write.
+            view = memoryview(part)[n:]
+            while view:
+                view = view[os.write(fd, view) :]
 
 
 def read_frame(fd: int, first: bytes) -> Frame | None:

@@ -14,6 +14,7 @@ from typing import Any
 from bulkhead.errors import JobNotPicklable, RemoteError, RemoteTraceback
 
 __all__ = [
+    "message_of",
     "pack_call",
     "pack_error",
     "pack_value",
@@ -65,39 +66,41 @@ def pack_error(error: BaseException) -> bytes:
     # Why from the second entry: the first is the worker's own call.
     tb = error.__traceback__
     text = _text_of(error, tb.tb_next if tb is not None else None)
-    facts = (type(error).__qualname__, _message_of(error), text)
+    facts = (type(error).__qualname__, message_of(error), text)
     return pickle.dumps((*facts, _rebuildable(error)), _PROTOCOL)
 
 
 def unpack_error(body: memoryview | bytes | bytearray) -> BaseException:
     """Return the exception that a job raised, with the remote traceback as its cause, or a RemoteError of its text."""
     type_name, message, text, packed = pickle.loads(body)
-    error: Exception | None = None
     if packed is not None:
         try:
-            rebuilt = pickle.loads(packed)
-            if isinstance(rebuilt, Exception):
-                error = rebuilt
-        except Exception as reason:  # the class may be missing here, or its __init__ may refuse
-            text += f"\nThe exception could not be rebuilt in the caller: {reason!r}\n"
-    if error is None:
-        error = RemoteError(f"{type_name}: {message}", type_name=type_name, traceback=text)
-    error.__cause__ = RemoteTraceback(text)
-    return error
+            error = pickle.loads(packed)
+            if isinstance(error, Exception):
+                error.__cause__ = RemoteTraceback(text)
+                return error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as reason:  # the class may be missing here, or may refuse to be made or changed
+            text += f"\nThe exception could not be rebuilt in the caller: {message_of(reason)}\n"
+    remote = RemoteError(f"{type_name}: {message}", type_name=type_name, traceback=text)
+    remote.__cause__ = RemoteTraceback(text)
+    return remote
+
+
+def message_of(error: BaseException) -> str:
+    """Return the error's text whatever its `__str__` does."""
+    try:
+        return "".join((str(error),))  # Why join: `str()` may give an instance of a subclass
+    except BaseException:
+        return "<its text could not be made>"
 
 
 def _text_of(error: BaseException, tb: Any) -> str:
     try:
         return "".join(traceback.format_exception(type(error), error, tb))
-    except Exception as reason:  # a __str__ or __cause__ of the user's that raises
+    except BaseException as reason:  # a __str__ or __cause__ of the user's that raises
         return f"{type(error).__qualname__} (its traceback could not be formatted: {type(reason).__qualname__})\n"
-
-
-def _message_of(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:
-        return "<its text could not be made>"
 
 
 def _rebuildable(error: BaseException) -> bytes | None:
@@ -108,7 +111,7 @@ def _rebuildable(error: BaseException) -> bytes | None:
     try:
         packed = pickle.dumps(error, _PROTOCOL)
         return packed if type(pickle.loads(packed)) is type(error) else None
-    except Exception:
+    except BaseException:  # whatever the users' __reduce__ and __init__ raise
         return None
 
 
@@ -117,13 +120,15 @@ def _pack_closure(call: Any, what: str, error: Exception) -> bytes:
         import cloudpickle
     except ImportError:
         raise JobNotPicklable(
-            f"{what} cannot be pickled: {error}. Functions must be importable by name; for lambdas and closures "
-            "install the extra: pip install 'bulkhead-pool[closures]'"
+            f"{what} cannot be pickled: {message_of(error)}. Functions must be importable by name; for lambdas "
+            "and closures install the extra: pip install 'bulkhead-pool[closures]'"
         ) from error
     try:
         return cloudpickle.dumps(call, protocol=_PROTOCOL)  # type: ignore[no-any-return]
     except Exception as second:
-        raise JobNotPicklable(f"{what} cannot be pickled, not even by cloudpickle: {second}") from second
+        raise JobNotPicklable(
+            f"{what} cannot be pickled, not even by cloudpickle: {message_of(second)}"
+        ) from second
 
 
 def _cloudpickled(value: Any) -> bytes | None:

@@ -41,7 +41,7 @@ from bulkhead.engines.processes.callbacks import CallbackThread, DoneCallback
 from bulkhead.engines.processes.driving import Driving, Waiter
 from bulkhead.engines.processes.launcher import Report, Says, Unsuitable
 from bulkhead.engines.processes.launcher_link import LauncherLink
-from bulkhead.engines.processes.payload import pack_call, unpack_error, unpack_value
+from bulkhead.engines.processes.payload import message_of, pack_call, unpack_error, unpack_value
 from bulkhead.engines.processes.poller import READABLE, WRITABLE
 from bulkhead.engines.processes.worker import Worker
 from bulkhead.engines.processes.worker_main import Initializer, Kind, Setup
@@ -249,8 +249,9 @@ class ProcessPool:
     def cancel(self, job: JobRecord) -> bool:
         """Take a waiting job out, end the worker of a running one; False when it has settled otherwise."""
         with self._change():
-            is_cancelled = self._scheduler.cancel(job, JobCancelled(f"job {job.id!r} was cancelled"))
-            self._carry_out(time.monotonic())
+            now = time.monotonic()
+            is_cancelled = self._scheduler.cancel(job, JobCancelled(f"job {job.id!r} was cancelled"), now)
+            self._carry_out(now)
         return is_cancelled or job.state is JobState.CANCELLED
 
     def close_phases(self) -> list[Phase]:
@@ -297,9 +298,10 @@ class ProcessPool:
     def cancel_all(self) -> None:
         """Cancel every job that has not settled."""
         with self._change():
+            now = time.monotonic()
             for job in self._scheduler.unsettled_jobs():
-                self._scheduler.cancel(job, JobCancelled(f"job {job.id!r} was cancelled by finalize"))
-            self._carry_out(time.monotonic())
+                self._scheduler.cancel(job, JobCancelled(f"job {job.id!r} was cancelled by finalize"), now)
+            self._carry_out(now)
 
     def dismiss(self) -> None:
         """Send the workers home: idle ones leave by themselves, the others are ended. Does not wait."""
@@ -797,7 +799,7 @@ def _decoded(kind: int, body: Any) -> tuple[Any, BaseException | None]:
         raise
     except BaseException as error:
         name = type(error).__qualname__
-        text = f"the job's result could not be unpickled in the caller: {name}: {error}"
+        text = f"the job's result could not be unpickled in the caller: {name}: {message_of(error)}"
         remote = RemoteError(text, type_name=name)
         remote.__cause__ = error
         return None, remote

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from bulkhead.engines.processes import lifeline, main_module
 from bulkhead.engines.processes.blackbox import BlackBox
 from bulkhead.engines.processes.channel import CHUNK, HEADER, Frame, read_frame, write_all
-from bulkhead.engines.processes.payload import pack_error, pack_value, unpack_call
+from bulkhead.engines.processes.payload import message_of, pack_error, pack_value, unpack_call
 from bulkhead.errors import RemoteError
 
 __all__ = ["Ends", "Kind", "Setup", "main", "run"]
@@ -205,7 +205,8 @@ def _attempt(body: memoryview | bytes | bytearray) -> tuple[int, bytes]:
 
 
 def _cannot(what: str, error: BaseException) -> RemoteError:
-    wrapped = RemoteError(f"{what}: {type(error).__qualname__}: {error}", type_name=type(error).__qualname__)
+    name = type(error).__qualname__
+    wrapped = RemoteError(f"{what}: {name}: {message_of(error)}", type_name=name)
     wrapped.__cause__ = error
     return wrapped
 
