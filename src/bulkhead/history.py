@@ -34,29 +34,37 @@ class History:
         self.limit = limit
         self._expiry = expiry
         self._jobs: dict[Any, Tracker] = {}
+        self._reserved: dict[Any, Tracker] = {}  # own ids of jobs that are not accepted yet
         self._settled: deque[tuple[float, Tracker]] = deque()
         self._numbers = count()
 
     def reserve(self, job_id: Hashable, job: Tracker) -> None:
         """Give `job` an id of the user's; raises DuplicateJobId when a live job has it."""
-        while (holder := self._jobs.setdefault(job_id, job)) is not job:
-            if holder.state not in SETTLED:
-                raise DuplicateJobId(f"a job with id {job_id!r} is still live")
-            if self._jobs.get(job_id) is holder:
-                self._jobs.pop(job_id, None)
+        if self._reserved.setdefault(job_id, job) is not job:
+            raise DuplicateJobId(f"a job with id {job_id!r} is being dispatched already")
+        # Race: whoever held the reservation before has been entered by now, so it is found here.
+        holder = self._jobs.get(job_id)
+        if holder is not None and holder.state not in SETTLED:
+            del self._reserved[job_id]
+            raise DuplicateJobId(f"a job with id {job_id!r} is still live")
         job.id = job_id
 
     def release(self, job: Tracker) -> None:
         """Forget a job that was not accepted."""
-        if self._jobs.get(job.id) is job:
-            self._jobs.pop(job.id, None)
+        if self._reserved.get(job.id) is job:
+            del self._reserved[job.id]
 
     def enter(self, job: Any) -> None:
         """Note the acceptance of a job; one without an id of its own gets the next number."""
         job.queued_at = time.time()
+        if job.id is not None:
+            self._jobs.pop(job.id, None)  # a settled one of the same id
+            self._jobs[job.id] = job
+            del self._reserved[job.id]
+            return
         while job.id is None:
             number = next(self._numbers)
-            if self._jobs.setdefault(number, job) is job:
+            if number not in self._reserved and self._jobs.setdefault(number, job) is job:
                 job.id = number
 
     def settle(self, job: Any) -> None:
@@ -94,7 +102,7 @@ class History:
             job = self._jobs[job_id]
         except (KeyError, TypeError):
             job = None
-        if job is None or job.state is None:
+        if job is None:
             raise JobNotFound(
                 f"no job {job_id!r} is known: it was never dispatched, or it has expired", job_id=job_id
             )
@@ -103,7 +111,7 @@ class History:
     def jobs(self) -> Iterator[Tracker]:
         """Return all known jobs in the order of their acceptance."""
         self.sweep()
-        return iter([job for job in list(self._jobs.values()) if job.state is not None])
+        return iter(list(self._jobs.values()))
 
     def live(self, priority: int) -> list[Tracker]:
         """Return the jobs of a pool that are accepted and not settled."""

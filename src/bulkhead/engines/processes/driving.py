@@ -35,9 +35,9 @@ __all__ = ["Driving", "Waiter"]
 # two dispatches of a script in full swing, shorter than anybody notices.
 _HESITATION = 0.005
 
-# How often a caller looks for events before it sleeps in the poll; each look gives the CPU away. Why: an answer to a
-# small job is there after some ten microseconds, and waking a sleeper costs more than that.
-_LOOKS = 20
+# How long a caller looks for events before it sleeps in the poll (seconds); each look gives the CPU away. Why: an
+# answer to a small job is there after some ten microseconds, and waking a sleeper costs more than that.
+_LOOK_FOR = 30e-6
 _give_way = getattr(os, "sched_yield", lambda: None)
 
 _BACKGROUND = object()
@@ -237,13 +237,14 @@ class Driving:
     def _poll(self, timeout: float | None) -> list[tuple[int, int]]:
         poll = self.poller.poll
         if self._role is not _BACKGROUND and self._is_busy():
-            for _ in range(_LOOKS):
+            give_up = time.perf_counter() + _LOOK_FOR
+            while True:
                 events = poll(0)
-                if events:
-                    return events
-                if timeout == 0:
-                    return events
+                if events or timeout == 0 or time.perf_counter() >= give_up:
+                    break
                 _give_way()
+            if events or timeout == 0:
+                return events
         return poll(timeout)
 
     def _background(self) -> None:
