@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 from contestants import CONTESTANTS
 from idleness import measure_idleness
 from isolation import measure_isolation
@@ -83,7 +84,7 @@ def _machine() -> dict[str, object]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
         "cpus": os.cpu_count(),
-        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
+        "busy_percent_before": psutil.cpu_percent(interval=1.0),
         "default_start_method": multiprocessing.get_context().get_start_method(),
         "versions": {c.distribution: c.version() for c in CONTESTANTS if c.distribution},
     }
@@ -95,7 +96,7 @@ def _heading(machine: object) -> str:
     return "\n".join(
         [
             f"Python {machine['python']}, {machine['system']}, {machine['cpus']} CPUs",
-            f"load average before: {machine['load_average']}",
+            f"CPUs in use by others just before: {machine['busy_percent_before']:.0f} %; from 10 % on, trust no figure",
             f"multiprocessing's default start method here: {machine['default_start_method']}",
             versions,
         ]
