@@ -6,10 +6,13 @@ caller's thread; everything else is the pool's.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
+import threading
 import time
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from datetime import datetime
@@ -42,6 +45,8 @@ from bulkhead.tracker import Tracker
 __all__ = ["Dispatcher"]
 
 _log = logging.getLogger("bulkhead")
+
+_not_finalized: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
 
 # Bounds of the time that a cancelling finalize may take besides the kill ladder (seconds).
 _UNWIND = 5.0
@@ -96,7 +101,9 @@ class Dispatcher:
         except BaseException:
             _end(list(self._pools.values()), cancel=True, deadline=None)
             raise
-        self._finalizer = weakref.finalize(self, _forgotten, list(self._pools.values()), self._pid)
+        self._finalizer = weakref.finalize(self, _dropped, list(self._pools.values()), self._pid)
+        self._finalizer.atexit = False
+        _not_finalized.add(self)
 
     def dispatch(self, job: Any, *, timeout: float | None = None) -> Tracker:
         """Give a job to the pool of its priority; wait until a worker there is free.
@@ -230,6 +237,7 @@ class Dispatcher:
             deadline = time.monotonic() + validate.seconds("timeout", timeout, zero=True)
         _end(list(self._pools.values()), cancel=cancel, deadline=deadline)
         self._finalizer.detach()
+        _not_finalized.discard(self)
 
     def __enter__(self) -> Self:
         self._refuse_elsewhere()
@@ -359,12 +367,24 @@ def _tear_down(pools: list[ProcessPool], *, cancel: bool, deadline: float | None
         pool.stop(deadline)
 
 
-def _forgotten(pools: list[ProcessPool], pid: int) -> None:
-    """Tear down what nobody has finalized: at exit of the interpreter, or when the dispatcher was dropped."""
-    if os.getpid() != pid:
-        return
+def _dropped(pools: list[ProcessPool], pid: int) -> None:
+    """Tear down a dispatcher that nobody refers to any more: accepted jobs end, then the processes."""
+    if os.getpid() == pid:
+        # Why a thread: the garbage collector may call this anywhere, under a pool's lock as well. Not a daemon, so that
+        # the interpreter waits for it.
+        threading.Thread(
+            target=_end, args=(pools,), kwargs={"cancel": False, "deadline": None}, name="bulkhead-dropped"
+        ).start()
+        warnings.warn("a Dispatcher was dropped without finalize()", ResourceWarning, stacklevel=2)
+
+
+@atexit.register
+def _finalize_forgotten() -> None:
+    """Finalize what the script has not, when the interpreter exits: as `with` does, cancelling after an exception."""
     has_failed = getattr(sys, "last_value", None) is not None
-    _end(pools, cancel=has_failed, deadline=None)
+    for dispatcher in list(_not_finalized):
+        if dispatcher._pid == os.getpid():
+            dispatcher.finalize(cancel=has_failed)
 
 
 def _refuse_platform() -> None:
@@ -375,9 +395,6 @@ def _refuse_platform() -> None:
 
 
 def _warn_of_threads(configs: list[Pool]) -> None:
-    import threading
-    import warnings
-
     others = [t.name for t in threading.enumerate() if not t.name.startswith("bulkhead-")][1:]
     if others and any(config.start_method == "fork" for config in configs):
         warnings.warn(

@@ -21,6 +21,7 @@ Prior art: the leader/follower pattern (Schmidt, 2000).
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -30,6 +31,8 @@ from collections.abc import Callable
 from bulkhead.engines.processes.poller import READABLE, Alarm, make_poller
 
 __all__ = ["Driving", "Waiter"]
+
+_log = logging.getLogger("bulkhead")
 
 # How long the role may be free before the background thread takes it (seconds). Longer than the usual pause between
 # two dispatches of a script in full swing, shorter than anybody notices.
@@ -123,7 +126,7 @@ class Driving:
                 if patience is not None and patience <= 0:
                     break
         finally:
-            self._leave(waiter)
+            self.leave(waiter)
         return waiter.is_done
 
     def try_role(self, waiter: Waiter) -> bool:
@@ -133,6 +136,15 @@ class Driving:
             self._turns += 1
             return True
         return False
+
+    def leave(self, waiter: Waiter) -> None:
+        """Give the role back, if the waiter has it, and let somebody else drive. Does no harm twice."""
+        try:
+            self._leave_role(waiter)
+        except KeyboardInterrupt:
+            # Race: a Ctrl-C just here must not leave the role with a thread that has gone.
+            self._leave_role(waiter)
+            raise
 
     def hurry(self, instant: float | None) -> None:
         """Under the lock: make the polling thread look again if it would sleep beyond `instant`."""
@@ -187,14 +199,6 @@ class Driving:
             if self._role is _BACKGROUND:
                 self._alarm.ring()
         bed.acquire(timeout=-1 if patience is None else max(patience, 0))
-
-    def _leave(self, waiter: Waiter) -> None:
-        try:
-            self._leave_role(waiter)
-        except KeyboardInterrupt:
-            # Race: a Ctrl-C just here must not leave the role with a thread that has gone.
-            self._leave_role(waiter)
-            raise
 
     def _leave_role(self, waiter: Waiter) -> None:
         with self.lock:
@@ -269,9 +273,15 @@ class Driving:
                 seen = -1  # Why: whoever left or was passed the role may want it (again) at once.
 
     def _drive_in_background(self) -> None:
-        while self._role is _BACKGROUND:
-            self._step(None)
+        try:
+            while self._role is _BACKGROUND:
+                self._step(None)
+                with self.lock:
+                    if self._sleepers or self._is_closed:
+                        self._role = None
+                        self._pass_on()
+        except BaseException:  # the pool has given itself up; whoever still waits for its end may drive
+            _log.exception("%s: driving failed", self._thread.name)
             with self.lock:
-                if self._sleepers or self._is_closed:
-                    self._role = None
-                    self._pass_on()
+                self._role = None
+                self._pass_on()

@@ -168,6 +168,7 @@ class _Launcher:
                         self._is_over = True
                     else:
                         self._listen()
+                        import psutil  # noqa: F401 - Why here: the workers are starting, the first death may wait for it
                 self._see_to_children()
         finally:
             self._end_all()

@@ -79,6 +79,13 @@ class LauncherLink:
         except (BlockingIOError, BrokenPipeError, ConnectionResetError):
             self.reader.is_at_end = True
 
+    def kill(self) -> None:
+        """Kill the launcher; the end of the socket will tell."""
+        try:
+            os.kill(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
     def close(self, patience: float) -> None:
         """Hang up and see the launcher end; one that does not within `patience` seconds is killed."""
         if self.fd < 0:

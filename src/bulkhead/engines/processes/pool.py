@@ -19,6 +19,7 @@ import random
 import time
 import weakref
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 from bulkhead._kernel import lifecycle
@@ -62,7 +63,7 @@ _GRACE = 1.0
 # Seconds that an idle worker has to leave by itself when the pool stops.
 _LEAVE = 1.0
 
-# Seconds that the launcher may take to report a worker whose result pipe has ended, before it is told to end it.
+# Seconds that the launcher may take to report a worker that should be gone, before more is done about it.
 _REPORT = 1.0
 
 # Seconds that stopping may take in all before the life lines are cut.
@@ -70,6 +71,15 @@ _STOP = 3.0
 
 # Launchers that end before they are ready, in a row, after which the pool is broken (arbitrary).
 _MAX_LAUNCHERS = 3
+
+
+class _Push(Enum):
+    """What is done about a worker that should be gone, one after the other."""
+
+    END = 1  # tell the launcher
+    CUT = 2  # cut its life line
+    LAUNCHER = 3  # kill the launcher, which cannot be well
+
 
 _Event = tuple[Callable[..., None], tuple[Any, ...]]
 _Answer = tuple[Worker, int, int, Any, BaseException | None]
@@ -119,13 +129,14 @@ class ProcessPool:
         self._workers: dict[int, Worker] = {}
         self._results: dict[int, Worker] = {}  # by descriptor of the result pipe
         self._blocked: dict[int, Worker] = {}  # by descriptor of the job pipe, while it takes no more
-        self._hung_up: dict[Worker, float] = {}  # result pipe at its end, since when
+        self._overdue: dict[Worker, tuple[float, _Push]] = {}  # workers that should be gone by then
         self._workers_made = 0
         self._busy_seconds = 0.0  # of workers that are gone
         self._launchers_lost = 0
         self._drained: list[Waiter] = []
         self._deserted: list[Waiter] = []
         self._ruin: PoolBroken | None = None
+        self._guard = _Guard(self._fall)
         self._is_dismissed = False
         self._is_stopped = False
         self._link = self._launch()
@@ -136,7 +147,7 @@ class ProcessPool:
     def begin(self) -> None:
         """Start the threads and the workers."""
         self._driving.begin()
-        with self._change():
+        with self.lock, self._guard:
             self._scheduler.begin()
             self._carry_out(time.monotonic())
             self._driving.wake()
@@ -149,26 +160,23 @@ class ProcessPool:
             PoolBroken: The pool has given up.
         """
         waiter = None
-        with self.lock:
-            self._check_open()
-            now = time.monotonic()
-            try:
-                if not self._scheduler.offer(job, now):
-                    waiter = Waiter()
-                    job.waiters = [waiter]
-                    self._driving.try_role(waiter)
-                if job.due is not None or job.start_by is not None:
-                    self._driving.hurry(self._scheduler.next_deadline)
-                self._carry_out(now)
-            except BaseException as error:
-                self._fall(error)
-                raise
-        if waiter is None:
-            return True
         try:
-            self._driving.wait(waiter, deadline)
+            with self.lock:
+                self._check_open()
+                with self._guard:
+                    now = time.monotonic()
+                    if not self._scheduler.offer(job, now):
+                        waiter = Waiter()
+                        job.waiters = [waiter]
+                        self._driving.try_role(waiter)
+                    if job.due is not None or job.start_by is not None:
+                        self._driving.hurry(self._scheduler.next_deadline)
+                    self._carry_out(now)
+            if waiter is not None:
+                self._driving.wait(waiter, deadline)
         finally:
-            if job.state is None:
+            if waiter is not None and not waiter.is_done:
+                self._driving.leave(waiter)
                 self._withdraw(job)
         return job.state is not None
 
@@ -181,17 +189,14 @@ class ProcessPool:
         """
         with self.lock:
             self._check_open()
-            now = time.monotonic()
-            try:
+            with self._guard:
+                now = time.monotonic()
                 taken = self._scheduler.offer(job, now, patient=waiter is not None)
                 if not taken and waiter is not None:
                     job.waiters = [waiter]
                 if job.due is not None or job.start_by is not None:
                     self._driving.hurry(self._scheduler.next_deadline)
                 self._carry_out(now)
-            except BaseException as error:
-                self._fall(error)
-                raise
             return taken
 
     def wait_until_accepted(self, job: JobRecord) -> None:
@@ -248,7 +253,7 @@ class ProcessPool:
 
     def cancel(self, job: JobRecord) -> bool:
         """Take a waiting job out, end the worker of a running one; False when it has settled otherwise."""
-        with self._change():
+        with self.lock, self._guard:
             now = time.monotonic()
             is_cancelled = self._scheduler.cancel(job, JobCancelled(f"job {job.id!r} was cancelled"), now)
             self._carry_out(now)
@@ -282,7 +287,7 @@ class ProcessPool:
 
     def refuse(self) -> None:
         """Take no more jobs."""
-        with self._change():
+        with self.lock, self._guard:
             self._scheduler.refuse()
             self._carry_out(time.monotonic())
 
@@ -297,7 +302,7 @@ class ProcessPool:
 
     def cancel_all(self) -> None:
         """Cancel every job that has not settled."""
-        with self._change():
+        with self.lock, self._guard:
             now = time.monotonic()
             for job in self._scheduler.unsettled_jobs():
                 self._scheduler.cancel(job, JobCancelled(f"job {job.id!r} was cancelled by finalize"), now)
@@ -305,7 +310,7 @@ class ProcessPool:
 
     def dismiss(self) -> None:
         """Send the workers home: idle ones leave by themselves, the others are ended. Does not wait."""
-        with self._change():
+        with self.lock, self._guard:
             self._scheduler.stop()
             self._is_dismissed = True
             for worker in self._workers.values():
@@ -393,9 +398,9 @@ class ProcessPool:
         sweep = self._ledger.next_sweep()
         if sweep is not None and (deadline is None or sweep < deadline):
             deadline = sweep
-        if self._hung_up:
-            hung_up = min(self._hung_up.values()) + _REPORT
-            return hung_up if deadline is None else min(deadline, hung_up)
+        if self._overdue:
+            overdue = min(instant for instant, _ in self._overdue.values())
+            return overdue if deadline is None else min(deadline, overdue)
         return deadline
 
     def _is_answer_near(self) -> bool:
@@ -501,7 +506,7 @@ class ProcessPool:
     def _hang_up(self, worker: Worker, now: float) -> None:
         self._stop_reading(worker)
         if worker.number in self._workers:
-            self._hung_up[worker] = now
+            self._overdue.setdefault(worker, (now + _REPORT, _Push.END))
 
     def _resume(self, fd: int, now: float) -> None:
         worker = self._blocked.get(fd)
@@ -545,7 +550,7 @@ class ProcessPool:
         del self._workers[worker.number]
         self._stop_reading(worker)
         self._unblock(worker)
-        self._hung_up.pop(worker, None)
+        self._overdue.pop(worker, None)
         self._busy_seconds += worker.busy_seconds
         if worker.slot.worker is worker:
             worker.slot.worker = None
@@ -625,11 +630,21 @@ class ProcessPool:
         sweep = self._ledger.next_sweep()
         if sweep is not None and sweep <= now:
             self._ledger.sweep()
-        if self._hung_up:
-            for worker, since in list(self._hung_up.items()):
-                if now >= since + _REPORT:
-                    del self._hung_up[worker]
-                    self._link.end(worker.number, _GRACE)
+        for worker, (instant, push) in list(self._overdue.items()):
+            if now >= instant:
+                self._push(worker, push, now)
+
+    def _push(self, worker: Worker, push: _Push, now: float) -> None:
+        """Do more about a worker that should have been reported gone: the launcher may be stopped or stuck."""
+        if push is _Push.END:
+            self._link.end(worker.number, _GRACE)
+            self._overdue[worker] = now + _GRACE + _REPORT, _Push.CUT
+        elif push is _Push.CUT:
+            worker.cut()
+            self._overdue[worker] = now + _REPORT, _Push.LAUNCHER
+        else:
+            del self._overdue[worker]
+            self._link.kill()
 
     def _carry_out(self, now: float) -> None:
         """Do what the kernel has decided. Under the lock."""
@@ -647,7 +662,7 @@ class ProcessPool:
             elif kind is StartWorker:
                 self._start_worker(instruction.slot)  # type: ignore[union-attr]
             elif kind is EndWorker:
-                self._link.end(instruction.slot.worker.number, _GRACE)  # type: ignore[union-attr]
+                self._push(instruction.slot.worker, _Push.END, now)  # type: ignore[union-attr]
         instructions.clear()
 
     def _start_job(self, worker: Worker, job: JobRecord, now: float) -> None:
@@ -674,17 +689,17 @@ class ProcessPool:
             _fire(self._drained)
 
     def _withdraw(self, job: JobRecord) -> None:
-        with self._change():
+        with self.lock, self._guard:
             self._scheduler.withdraw(job)
 
     # Answers
 
     def _check_open(self) -> None:
+        if self._scheduler.is_refusing:
+            raise DispatcherFinalized("the dispatcher is finalized and takes no more jobs; make a new one")
         if self._scheduler.broken is not None:
             error = PoolBroken(str(self._scheduler.broken))
             raise error from self._scheduler.broken.__cause__
-        if self._scheduler.is_refusing:
-            raise DispatcherFinalized("the dispatcher is finalized and takes no more jobs; make a new one")
 
     def _wait_for_phase(self, phase: Phase, deadline: float | None) -> bool:
         waiter = Waiter()
@@ -729,9 +744,6 @@ class ProcessPool:
 
     # Ruin
 
-    def _change(self) -> _Change:
-        return _Change(self)
-
     def _fall(self, error: BaseException) -> None:
         """Give everything up after `error` came out of the middle of a change. Under the lock."""
         if self._ruin is not None:
@@ -764,21 +776,21 @@ class ProcessPool:
         _fire(self._deserted)
 
 
-class _Change:
-    """The pool's lock around a change of the kernel's state; an exception out of it ruins the pool."""
+class _Guard:
+    """Around a change of the kernel's state, inside the lock: an exception that comes out of it ruins the pool.
 
-    def __init__(self, pool: ProcessPool) -> None:
-        self._pool = pool
+    Why not the lock as well: a Ctrl-C between its acquisition in `__enter__` and the block would leave it locked.
+    """
+
+    def __init__(self, fall: Callable[[BaseException], None]) -> None:
+        self._fall = fall
 
     def __enter__(self) -> None:
-        self._pool.lock.acquire()
+        pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        try:
-            if error is not None:
-                self._pool._fall(error)
-        finally:
-            self._pool.lock.release()
+        if error is not None:
+            self._fall(error)
 
 
 def _worker_stats(worker: Worker, now: float) -> WorkerStats:
