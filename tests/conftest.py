@@ -1,0 +1,44 @@
+"""For every test: nothing may be left behind; and the start methods of worker processes as a parameter."""
+
+import gc
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from gates import Gate
+from traces import Traces
+
+# Seconds that processes which were told to end, and descriptors of garbage, may take to go.
+PATIENCE = 5.0
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind() -> Iterator[None]:
+    """Fail a test after which more processes, threads, descriptors or shared memory exist than before it.
+
+    Counts are compared, so a module's dispatcher may replace its workers; it has to be staffed before its first test.
+    """
+    before = Traces.now()
+    yield
+    deadline = time.monotonic() + PATIENCE
+    while (left := Traces.now().beyond(before)) and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+    assert not left, f"the test leaves behind: {left}"
+
+
+@pytest.fixture(scope="module", params=["fork", "forkserver", "spawn"])
+def start_method(request: pytest.FixtureRequest) -> str:
+    """Each way to start workers. Of module scope, so that a module's dispatcher can depend on it."""
+    return request.param
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    """Jobs that run until the test lets them end."""
+    folder = tmp_path / "gate"
+    folder.mkdir()
+    made = Gate(folder)
+    yield made
+    made.open()

@@ -1,0 +1,97 @@
+"""What a dispatcher could leave behind, counted: processes, threads, descriptors, shared memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+__all__ = ["Traces"]
+
+# Inherited by everything that is started with a command, so that also processes whose parent has died are found.
+_MARK = f"BULKHEAD_TEST_RUN={uuid.uuid4().hex}"
+os.environ.update([_MARK.split("=")])
+
+_PROC = Path("/proc")
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What exists at one moment."""
+
+    processes: tuple[str, ...]
+    threads: tuple[str, ...]
+    descriptors: tuple[str, ...]
+    shared_memory: tuple[str, ...]
+
+    @classmethod
+    def now(cls) -> Traces:
+        return cls(_processes(), _threads(), _descriptors(), _segments())
+
+    def counts(self) -> tuple[int, int, int, int]:
+        return len(self.processes), len(self.threads), len(self.descriptors), len(self.shared_memory)
+
+    def beyond(self, before: Traces) -> dict[str, list[str]]:
+        """Return what there is more of than before, each with the entries that are new."""
+        more = {}
+        for kind in ("processes", "threads", "descriptors"):
+            then, now = getattr(before, kind), getattr(self, kind)
+            if len(now) > len(then):
+                more[kind] = sorted(set(now) - set(then))
+        if new := set(self.shared_memory) - set(before.shared_memory):
+            more["shared memory"] = sorted(new)
+        return more
+
+
+def _processes() -> tuple[str, ...]:
+    pids = {child.pid for child in psutil.Process().children(recursive=True)}
+    if _PROC.is_dir():
+        pids.update(_marked())
+    return tuple(map(_described, sorted(pids - {os.getpid()})))
+
+
+def _marked() -> list[int]:
+    mark = _MARK.encode()
+    found = []
+    for entry in _PROC.iterdir():
+        if entry.name.isdigit():
+            try:
+                is_marked = mark in (entry / "environ").read_bytes()
+            except OSError:  # gone meanwhile, or somebody else's
+                continue
+            if is_marked:
+                found.append(int(entry.name))
+    return found
+
+
+def _described(pid: int) -> str:
+    try:
+        process = psutil.Process(pid)
+        return f"{pid} {process.status()} {' '.join(process.cmdline())}"
+    except psutil.Error:
+        return f"{pid} gone"
+
+
+def _threads() -> tuple[str, ...]:
+    return tuple(thread.name for thread in threading.enumerate())
+
+
+def _descriptors() -> tuple[str, ...]:
+    if not _PROC.is_dir():
+        return ("?",) * psutil.Process().num_fds()
+    found = []
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            found.append(f"{entry.name} {entry.readlink()}")
+        except OSError:  # the descriptor of the listing itself
+            continue
+    return tuple(found)
+
+
+def _segments() -> tuple[str, ...]:
+    return tuple(entry.name for entry in _SHARED_MEMORY.iterdir()) if _SHARED_MEMORY.is_dir() else ()
