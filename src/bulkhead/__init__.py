@@ -7,6 +7,7 @@ disp.barrier()         # phase over
 
 import logging
 
+from bulkhead import _platform as _platform
 from bulkhead._kernel.lifecycle import JobState
 from bulkhead.config import Pool
 from bulkhead.dispatcher import Dispatcher

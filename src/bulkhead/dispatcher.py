@@ -25,7 +25,7 @@ from bulkhead._kernel.phases import Phase
 from bulkhead.config import Pool, niceness_step, pools_from
 from bulkhead.engines.processes.main_module import refuse_while_importing
 from bulkhead.engines.processes.payload import pack_call
-from bulkhead.engines.processes.pool import ProcessPool
+from bulkhead.engines.processes.pool import ProcessPool, packed_setup
 from bulkhead.errors import (
     BarrierTimeout,
     ConfigError,
@@ -82,19 +82,18 @@ class Dispatcher:
         max_history: int = 10_000,
     ) -> None:
         refuse_while_importing()
-        _refuse_platform()
         configs = pools_from(pools)
         limit = validate.whole_number("max_history", max_history, at_least=0)
         self._history = History(validate.seconds("job_expiry", job_expiry), limit)
         self._pid = os.getpid()
         self._pools: dict[int, ProcessPool] = {}
         _warn_of_threads(configs)
+        setups = [packed_setup(config, niceness_step(rank)) for rank, config in enumerate(configs)]
         try:
             # Why all before any begins: a launcher that is a fork must be made before our threads are.
-            for rank, config in enumerate(configs):
-                nicer_by = niceness_step(rank)
+            for config, setup in zip(configs, setups, strict=True):
                 self._pools[config.priority] = ProcessPool(
-                    config, nicer_by=nicer_by, keep_failures=limit, ledger=self._history
+                    config, setup=setup, keep_failures=limit, ledger=self._history
                 )
             for pool in self._pools.values():
                 pool.begin()
@@ -385,13 +384,6 @@ def _finalize_forgotten() -> None:
     for dispatcher in list(_not_finalized):
         if dispatcher._pid == os.getpid():
             dispatcher.finalize(cancel=has_failed)
-
-
-def _refuse_platform() -> None:
-    if os.name != "posix":
-        raise NotImplementedError(
-            "bulkhead needs process groups and Unix sockets: Linux, or macOS (untested)"
-        )
 
 
 def _warn_of_threads(configs: list[Pool]) -> None:

@@ -116,11 +116,11 @@ class Tracker(JobRecord):
 
         Blocking: until settled or `timeout`; None waits without limit.
         """
-        if self.state in SETTLED:
-            return True
         deadline = None
         if timeout is not None:
             deadline = time.monotonic() + validate.seconds("timeout", timeout, zero=True)
+        if self.state in SETTLED:
+            return True
         return self._home.wait_for(self, deadline)
 
     def result(self, timeout: float | None = None) -> Any:

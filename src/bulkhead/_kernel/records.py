@@ -47,6 +47,7 @@ class JobRecord:
         "started_at",
         "state",
         "timeout",
+        "turn",
         "value",
         "waiters",
     )
@@ -68,6 +69,7 @@ class JobRecord:
         self.due: float | None = None  # Earliest start, monotonic seconds.
         self.start_by: float | None = None  # Latest start, monotonic seconds.
         self.stamp = 0  # Number of its last start in the pool; tells stale alarms from live ones.
+        self.turn = 0  # Its place in the order in which jobs became ready.
         self.handle: list[JobRecord] | None = None  # What alarms refer to; emptied when the job settles.
         self.phase: Phase | None = None
         self.slot: Slot | None = None

@@ -40,8 +40,10 @@ __all__ = [
 # A job that goes back unread more often than this has something to do with the deaths: it counts as crashed.
 _MAX_RETURNS = 3
 
-# Deaths at start in a row, without any worker of the pool coming up, after which the pool is broken (arbitrary).
+# Deaths at start in a row, without any worker of the pool coming up, after which the pool is broken (arbitrary); at
+# least one for each slot. More when somebody outside kills them: that says nothing about the next one.
 _MAX_FAILED_STARTS = 3
+_MAX_KILLED_STARTS = 50
 
 # Pause in seconds before a worker is started again after the first death in a row without work, doubled from then on.
 _RESPAWN_PAUSE = 0.1
@@ -133,7 +135,8 @@ class Scheduler:
         self._deadlines = Deadlines(self._is_live)
         self._now = 0.0  # of the last stimulus
         self._starts = 0
-        self._failed_starts = 0
+        self._turns = 0
+        self._failed_starts = self._killed_starts = 0
         self._deaths_in_a_row = 0
         self._is_stopping = False
 
@@ -201,7 +204,7 @@ class Scheduler:
     def worker_ready(self, slot: Slot, now: float) -> None:
         """The slot's worker has come up and waits for a job."""
         self._now = now
-        self._failed_starts = 0
+        self._failed_starts = self._killed_starts = 0
         slot.ready_at = now
         slot.state = SlotState.IDLE
         self._idle.append(slot)
@@ -225,7 +228,15 @@ class Scheduler:
             self._attempt_failed(job, error, now)
         self._fill()
 
-    def worker_gone(self, slot: Slot, error: BaseException, now: float, *, unread: bool = False) -> None:
+    def worker_gone(
+        self,
+        slot: Slot,
+        error: BaseException,
+        now: float,
+        *,
+        unread: bool = False,
+        was_killed: bool = False,
+    ) -> None:
         """The slot's process has ended; whatever it had answered before has been reported.
 
         Args:
@@ -233,6 +244,7 @@ class Scheduler:
             error: What its job fails with, unless the job was cancelled.
             now: Monotonic seconds.
             unread: The worker had not begun to read its job.
+            was_killed: It was ended from outside, so that its end says little about the next one.
         """
         self._now = now
         state, job, verdict = slot.state, slot.job, slot.verdict
@@ -243,7 +255,7 @@ class Scheduler:
             job.slot = None
             self.running -= 1
             self._job_lost(job, verdict, error, now, unread=unread)
-        self._restaff(slot, state, error, now)
+        self._restaff(slot, state, error, now, was_killed=was_killed)
         self._fill()
 
     # Stimuli of time and ruin
@@ -329,6 +341,8 @@ class Scheduler:
 
     def _take(self, job: JobRecord) -> None:
         self._accept(job, lifecycle.ACCEPT)
+        self._turns += 1
+        job.turn = self._turns
         if self._ready or not self._idle:
             self._ready[job] = None
         elif not self._is_too_late(job):
@@ -398,11 +412,11 @@ class Scheduler:
             self._attempt_failed(job, error, now)
 
     def _return(self, job: JobRecord) -> None:
-        """Put an unread job back to the front, in the order in which it and other unread ones were started."""
+        """Put an unread job back to the front, where it and other unread ones keep the order they had."""
         job.returns += 1
         job.attempt -= 1
         job.state = lifecycle.RETURN[job.state]
-        before = [other for other in self._ready if other.returns and other.stamp < job.stamp]
+        before = [other for other in self._ready if other.returns and other.turn < job.turn]
         self._ready[job] = None
         for one in [job, *reversed(before)]:
             self._ready.move_to_end(one, last=False)
@@ -439,17 +453,20 @@ class Scheduler:
     def _job_due(self, job: JobRecord) -> None:
         del self._pausing[job]
         job.state = lifecycle.DUE[job.state]
+        self._turns += 1
+        job.turn = self._turns
         self._ready[job] = None
 
     def _start_deadline(self, job: JobRecord) -> None:
-        job.error = self._expired(job)
         if job.state is None:
             # Why accepted first: the caller gets a tracker that says what became of the job.
             del self._offers[job]
             self._accept(job, lifecycle.ACCEPT)
+            job.error = self._expired(job)
             self._settle(job, lifecycle.FAIL)
             self.instructions.append(AcceptOffer(job))
             return
+        job.error = self._expired(job)
         self._ready.pop(job, None)
         self._settle(job, lifecycle.FAIL)
 
@@ -464,11 +481,17 @@ class Scheduler:
             self.restarts += 1
             self.instructions.append(StartWorker(slot))
 
-    def _restaff(self, slot: Slot, before: SlotState, error: BaseException, now: float) -> None:
+    def _restaff(
+        self, slot: Slot, before: SlotState, error: BaseException, now: float, *, was_killed: bool
+    ) -> None:
         """Replace a worker: at once after a job's death, ever later after deaths without work, never when hopeless."""
         if before is SlotState.STARTING:
-            self._failed_starts += 1
-            if self._failed_starts >= _MAX_FAILED_STARTS:
+            self._killed_starts += was_killed
+            self._failed_starts += not was_killed
+            n_slots = len(self.slots)
+            if self._failed_starts >= max(_MAX_FAILED_STARTS, n_slots) or (
+                self._killed_starts >= max(_MAX_KILLED_STARTS, n_slots)
+            ):
                 self.break_down(error)
         elif before is not SlotState.IDLE or now - slot.ready_at >= _SETTLED_IN:
             self._deaths_in_a_row = 0

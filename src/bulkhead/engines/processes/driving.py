@@ -50,15 +50,18 @@ _NOT_POLLING = float("-inf")
 class Waiter:
     """One thread's wish. Owner: the pool's lock, but for `is_done`, which any thread may read."""
 
-    __slots__ = ("_bed", "is_done")
+    __slots__ = ("_bed", "is_done", "polls_with")
 
     def __init__(self) -> None:
         self.is_done = False
+        self.polls_with: Alarm | None = None  # what ends the poll that its thread is in
         self._bed: threading.Lock | None = None
 
     def fire(self) -> None:
         """The wish is fulfilled."""
         self.is_done = True
+        if self.polls_with is not None:
+            self.polls_with.ring()
         self.wake()
 
     def wake(self) -> None:
@@ -120,7 +123,7 @@ class Driving:
             while not waiter.is_done:
                 patience = None if deadline is None else deadline - time.monotonic()
                 if self._role is waiter or self._take_role(waiter):
-                    self._step(patience)
+                    self._step(waiter, patience)
                 else:
                     self._sleep(waiter, patience)
                 if patience is not None and patience <= 0:
@@ -224,8 +227,13 @@ class Driving:
 
     # Driving
 
-    def _step(self, patience: float | None) -> None:
+    def _step(self, waiter: Waiter | None, patience: float | None) -> None:
         with self.lock:
+            if waiter is not None:
+                # Race: another thread may fulfil the wish (a refused offer, a cancelled job): before, or it rings.
+                if waiter.is_done:
+                    return
+                waiter.polls_with = self._alarm
             deadline = self._next_deadline()
             now = time.monotonic()
             if patience is not None and (deadline is None or now + patience < deadline):
@@ -233,9 +241,11 @@ class Driving:
             self._polls_until = deadline
         timeout = None if deadline is None else max(deadline - now, 0)
         events = self._poll(timeout)
-        # Race: without the lock; whoever reads the old value rings for nothing, whoever reads this one has put down
-        # its deadline before the next step asks for it.
+        # Race: without the lock; whoever reads the old values rings for nothing, whoever reads the new ones has put
+        # down its deadline before the next step asks for it.
         self._polls_until = _NOT_POLLING
+        if waiter is not None:
+            waiter.polls_with = None
         self._work(events)
 
     def _poll(self, timeout: float | None) -> list[tuple[int, int]]:
@@ -275,7 +285,7 @@ class Driving:
     def _drive_in_background(self) -> None:
         try:
             while self._role is _BACKGROUND:
-                self._step(None)
+                self._step(None, None)
                 with self.lock:
                     if self._sleepers or self._is_closed:
                         self._role = None

@@ -104,6 +104,7 @@ class _Child:
 def main(fd: int) -> None:
     """Run a launcher in a fresh interpreter; `fd` is its end of the socket."""
     os.setpgid(0, 0)
+    os.set_inheritable(fd, False)  # or a spawned worker would hold the caller's line open after our end
     sock = socket.socket(fileno=fd)
     kind, body = _receive_one(sock)
     assert kind == Told.CONFIGURE

@@ -86,6 +86,15 @@ class LauncherLink:
         except ProcessLookupError:
             pass
 
+    def was_killed(self) -> bool:
+        """Tell whether a launcher that has ended was killed from outside. Under fork that is not known: False."""
+        if self._process is None:
+            return False
+        try:
+            return self._process.wait(0.2) == -signal.SIGKILL
+        except subprocess.TimeoutExpired:
+            return False
+
     def close(self, patience: float) -> None:
         """Hang up and see the launcher end; one that does not within `patience` seconds is killed."""
         if self.fd < 0:

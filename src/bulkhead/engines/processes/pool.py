@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import signal
 import time
 import weakref
 from collections.abc import Callable
@@ -55,7 +56,7 @@ from bulkhead.errors import (
 )
 from bulkhead.stats import PoolStats, WorkerStats
 
-__all__ = ["ProcessPool"]
+__all__ = ["ProcessPool", "packed_setup"]
 
 # Seconds between SIGTERM and SIGKILL for a job that is timed out or cancelled.
 _GRACE = 1.0
@@ -69,8 +70,10 @@ _REPORT = 1.0
 # Seconds that stopping may take in all before the life lines are cut.
 _STOP = 3.0
 
-# Launchers that end before they are ready, in a row, after which the pool is broken (arbitrary).
+# Launchers that end before they are ready, in a row, after which the pool is broken (arbitrary). More when somebody
+# outside kills them.
 _MAX_LAUNCHERS = 3
+_MAX_KILLED_LAUNCHERS = 50
 
 
 class _Push(Enum):
@@ -87,12 +90,30 @@ _Answer = tuple[Worker, int, int, Any, BaseException | None]
 _live_pools: weakref.WeakSet[ProcessPool] = weakref.WeakSet()
 
 
+def packed_setup(config: Pool, nicer_by: int) -> bytes:
+    """Return what the workers of a pool are told first.
+
+    Args:
+        config: The pool.
+        nicer_by: What is added to the workers' niceness when the pool names none.
+
+    Raises:
+        JobNotPicklable: The initializer cannot be sent.
+    """
+    is_fork = config.start_method == "fork"
+    call = None
+    if config.initializer is not None and not is_fork:
+        call = pack_call((config.initializer, config.initargs, {}), "initializer")
+    main = None if is_fork else main_module.describe()
+    return pickle.dumps(Setup(f"bulkhead-{config.label}", main, call, config.nice, nicer_by))
+
+
 class ProcessPool:
     """The workers of one `Pool`, on processes of this machine.
 
     Args:
         config: The pool.
-        nicer_by: What is added to the workers' niceness when the pool names none.
+        setup: What `packed_setup` made of the same config.
         keep_failures: Failed jobs that a phase remembers for its barrier.
         ledger: Told of each job that is accepted or has settled.
     """
@@ -101,7 +122,7 @@ class ProcessPool:
         self,
         config: Pool,
         *,
-        nicer_by: int,
+        setup: bytes,
         keep_failures: int,
         ledger: Ledger,
     ) -> None:
@@ -111,7 +132,7 @@ class ProcessPool:
         self._inherited: Initializer | None = (
             (config.initializer, config.initargs, {}) if config.initializer else None
         )
-        self._setup = self._make_setup(nicer_by)
+        self._setup = setup
         self._driving = Driving(
             f"bulkhead-{config.label}", self._work, self._next_deadline, self._is_answer_near
         )
@@ -358,22 +379,16 @@ class ProcessPool:
 
     # Starting
 
-    def _make_setup(self, nicer_by: int) -> bytes:
-        """Return the packed Setup; raises JobNotPicklable when the initializer cannot be sent."""
-        is_fork = self._method == "fork"
-        call = None
-        if self._inherited is not None and not is_fork:
-            call = pack_call(self._inherited, "initializer")
-        main = None if is_fork else main_module.describe()
-        setup = Setup(f"bulkhead-{self.config.label}", main, call, self.config.nice, nicer_by)
-        return pickle.dumps(setup)
-
     def _launch(self, *, is_preloading: bool = True) -> LauncherLink:
         link = LauncherLink(self._method, is_preloading=is_preloading, inherited=self._inherited)
         self._driving.poller.register(link.fd, READABLE)
         return link
 
     def _start_worker(self, slot: Slot) -> None:
+        if self._link.fd < 0:
+            # The launcher is lost and not replaced; the pool is broken or ends.
+            slot.state = SlotState.VACANT
+            return
         self._workers_made += 1
         worker = Worker(self._workers_made, slot)
         slot.worker = worker
@@ -427,8 +442,11 @@ class ProcessPool:
                 now = time.monotonic()
                 for answer in answers:
                     self._answered(*answer, now)
+                self._carry_out(now)
                 for handle, arguments in news:
                     handle(*arguments, now)
+                    # Race: what the kernel has decided about a worker must be done before the next news of it.
+                    self._carry_out(now)
                 self._tick(now)
                 self._carry_out(now)
         except BaseException as error:
@@ -535,8 +553,9 @@ class ProcessPool:
         if job is not None:
             worker.busy_seconds += now - worker.began
         self._forget(worker)
-        unread = report.last_read != worker.message and report is not deaths.UNKNOWN
-        self._scheduler.worker_gone(slot, error, now, unread=unread)
+        unread = report.last_read != worker.message
+        was_killed = report.signal == signal.SIGKILL and worker.failure is None
+        self._scheduler.worker_gone(slot, error, now, unread=unread, was_killed=was_killed)
         if isinstance(error.__cause__, MissingMainGuard):
             self._scheduler.break_down(error)
 
@@ -589,7 +608,8 @@ class ProcessPool:
             worker.cut()
         for worker in was_staffed:
             self._mourn(worker, now)
-        if self._method == "fork" or self._launchers_lost >= _MAX_LAUNCHERS:
+        limit = _MAX_KILLED_LAUNCHERS if self._link.was_killed() else _MAX_LAUNCHERS
+        if self._method == "fork" or self._launchers_lost >= limit:
             self._scheduler.break_down(
                 PoolBroken(f"{self.config.label} is given up: its launcher process {link.pid} ended")
             )
@@ -602,13 +622,18 @@ class ProcessPool:
         while not worker.reader.is_at_end and time.monotonic() < end:
             self._read_results(worker, answers, [])
             time.sleep(0.001)
+        sent = worker.message
         for answer in answers:
             self._answered(*answer, now)
-        self._gone(worker.number, deaths.UNKNOWN, now)
+        self._carry_out(now)
+        # A job that went to it just now was never read; of one that it had before nothing is known.
+        last_read = sent if worker.message == sent else 0
+        self._gone(worker.number, deaths.UNKNOWN._replace(last_read=last_read), now)
 
     def _relaunch(self) -> None:
         """Replace the launcher and ask the new one for the workers that the old one had not started."""
-        self._driving.poller.unregister(self._link.fd)
+        if self._link.fd >= 0:
+            self._driving.poller.unregister(self._link.fd)
         self._link.close(0.2)
         unborn = list(self._workers.values())
         for worker in unborn:
@@ -754,7 +779,8 @@ class ProcessPool:
         self._ruin.__cause__ = error
         for worker in list(self._workers.values()):
             self._forget(worker)  # closes the life line, so the kernel kills it
-        self._driving.poller.unregister(self._link.fd)
+        if self._link.fd >= 0:
+            self._driving.poller.unregister(self._link.fd)
         self._fail_rest(self._ruin)
         self._driving.wake()
 
