@@ -33,8 +33,9 @@ class Traces:
     def now(cls) -> Traces:
         return cls(_processes(), _threads(), _descriptors(), _segments())
 
-    def counts(self) -> tuple[int, int, int, int]:
-        return len(self.processes), len(self.threads), len(self.descriptors), len(self.shared_memory)
+    def counts(self) -> tuple[int, int, int]:
+        """Return the numbers of processes, threads and descriptors."""
+        return len(self.processes), len(self.threads), len(self.descriptors)
 
     def beyond(self, before: Traces) -> dict[str, list[str]]:
         """Return what there is more of than before, each with the entries that are new."""
@@ -43,7 +44,9 @@ class Traces:
             then, now = getattr(before, kind), getattr(self, kind)
             if len(now) > len(then):
                 more[kind] = sorted(set(now) - set(then))
-        if new := set(self.shared_memory) - set(before.shared_memory):
+        if (new := set(self.shared_memory) - set(before.shared_memory)) and (
+            new := new - _used_by_strangers()
+        ):
             more["shared memory"] = sorted(new)
         return more
 
@@ -95,3 +98,19 @@ def _descriptors() -> tuple[str, ...]:
 
 def _segments() -> tuple[str, ...]:
     return tuple(entry.name for entry in _SHARED_MEMORY.iterdir()) if _SHARED_MEMORY.is_dir() else ()
+
+
+def _used_by_strangers() -> set[str]:
+    """Return the names in shared memory that a process maps which is none of ours: other programs run here too."""
+    ours = {os.getpid(), *(int(line.split()[0]) for line in _processes())}
+    used = set()
+    for entry in _PROC.iterdir():
+        if entry.name.isdigit() and int(entry.name) not in ours:
+            try:
+                maps = (entry / "maps").read_text()
+            except OSError:
+                continue
+            used.update(
+                line.split("/dev/shm/")[1].split()[0] for line in maps.splitlines() if "/dev/shm/" in line
+            )
+    return used

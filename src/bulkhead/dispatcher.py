@@ -288,23 +288,20 @@ class Dispatcher:
 
     def _prepared(self, job: Any) -> tuple[ProcessPool, Tracker]:
         """Check a job, pickle it and find its pool; nothing is claimed yet but an id of the user's own."""
-        self._refuse_elsewhere()
-        call = call_of(job)
+        if os.getpid() != self._pid:
+            self._refuse_elsewhere()
+        fn, args, kwargs = call_of(job)
         options = options_of(job)
-        pool = self._pool_of(options.get("priority"))
+        pool = self._pool_of(options.get("priority") if options else None)
         config = pool.config
-        tracker = Tracker(
-            pool,
-            pack_call(call),
-            config.priority,
-            options.get("timeout", config.timeout),
-            options.get("retry", config.retry),
-        )
+        tracker = Tracker(pool, pack_call(fn, args, kwargs), config.priority, config.timeout, config.retry)
         if options:
             self._apply(options, tracker)
         return pool, tracker
 
     def _apply(self, options: Options, tracker: Tracker) -> None:
+        tracker.timeout = options.get("timeout", tracker.timeout)
+        tracker.retry = options.get("retry", tracker.retry)
         if "delay" in options:
             tracker.due = time.monotonic() + options["delay"]
         elif "not_before" in options:

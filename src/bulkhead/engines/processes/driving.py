@@ -205,12 +205,13 @@ class Driving:
 
     def _leave_role(self, waiter: Waiter) -> None:
         with self.lock:
-            if waiter in self._sleepers:
-                self._sleepers.remove(waiter)
             if self._role is waiter:
                 self._role = None
+            elif waiter in self._sleepers:
+                self._sleepers.remove(waiter)
             # Race: also a waiter that never drove may have been woken to take over and have run out of time instead.
-            self._pass_on()
+            if self._sleepers or self._is_gate_shut:
+                self._pass_on()
 
     def _pass_on(self) -> None:
         if self._role is not None:
@@ -228,37 +229,40 @@ class Driving:
     # Driving
 
     def _step(self, waiter: Waiter | None, patience: float | None) -> None:
+        # Why first without care for deadlines: in full swing there is always an answer, and `work` looks after them.
+        events = self.poller.poll(0) if waiter is not None else None
+        self._work(events or self._events(waiter, patience))
+
+    def _events(self, waiter: Waiter | None, patience: float | None) -> list[tuple[int, int]]:
+        """Wait for events until the next deadline, or until `patience` is at its end."""
         with self.lock:
             if waiter is not None:
                 # Race: another thread may fulfil the wish (a refused offer, a cancelled job): before, or it rings.
                 if waiter.is_done:
-                    return
+                    return []
                 waiter.polls_with = self._alarm
             deadline = self._next_deadline()
             now = time.monotonic()
             if patience is not None and (deadline is None or now + patience < deadline):
                 deadline = now + patience
             self._polls_until = deadline
-        timeout = None if deadline is None else max(deadline - now, 0)
-        events = self._poll(timeout)
+        events = self._poll(waiter, None if deadline is None else max(deadline - now, 0))
         # Race: without the lock; whoever reads the old values rings for nothing, whoever reads the new ones has put
         # down its deadline before the next step asks for it.
         self._polls_until = _NOT_POLLING
         if waiter is not None:
             waiter.polls_with = None
-        self._work(events)
+        return events
 
-    def _poll(self, timeout: float | None) -> list[tuple[int, int]]:
+    def _poll(self, waiter: Waiter | None, timeout: float | None) -> list[tuple[int, int]]:
         poll = self.poller.poll
-        if self._role is not _BACKGROUND and self._is_busy():
+        if waiter is not None and timeout != 0 and self._is_busy():
             give_up = time.perf_counter() + _LOOK_FOR
-            while True:
-                events = poll(0)
-                if events or timeout == 0 or time.perf_counter() >= give_up:
-                    break
+            while time.perf_counter() < give_up:
                 _give_way()
-            if events or timeout == 0:
-                return events
+                events = poll(0)
+                if events:
+                    return events
         return poll(timeout)
 
     def _background(self) -> None:

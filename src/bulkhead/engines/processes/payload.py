@@ -7,8 +7,10 @@ pickles results and proves that an exception can be rebuilt before it sends it, 
 from __future__ import annotations
 
 import pickle
+import struct
 import traceback
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 from bulkhead.errors import JobNotPicklable, RemoteError, RemoteTraceback
@@ -24,25 +26,48 @@ __all__ = [
 ]
 
 _PROTOCOL = 5
+_SIZE = struct.Struct("<I")
+_NO_FUNCTION = _SIZE.pack(0)
+
+# Functions known here: in the caller their bytes, in a worker the functions. Why: a function that is pickled by name is
+# the same for ever, and finding the name is the larger part of pickling a small job. Emptied when it gets this large.
+_MAX_FUNCTIONS = 1024
+_packed: dict[Callable[..., Any], bytes] = {}
+_unpacked: dict[bytes, Callable[..., Any]] = {}
+
+Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
-def pack_call(call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]], what: str = "job") -> bytes:
-    """Return the bytes of a call.
+def pack_call(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], what: str = "job"
+) -> bytes:
+    """Return the bytes of a call: the function and the arguments, pickled apart so that both sides know it again.
 
     Raises:
         JobNotPicklable: With the reason, and with what to install where that would help.
     """
     try:
-        return pickle.dumps(call, _PROTOCOL)
+        packed = _packed_function(fn) if type(fn) is FunctionType else b""
+        if not packed:
+            return _NO_FUNCTION + pickle.dumps((fn, args, kwargs), _PROTOCOL)
+        if not args and not kwargs:
+            return packed
+        return packed + pickle.dumps((args, kwargs), _PROTOCOL)
     except Exception as error:  # arbitrary code of the user's objects runs here
-        return _pack_closure(call, what, error)
+        return _pack_closure((fn, args, kwargs), what, error)
 
 
-def unpack_call(
-    body: memoryview | bytes | bytearray,
-) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+def unpack_call(body: memoryview | bytes | bytearray) -> Call:
     """Return the call that `pack_call` packed."""
-    return pickle.loads(body)  # type: ignore[no-any-return]
+    (size,) = _SIZE.unpack_from(body)
+    view = memoryview(body)[_SIZE.size :]
+    if size == 0:
+        return pickle.loads(view)  # type: ignore[no-any-return]
+    fn = _unpacked_function(bytes(view[:size]))
+    if len(view) == size:
+        return fn, (), {}
+    args, kwargs = pickle.loads(view[size:])
+    return fn, args, kwargs
 
 
 def pack_value(value: Any) -> bytes:
@@ -96,6 +121,27 @@ def message_of(error: BaseException) -> str:
         return "<its text could not be made>"
 
 
+def _packed_function(fn: Callable[..., Any]) -> bytes:
+    packed = _packed.get(fn)
+    if packed is None:
+        name = pickle.dumps(fn, _PROTOCOL)
+        packed = _SIZE.pack(len(name)) + name
+        if len(_packed) >= _MAX_FUNCTIONS:
+            _packed.clear()
+        _packed[fn] = packed
+    return packed
+
+
+def _unpacked_function(packed: bytes) -> Callable[..., Any]:
+    fn = _unpacked.get(packed)
+    if fn is None:
+        fn = pickle.loads(packed)
+        if len(_unpacked) >= _MAX_FUNCTIONS:
+            _unpacked.clear()
+        _unpacked[packed] = fn
+    return fn
+
+
 def _text_of(error: BaseException, tb: Any) -> str:
     try:
         return "".join(traceback.format_exception(type(error), error, tb))
@@ -124,7 +170,7 @@ def _pack_closure(call: Any, what: str, error: Exception) -> bytes:
             "and closures install the extra: pip install 'bulkhead-pool[closures]'"
         ) from error
     try:
-        return cloudpickle.dumps(call, protocol=_PROTOCOL)  # type: ignore[no-any-return]
+        return _NO_FUNCTION + cloudpickle.dumps(call, protocol=_PROTOCOL)  # type: ignore[no-any-return]
     except Exception as second:
         raise JobNotPicklable(
             f"{what} cannot be pickled, not even by cloudpickle: {message_of(second)}"

@@ -17,6 +17,7 @@ import os
 import pickle
 import random
 import signal
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -70,6 +71,9 @@ _REPORT = 1.0
 # Seconds that stopping may take in all before the life lines are cut.
 _STOP = 3.0
 
+# How often deadlines are looked at while one answer follows the other (seconds).
+_TICK = 0.001
+
 # Launchers that end before they are ready, in a row, after which the pool is broken (arbitrary). More when somebody
 # outside kills them.
 _MAX_LAUNCHERS = 3
@@ -83,6 +87,10 @@ class _Push(Enum):
     CUT = 2  # cut its life line
     LAUNCHER = 3  # kill the launcher, which cannot be well
 
+
+# Why: a class's attribute is looked up at each use, on the way of every job.
+_JOB = Kind.JOB
+_VALUE = Kind.VALUE
 
 _Event = tuple[Callable[..., None], tuple[Any, ...]]
 _Answer = tuple[Worker, int, int, Any, BaseException | None]
@@ -103,7 +111,7 @@ def packed_setup(config: Pool, nicer_by: int) -> bytes:
     is_fork = config.start_method == "fork"
     call = None
     if config.initializer is not None and not is_fork:
-        call = pack_call((config.initializer, config.initargs, {}), "initializer")
+        call = pack_call(config.initializer, config.initargs, {}, "initializer")
     main = None if is_fork else main_module.describe()
     return pickle.dumps(Setup(f"bulkhead-{config.label}", main, call, config.nice, nicer_by))
 
@@ -138,6 +146,8 @@ class ProcessPool:
         )
         self.lock = self._driving.lock
         self._callbacks = CallbackThread(f"bulkhead-{config.label}-callbacks")
+        # Held while the pool is stopped; rank above the pool's lock.
+        self._stopping = threading.Lock()
         # Owner of the rest: the lock.
         self._scheduler = Scheduler(
             config.n_workers,
@@ -151,6 +161,7 @@ class ProcessPool:
         self._results: dict[int, Worker] = {}  # by descriptor of the result pipe
         self._blocked: dict[int, Worker] = {}  # by descriptor of the job pipe, while it takes no more
         self._overdue: dict[Worker, tuple[float, _Push]] = {}  # workers that should be gone by then
+        self._tick_at = 0.0  # when to look at deadlines again
         self._workers_made = 0
         self._busy_seconds = 0.0  # of workers that are gone
         self._launchers_lost = 0
@@ -184,7 +195,7 @@ class ProcessPool:
         try:
             with self.lock:
                 self._check_open()
-                with self._guard:
+                try:
                     now = time.monotonic()
                     if not self._scheduler.offer(job, now):
                         waiter = Waiter()
@@ -193,6 +204,9 @@ class ProcessPool:
                     if job.due is not None or job.start_by is not None:
                         self._driving.hurry(self._scheduler.next_deadline)
                     self._carry_out(now)
+                except BaseException as error:
+                    self._fall(error)
+                    raise
             if waiter is not None:
                 self._driving.wait(waiter, deadline)
         finally:
@@ -345,8 +359,15 @@ class ProcessPool:
 
         Blocking: some seconds at most, and for done callbacks until `callback_deadline`.
         """
-        if self._is_stopped:
-            return
+        with self._stopping:
+            if not self._is_stopped:
+                self._end_everything()
+        # Why outside: a callback may finalize, too, and wait for the lock.
+        self._callbacks.end(
+            None if callback_deadline is None else max(callback_deadline - time.monotonic(), 0)
+        )
+
+    def _end_everything(self) -> None:
         self._wait_until_deserted(_LEAVE)
         with self.lock:
             for worker in self._workers.values():
@@ -362,10 +383,7 @@ class ProcessPool:
                 self._forget(worker)
             self._link.close(_STOP)
             self._fail_rest(PoolBroken(f"{self.config.label} was stopped"))
-        self._callbacks.end(
-            None if callback_deadline is None else max(callback_deadline - time.monotonic(), 0)
-        )
-        self._driving.close()
+            self._driving.close()
         _live_pools.discard(self)
 
     def abandon(self) -> None:
@@ -397,11 +415,13 @@ class ProcessPool:
         worker.close_theirs()
         self._results[worker.reader.fd] = worker
         self._driving.poller.register(worker.reader.fd, READABLE)
-        self._send(worker, Kind.SETUP, self._setup)
+        if not worker.writer.write(Kind.SETUP, 0, self._setup):
+            self._block(worker)
 
-    def _send(self, worker: Worker, kind: int, body: bytes) -> None:
+    def _block(self, worker: Worker) -> None:
+        """See to it that the rest of a message is sent when the pipe takes more."""
         fd = worker.writer.fd
-        if not worker.writer.write(kind, worker.message, body) and fd not in self._blocked:
+        if fd not in self._blocked:
             self._blocked[fd] = worker
             self._driving.poller.register(fd, WRITABLE)
             self._driving.wake()
@@ -415,7 +435,9 @@ class ProcessPool:
             deadline = sweep
         if self._overdue:
             overdue = min(instant for instant, _ in self._overdue.values())
-            return overdue if deadline is None else min(deadline, overdue)
+            deadline = overdue if deadline is None else min(deadline, overdue)
+        # Whoever polls until then finds that something is due.
+        self._tick_at = 0.0
         return deadline
 
     def _is_answer_near(self) -> bool:
@@ -437,22 +459,27 @@ class ProcessPool:
                 elif fd in self._blocked:
                     news.append((self._resume, (fd,)))
             with self.lock:
-                if self._ruin is not None:
-                    return
-                now = time.monotonic()
-                for answer in answers:
-                    self._answered(*answer, now)
-                self._carry_out(now)
-                for handle, arguments in news:
-                    handle(*arguments, now)
-                    # Race: what the kernel has decided about a worker must be done before the next news of it.
-                    self._carry_out(now)
-                self._tick(now)
-                self._carry_out(now)
+                if self._ruin is None:
+                    self._digest(answers, news)
         except BaseException as error:
             with self.lock:
                 self._fall(error)
             raise
+
+    def _digest(self, answers: list[_Answer], news: list[_Event]) -> None:
+        """Tell the kernel what was read, and do what it decides. Under the lock."""
+        now = time.monotonic()
+        for answer in answers:
+            self._answered(*answer, now)
+        self._carry_out(now)
+        for handle, arguments in news:
+            handle(*arguments, now)
+            # Race: what the kernel has decided about a worker must be done before the next news of it.
+            self._carry_out(now)
+        if now >= self._tick_at:
+            self._tick(now)
+            self._carry_out(now)
+            self._tick_at = now + _TICK
 
     def _read_results(self, worker: Worker, answers: list[_Answer], news: list[_Event]) -> None:
         try:
@@ -498,13 +525,8 @@ class ProcessPool:
         self, worker: Worker, kind: int, number: int, value: Any, error: BaseException | None, now: float
     ) -> None:
         slot = worker.slot
-        if kind == Kind.READY:
-            if slot.state is SlotState.STARTING:
-                worker.pid = number
-                self._scheduler.worker_ready(slot, now)
-            return
-        if kind == Kind.NOT_READY:
-            worker.failure = error
+        if kind == Kind.READY or kind == Kind.NOT_READY:
+            self._came_up(worker, number, error, now)
             return
         # Race: a copy of the worker that a job forked may answer a second time; only the first answer counts.
         if slot.worker is not worker or number != worker.message or slot.state is not SlotState.BUSY:
@@ -515,6 +537,13 @@ class ProcessPool:
         assert job is not None
         job.value = value
         self._scheduler.attempt_ended(slot, error, now)
+
+    def _came_up(self, worker: Worker, pid: int, error: BaseException | None, now: float) -> None:
+        if error is not None:
+            worker.failure = error
+        elif worker.slot.state is SlotState.STARTING:
+            worker.pid = pid
+            self._scheduler.worker_ready(worker.slot, now)
 
     def _garbled(self, worker: Worker, error: Exception, now: float) -> None:
         worker.failure = RemoteError(f"the worker's answer cannot be read: {error!r}")
@@ -695,7 +724,8 @@ class ProcessPool:
         worker.began = now
         job.started_at = time.time()
         job.pid = worker.pid
-        self._send(worker, Kind.JOB, job.payload)
+        if not worker.writer.write(_JOB, worker.message, job.payload):
+            self._block(worker)
         if job.timeout is not None:
             self._scheduler.arm_timeout(job, now)
             self._driving.hurry(now + job.timeout)
@@ -830,7 +860,7 @@ def _worker_stats(worker: Worker, now: float) -> WorkerStats:
 def _decoded(kind: int, body: Any) -> tuple[Any, BaseException | None]:
     """Return value and error of an answer, whatever the users' code does in there."""
     try:
-        if kind == Kind.VALUE:
+        if kind == _VALUE:
             return unpack_value(body), None
         return None, None if kind == Kind.READY else unpack_error(body)
     except KeyboardInterrupt:
