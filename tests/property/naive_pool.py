@@ -1,0 +1,303 @@
+"""What a pool promises, in the most literal form: lists that are searched from end to end at every step.
+
+Written from the promises (A3-A6, A8, A11, A12, A15, B3, C4, C13, C15), not from the kernel: no heap, no counters that
+could drift, no states but the words of the promises. Each stimulus returns what must follow from it. Two choices are
+left to the kernel: which free worker takes a job, and how long it waits before it replaces a worker that died early.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+# C15: so many workers in a row (but at least one for each slot) that died by themselves while they came up, none having
+# come up between, end the pool.
+FAILED_STARTS = 3
+
+# A job that so many workers have died of before they could read it is no longer given back.
+UNREAD_RETURNS = 3
+
+SETTLED = ("succeeded", "failed", "cancelled")
+
+
+@dataclass(eq=False)
+class NaiveJob:
+    """One job as its caller sees it."""
+
+    number: int
+    max_attempts: int = 1
+    initial: float = 0.0
+    factor: float = 1.0
+    maximum: float = 3600.0
+    retried_on: tuple[str, ...] = ()
+    timeout: float | None = None
+    due: float | None = None
+    start_by: float | None = None
+    stage: str = "new"  # offered, gone (withdrawn, refused or turned away), a JobState otherwise
+    attempt: int = 0
+    times_out_at: float | None = None
+    is_cancelling: bool = False
+    is_timed_out: bool = False
+    returns: int = 0
+    turn: int = 0  # place in the line of ready jobs
+    phase: int = -1
+
+    @property
+    def is_accepted(self) -> bool:
+        return self.stage not in ("new", "offered", "gone")
+
+    @property
+    def is_unsettled(self) -> bool:
+        return self.is_accepted and self.stage not in SETTLED
+
+
+@dataclass
+class Expected:
+    """What must follow from one stimulus. Order matters for starts, accepted and refused."""
+
+    started: list[NaiveJob] = field(default_factory=list)
+    settled: list[NaiveJob] = field(default_factory=list)
+    accepted: list[NaiveJob] = field(default_factory=list)
+    refused: list[NaiveJob] = field(default_factory=list)
+    ended: list[NaiveJob] = field(default_factory=list)  # jobs whose worker is to be ended
+
+
+class NaivePool:
+    """A pool, with its workers in plain words: starting, idle, busy, ending, missing."""
+
+    def __init__(self, n_workers: int, backlog: int | None) -> None:
+        self.room = None if backlog is None else n_workers + backlog
+        self.workers = ["starting"] * n_workers
+        self.has: list[NaiveJob | None] = [None] * n_workers
+        self.jobs: list[NaiveJob] = []
+        self.offers: list[NaiveJob] = []
+        self.phase = 0
+        self.is_broken = False
+        self.is_refusing = False
+        self.failed_starts = 0
+        self.retried = 0
+        self.turns = 0
+        self.to_place: list[NaiveJob] = []  # started, and not yet seen at a worker
+        self.out = Expected()
+
+    # Questions
+
+    def staged(self, *stages: str) -> list[NaiveJob]:
+        return [job for job in self.jobs if job.stage in stages]
+
+    def ready(self) -> list[NaiveJob]:
+        return sorted(self.staged("queued"), key=lambda job: job.turn)
+
+    def unsettled(self, phase: int | None = None) -> list[NaiveJob]:
+        return [job for job in self.jobs if job.is_unsettled and phase in (None, job.phase)]
+
+    def instants(self) -> list[float]:
+        """Return when something has to happen to a job."""
+        found = []
+        for job in self.jobs:
+            if job.stage in ("scheduled", "retrying"):
+                found.append(job.due)
+            if job.start_by is not None and self._has_not_started(job):
+                found.append(job.start_by)
+            if job.stage == "running" and not (job.is_timed_out or job.is_cancelling):
+                found.append(job.times_out_at)
+        return [instant for instant in found if instant is not None]
+
+    def expect(self) -> Expected:
+        """Return what must have followed since the last call."""
+        out, self.out = self.out, Expected()
+        return out
+
+    # Callers
+
+    def offer(self, job: NaiveJob, now: float, *, patient: bool) -> bool:
+        self.jobs.append(job)
+        if job.due is not None and job.due > now:
+            self._accept(job, "scheduled")
+            return True
+        job.due = None
+        if not self.offers and self._has_room():
+            self._accept(job, "queued")
+            self._go_on(now)
+            return True
+        if patient:
+            self.offers.append(job)
+            job.stage = "offered"
+        else:
+            job.stage = "gone"
+        return False
+
+    def withdraw(self, job: NaiveJob) -> None:
+        self.offers.remove(job)
+        job.stage = "gone"
+
+    def cancel(self, job: NaiveJob, now: float) -> bool:
+        if not job.is_unsettled:
+            return False
+        if job.stage == "running":
+            if not (job.is_timed_out or job.is_cancelling):
+                self.out.ended.append(job)
+                self.workers[self.has.index(job)] = "ending"
+            job.is_cancelling = True
+            return True
+        self._settle(job, "cancelled")
+        self._go_on(now)
+        return True
+
+    def refuse(self) -> None:
+        self.is_refusing = True
+        self._refuse_offers()
+
+    # Workers
+
+    def place(self, worker: int, job: NaiveJob) -> None:
+        """Learn which free worker took a job that had to start."""
+        assert self.workers[worker] == "idle"
+        self.to_place.remove(job)
+        self.workers[worker] = "busy"
+        self.has[worker] = job
+
+    def staffed(self, worker: int) -> None:
+        """Learn that a missing worker is being replaced."""
+        assert self.workers[worker] == "missing"
+        assert not self.is_broken
+        self.workers[worker] = "starting"
+
+    def came_up(self, worker: int, now: float) -> None:
+        self.workers[worker] = "idle"
+        self.failed_starts = 0
+        self._go_on(now)
+
+    def answered(self, worker: int, error: str | None, now: float) -> None:
+        """Take an answer; `error` is a word out of `retried_on`, or None for a success."""
+        if self.workers[worker] == "ending":
+            return
+        job = self.has[worker]
+        assert job is not None
+        self.workers[worker], self.has[worker] = "idle", None
+        if error is None:
+            self._settle(job, "succeeded")
+        else:
+            self._fail_attempt(job, error, now)
+        self._go_on(now)
+
+    def died(self, worker: int, now: float, *, unread: bool, was_killed: bool) -> None:
+        was, job = self.workers[worker], self.has[worker]
+        self.workers[worker], self.has[worker] = "missing", None
+        if job is not None:
+            self._lose(job, now, unread=unread)
+        if was == "starting":
+            self.failed_starts += not was_killed
+            if self.failed_starts >= max(FAILED_STARTS, len(self.workers)):
+                self.break_down()
+        self._go_on(now)
+
+    # Time and ruin
+
+    def tick(self, now: float) -> None:
+        for job in self.jobs:
+            if job.start_by is not None and job.start_by <= now and self._has_not_started(job):
+                self._miss(job)
+        due = [job for job in self.staged("scheduled", "retrying") if job.due is not None and job.due <= now]
+        for job in sorted(due, key=lambda job: (job.due, job.turn)):
+            job.stage = "queued"
+            self._take_turn(job)
+        for job in self.staged("running"):
+            is_ending = job.is_timed_out or job.is_cancelling
+            if job.times_out_at is not None and job.times_out_at <= now and not is_ending:
+                job.is_timed_out = True
+                self.out.ended.append(job)
+                self.workers[self.has.index(job)] = "ending"
+        self._go_on(now)
+
+    def break_down(self) -> None:
+        if self.is_broken:
+            return
+        self.is_broken = True
+        self._refuse_offers()
+        for job in self.staged("queued", "scheduled", "retrying"):
+            self._settle(job, "failed")
+
+    # What follows
+
+    def _go_on(self, now: float) -> None:
+        """Use every free worker and all free room, the longest waiting first."""
+        while True:
+            ready = self.ready()
+            if ready and self._n_free() > 0:
+                self._start(ready[0], now)
+            elif self.offers and self._has_room():
+                job = self.offers.pop(0)
+                self._accept(job, "queued")
+                self.out.accepted.append(job)
+            else:
+                return
+
+    def _start(self, job: NaiveJob, now: float) -> None:
+        if job.start_by is not None and job.start_by < now and job.attempt == 0:
+            self._miss(job)
+            return
+        job.stage = "running"
+        job.attempt += 1
+        job.times_out_at = None if job.timeout is None else now + job.timeout
+        self.to_place.append(job)
+        self.out.started.append(job)
+
+    def _n_free(self) -> int:
+        return self.workers.count("idle") - len(self.to_place)
+
+    def _has_room(self) -> bool:
+        return self.room is None or len(self.staged("queued", "running")) < self.room
+
+    def _has_not_started(self, job: NaiveJob) -> bool:
+        return job.attempt == 0 and job.stage in ("offered", "scheduled", "queued")
+
+    def _accept(self, job: NaiveJob, stage: str) -> None:
+        job.stage = stage
+        job.phase = self.phase
+        self._take_turn(job)
+
+    def _take_turn(self, job: NaiveJob) -> None:
+        self.turns += 1
+        job.turn = self.turns
+
+    def _miss(self, job: NaiveJob) -> None:
+        """Fail a job that did not start in time; one that was only offered is accepted first, to be told about."""
+        if job in self.offers:
+            self.offers.remove(job)
+            self._accept(job, "queued")
+            self.out.accepted.append(job)
+        self._settle(job, "failed")
+
+    def _settle(self, job: NaiveJob, stage: str) -> None:
+        assert job.is_unsettled
+        job.stage = stage
+        self.out.settled.append(job)
+
+    def _fail_attempt(self, job: NaiveJob, error: str, now: float) -> None:
+        job.returns = 0
+        if self.is_broken or job.attempt >= job.max_attempts or error not in job.retried_on:
+            self._settle(job, "failed")
+            return
+        job.stage = "retrying"
+        job.is_timed_out = False
+        job.due = now + min(job.initial * job.factor ** (job.attempt - 1), job.maximum)
+        self._take_turn(job)
+        self.retried += 1
+
+    def _lose(self, job: NaiveJob, now: float, *, unread: bool) -> None:
+        if job.is_cancelling:
+            self._settle(job, "cancelled")
+        elif job.is_timed_out:
+            self._fail_attempt(job, "timeout", now)
+        elif unread and job.returns < UNREAD_RETURNS and not self.is_broken:
+            job.returns += 1
+            job.attempt -= 1
+            job.stage = "queued"  # with its old turn
+        else:
+            self._fail_attempt(job, "crash", now)
+
+    def _refuse_offers(self) -> None:
+        for job in self.offers:
+            job.stage = "gone"
+        self.out.refused += self.offers
+        self.offers = []

@@ -1,0 +1,441 @@
+"""The kernel against a naive model: random interleavings of callers, workers, time, barriers and ruin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from naive_pool import SETTLED, NaiveJob, NaivePool
+
+from bulkhead import (
+    JobCancelled,
+    JobTimeout,
+    RetryPolicy,
+    StartDeadlineExceeded,
+    Unrecoverable,
+    WorkerCrashed,
+)
+from bulkhead._kernel.phases import Phase
+from bulkhead._kernel.records import JobRecord, SlotState
+from bulkhead._kernel.scheduler import (
+    AcceptOffer,
+    EndWorker,
+    RefuseOffer,
+    Scheduler,
+    SettleJob,
+    StartJob,
+    StartWorker,
+)
+
+# Longest pause in seconds before a worker is replaced: the one thing of C15's bounded rate that the model needs.
+RESPAWN_WITHIN = 5.0
+
+ERRORS: dict[str, type[Exception]] = {"value": ValueError, "key": KeyError, "hopeless": Unrecoverable}
+RETRY_ON: dict[tuple[str, ...], tuple[type[BaseException], ...]] = {
+    ("value", "key", "crash", "timeout"): (Exception,),
+    ("value",): (ValueError,),
+    ("crash",): (WorkerCrashed,),
+    ("timeout",): (JobTimeout,),
+}
+STATES = {
+    "missing": SlotState.VACANT,
+    "starting": SlotState.STARTING,
+    "idle": SlotState.IDLE,
+    "busy": SlotState.BUSY,
+    "ending": SlotState.ENDING,
+}
+
+picks = st.integers(0, 11)
+moments = st.sampled_from([0.25, 0.5, 1.0, 2.0])
+sometimes = st.one_of(st.none(), moments)
+
+
+class Barrier:
+    """A barrier under way: what the kernel handed out, and which jobs the model says it waits for."""
+
+    def __init__(self, phases: list[Phase], until: int) -> None:
+        self.phases = phases
+        self.until = until
+
+
+class KernelAgainstModel(RuleBasedStateMachine):
+    """Every stimulus goes to both; every instruction is compared with what the model says must follow."""
+
+    @initialize(n_workers=st.integers(1, 3), backlog=st.sampled_from([0, 0, 1, 2, None]))
+    def make(self, n_workers: int, backlog: int | None) -> None:
+        self.now = 100.0
+        self.records: dict[JobRecord, NaiveJob] = {}
+        self.model = NaivePool(n_workers, backlog)
+        self.barriers: list[Barrier] = []
+        self.reported: list[Phase] = []
+        self.settled: list[NaiveJob] = []
+        self.missing_since: dict[int, float] = {}
+        self.entered: list[JobRecord] = []
+        self.kernel = Scheduler(
+            n_workers,
+            backlog,
+            keep_failures=1000,
+            draw=lambda: 0.5,
+            on_accept=self.entered.append,
+            expired=lambda job: StartDeadlineExceeded("too late"),
+        )
+        self.kernel.begin()
+        assert self.kernel.instructions == [StartWorker(slot) for slot in self.kernel.slots]
+        self.kernel.instructions.clear()
+
+    # Stimuli from callers
+
+    @precondition(lambda self: not (self.model.is_broken or self.model.is_refusing))
+    @rule(
+        patient=st.booleans(),
+        delay=st.one_of(st.none(), st.none(), moments),
+        start_within=st.one_of(st.none(), st.none(), moments),
+        timeout=sometimes,
+        retried_on=st.sampled_from([(), *RETRY_ON]),
+        max_attempts=st.integers(1, 3),
+        initial=st.sampled_from([0.0, 0.5, 1.0]),
+    )
+    def offer(
+        self,
+        *,
+        patient: bool,
+        delay: float | None,
+        start_within: float | None,
+        timeout: float | None,
+        retried_on: tuple[str, ...],
+        max_attempts: int,
+        initial: float,
+    ) -> None:
+        policy = None
+        if retried_on:
+            policy = RetryPolicy(
+                max_attempts,
+                initial=initial,
+                factor=2.0,
+                jitter=0.0,
+                maximum=1.0,
+                retry_on=RETRY_ON[retried_on],
+            )
+        record = JobRecord(b"", 0, timeout, policy)
+        record.due = None if delay is None else self.now + delay
+        record.start_by = None if start_within is None else self.now + start_within
+        job = NaiveJob(
+            len(self.records),
+            max_attempts=max_attempts,
+            initial=initial,
+            factor=2.0,
+            maximum=1.0,
+            retried_on=retried_on,
+            timeout=timeout,
+            due=record.due,
+            start_by=record.start_by,
+        )
+        self.records[record] = job
+        had_room = self.kernel.has_room()
+        taken = self.kernel.offer(record, self.now, patient=patient)
+        assert taken == self.model.offer(job, self.now, patient=patient)
+        if delay is None:
+            assert taken == had_room
+        self.compare()
+
+    @precondition(lambda self: self.model.offers)
+    @rule(pick=picks)
+    def withdraw(self, pick: int) -> None:
+        job = self.model.offers[pick % len(self.model.offers)]
+        assert self.kernel.withdraw(self.record_of(job))
+        self.model.withdraw(job)
+        self.compare()
+
+    @precondition(lambda self: self.known())
+    @rule(pick=picks)
+    def withdraw_too_late(self, pick: int) -> None:
+        known = self.known()
+        assert not self.kernel.withdraw(self.record_of(known[pick % len(known)]))
+        self.compare()
+
+    @precondition(lambda self: self.known())
+    @rule(pick=picks)
+    def cancel(self, pick: int) -> None:
+        known = sorted(self.known(), key=lambda job: not job.is_unsettled)
+        job = known[pick % len(known)]
+        expected = self.model.cancel(job, self.now)
+        assert self.kernel.cancel(self.record_of(job), JobCancelled("cancelled"), self.now) == expected
+        self.compare()
+
+    # Stimuli from workers
+
+    @precondition(lambda self: self.workers("starting"))
+    @rule(pick=picks)
+    def worker_comes_up(self, pick: int) -> None:
+        worker = self.pick_worker(pick, "starting")
+        self.kernel.worker_ready(self.kernel.slots[worker], self.now)
+        self.model.came_up(worker, self.now)
+        self.compare()
+
+    @precondition(lambda self: self.workers("busy"))
+    @rule(pick=picks, error=st.sampled_from([None, None, None, *ERRORS]))
+    def worker_answers(self, pick: int, error: str | None) -> None:
+        self.answer(self.pick_worker(pick, "busy"), error)
+
+    @precondition(lambda self: self.workers("ending"))
+    @rule(pick=picks, error=st.sampled_from([None, *ERRORS]))
+    def worker_answers_when_told_to_end(self, pick: int, error: str | None) -> None:
+        self.answer(self.pick_worker(pick, "ending"), error)
+
+    @precondition(lambda self: self.workers("starting", "idle", "busy"))
+    @rule(pick=picks, unread=st.booleans(), was_killed=st.booleans())
+    def worker_dies(self, pick: int, unread: bool, was_killed: bool) -> None:
+        self.die(self.pick_worker(pick, "starting", "idle", "busy"), unread=unread, was_killed=was_killed)
+
+    @precondition(lambda self: self.workers("ending"))
+    @rule(pick=picks, unread=st.booleans())
+    def worker_ends_as_told(self, pick: int, unread: bool) -> None:
+        self.die(self.pick_worker(pick, "ending"), unread=unread)
+
+    # Time
+
+    @rule(seconds=moments)
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        self.tick()
+
+    @rule(seconds=moments)
+    def time_passes_unnoticed(self, seconds: float) -> None:
+        """The driver is busy: other news come before the tick."""
+        self.now += seconds
+
+    @precondition(lambda self: self.kernel.next_deadline is not None)
+    @rule()
+    def sleep_until_next_deadline(self) -> None:
+        self.now = max(self.now, self.kernel.next_deadline or 0.0)
+        self.tick()
+
+    # Barriers, ends
+
+    @rule()
+    def begin_barrier(self) -> None:
+        before = list(self.kernel.phases.unreported)
+        phases = self.kernel.phases.close()
+        assert phases == before
+        assert self.kernel.phases.open not in phases
+        self.barriers.append(Barrier(phases, self.model.phase))
+        self.model.phase += 1
+
+    @precondition(lambda self: any(self.is_over(barrier) for barrier in self.barriers))
+    @rule()
+    def end_barrier(self) -> None:
+        barrier = next(barrier for barrier in self.barriers if self.is_over(barrier))
+        self.barriers.remove(barrier)
+        reported = self.kernel.phases.report(barrier.phases)
+        for phase in reported:
+            assert phase not in self.reported, "a phase is reported once"
+        self.reported += reported
+        assert all(phase in self.reported for phase in barrier.phases)
+
+    @precondition(lambda self: len(self.records) > 10 and not self.model.is_refusing)
+    @rule(really=st.sampled_from([False, False, False, True]))
+    def refuse(self, really: bool) -> None:
+        if really:
+            self.kernel.refuse()
+            self.model.refuse()
+            self.compare()
+
+    @precondition(lambda self: len(self.records) > 10)
+    @rule(really=st.sampled_from([False, False, False, True]))
+    def break_down(self, really: bool) -> None:
+        if really:
+            self.kernel.break_down(RuntimeError("given up"))
+            self.model.break_down()
+            self.compare()
+
+    # What must be true at every moment
+
+    @invariant()
+    def states_agree(self) -> None:
+        for record, job in self.records.items():
+            expected = None if not job.is_accepted else job.stage
+            assert record.state == expected, job
+            assert record.attempt == job.attempt, job
+        for slot, word in zip(self.kernel.slots, self.model.workers, strict=True):
+            assert slot.state is STATES[word]
+
+    @invariant()
+    def no_job_is_lost(self) -> None:
+        kernel, model = self.kernel, self.model
+        unsettled = [self.records[record] for record in kernel.unsettled_jobs()]
+        assert len(unsettled) == len(set(unsettled)) == kernel.unsettled
+        assert set(unsettled) == set(model.unsettled())
+        assert kernel.running == len(model.staged("running"))
+        assert kernel.waiting == len(model.staged("queued"))
+        assert kernel.delayed == len(model.staged("scheduled", "retrying"))
+        for record, job in self.records.items():
+            assert (record.slot is not None and record.slot.job is record) == (job.stage == "running")
+        assert [self.records[record] for record in self.entered] == sorted(
+            (self.records[record] for record in self.entered), key=self.entered_at
+        )
+
+    @invariant()
+    def settled_once(self) -> None:
+        assert len(self.settled) == len(set(self.settled))
+        assert set(self.settled) == set(self.model.staged(*SETTLED))
+        kernel, model = self.kernel, self.model
+        assert kernel.succeeded == len(model.staged("succeeded"))
+        assert kernel.failed == len(model.staged("failed"))
+        assert kernel.cancelled == len(model.staged("cancelled"))
+        assert kernel.retried == model.retried
+        for record, job in self.records.items():
+            if job.stage in SETTLED:
+                assert (record.error is None) == (job.stage == "succeeded")
+                assert isinstance(record.error, JobCancelled) == (job.stage == "cancelled")
+
+    @invariant()
+    def no_free_worker_while_a_job_waits(self) -> None:
+        if self.model.staged("queued"):
+            assert not self.workers("idle")
+        if self.model.offers:
+            assert not self.kernel.has_room()
+
+    @invariant()
+    def next_deadline_is_right(self) -> None:
+        instants = self.model.instants()
+        found = self.kernel.next_deadline
+        if instants:
+            assert found is not None
+            assert found <= min(instants)
+        if not self.workers("missing"):
+            assert found == min(instants, default=None)
+        elif not self.model.is_broken:
+            assert found is not None, "a missing worker is replaced some time"
+            for worker in self.workers("missing"):
+                assert found <= self.missing_since[worker] + RESPAWN_WITHIN
+
+    @invariant()
+    def barriers_agree(self) -> None:
+        for barrier in self.barriers:
+            waits_for = [job for job in self.model.jobs if 0 <= job.phase <= barrier.until]
+            unreported = [phase for phase in barrier.phases if phase not in self.reported]
+            assert sum(phase.unsettled for phase in unreported) == sum(job.is_unsettled for job in waits_for)
+            assert all(phase.is_over for phase in barrier.phases) == self.is_over(barrier)
+        every = self.kernel.phases.unreported + self.reported
+        for counted in SETTLED:
+            assert sum(getattr(phase, counted) for phase in every) == len(self.model.staged(counted))
+        assert sum(phase.unsettled for phase in every) == len(self.model.unsettled())
+        failures = [self.records[record] for phase in every for record in phase.failures]
+        assert sorted(failures, key=lambda job: job.number) == self.model.staged("failed")
+
+    def teardown(self) -> None:
+        """Nothing starves: once events stop, workers come up and answer, every job settles and no offer waits."""
+        if not hasattr(self, "kernel"):
+            return
+        for _ in range(1000):
+            for worker in self.workers("ending"):
+                self.die(worker, unread=False)
+            for worker in self.workers("starting"):
+                self.kernel.worker_ready(self.kernel.slots[worker], self.now)
+                self.model.came_up(worker, self.now)
+                self.compare()
+            for worker in self.workers("busy"):
+                self.answer(worker, None)
+            if not (
+                self.model.unsettled() or self.model.offers or self.workers("ending", "starting", "busy")
+            ):
+                break
+            if self.kernel.next_deadline is not None:
+                self.sleep_until_next_deadline()
+        assert not self.model.unsettled()
+        assert not self.model.offers
+        self.states_agree()
+        self.no_job_is_lost()
+        self.settled_once()
+        self.barriers_agree()
+        assert all(phase.is_over for phase in self.kernel.phases.unreported)
+
+    # Carrying out
+
+    def compare(self) -> None:
+        """Take the kernel's instructions and compare them with what the model expects."""
+        expected = self.model.expect()
+        by_kind: dict[type, list[Any]] = {}
+        for instruction in self.kernel.instructions:
+            by_kind.setdefault(type(instruction), []).append(instruction)
+        self.check_settled(by_kind.get(SettleJob, []), expected.settled)
+        self.kernel.instructions.clear()
+        assert self.jobs_of(by_kind.get(AcceptOffer, [])) == expected.accepted, (
+            "offers are taken in their order"
+        )
+        assert self.jobs_of(by_kind.get(RefuseOffer, [])) == expected.refused
+        assert self.jobs_of(by_kind.get(StartJob, [])) == expected.started, "jobs start in their order"
+        for slot, record in by_kind.get(StartJob, []):
+            self.model.place(slot.index, self.records[record])
+            self.kernel.arm_timeout(record, self.now)
+        assert {slot.index for (slot,) in by_kind.get(EndWorker, [])} == {
+            self.model.has.index(job) for job in expected.ended
+        }
+        for (slot,) in by_kind.get(StartWorker, []):
+            self.model.staffed(slot.index)
+        for worker in self.workers("missing"):
+            self.missing_since.setdefault(worker, self.now)
+        for worker in self.workers("starting", "idle", "busy", "ending"):
+            self.missing_since.pop(worker, None)
+
+    def check_settled(self, found: list[SettleJob], expected: list[NaiveJob]) -> None:
+        jobs = self.jobs_of(found)
+        assert sorted(jobs, key=lambda job: job.number) == sorted(expected, key=lambda job: job.number)
+        for position, (record, phase_is_over) in enumerate(found):
+            job = self.records[record]
+            if job.phase < self.model.phase:
+                later = [other for other in jobs[position + 1 :] if other.phase == job.phase]
+                assert phase_is_over == (not later and not self.model.unsettled(job.phase))
+        self.settled += jobs
+
+    def answer(self, worker: int, error: str | None) -> None:
+        raised = None if error is None else ERRORS[error](error)
+        self.kernel.attempt_ended(self.kernel.slots[worker], raised, self.now)
+        self.model.answered(worker, error, self.now)
+        self.compare()
+
+    def die(self, worker: int, *, unread: bool, was_killed: bool = False) -> None:
+        slot = self.kernel.slots[worker]
+        job = self.model.has[worker]
+        error = JobTimeout("too long") if job is not None and job.is_timed_out else WorkerCrashed("gone")
+        self.kernel.worker_gone(slot, error, self.now, unread=unread, was_killed=was_killed)
+        self.model.died(worker, self.now, unread=unread, was_killed=was_killed)
+        self.compare()
+
+    def tick(self) -> None:
+        self.kernel.tick(self.now)
+        self.model.tick(self.now)
+        self.compare()
+
+    def known(self) -> list[NaiveJob]:
+        return [job for job in self.model.jobs if job.is_accepted]
+
+    def workers(self, *words: str) -> list[int]:
+        return [index for index, word in enumerate(self.model.workers) if word in words]
+
+    def pick_worker(self, pick: int, *words: str) -> int:
+        found = self.workers(*words)
+        return found[pick % len(found)]
+
+    def record_of(self, job: NaiveJob) -> JobRecord:
+        return list(self.records)[job.number]
+
+    def jobs_of(self, instructions: list[Any]) -> list[NaiveJob]:
+        return [self.records[instruction.job] for instruction in instructions]
+
+    def entered_at(self, job: NaiveJob) -> int:
+        return self.entered.index(self.record_of(job))
+
+    def is_over(self, barrier: Barrier) -> bool:
+        return not any(job.is_unsettled and job.phase <= barrier.until for job in self.model.jobs)
+
+
+KernelAgainstModel.TestCase.settings = settings(
+    max_examples=250,
+    stateful_step_count=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+)
+TestKernelAgainstModel = KernelAgainstModel.TestCase

@@ -1,0 +1,852 @@
+"""Each decision of the kernel by a plain example; tests/property runs them in all orders."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+
+from bulkhead import (
+    JobCancelled,
+    JobState,
+    JobTimeout,
+    PoolBroken,
+    RetryPolicy,
+    StartDeadlineExceeded,
+    Unrecoverable,
+    WorkerCrashed,
+)
+from bulkhead._kernel.records import JobRecord, Slot, SlotState
+from bulkhead._kernel.scheduler import (
+    AcceptOffer,
+    EndWorker,
+    RefuseOffer,
+    Scheduler,
+    SettleJob,
+    StartJob,
+    StartWorker,
+)
+
+CRASH = WorkerCrashed("gone")
+TWICE = RetryPolicy(2, initial=1.0, jitter=0.0)
+
+
+def unstaffed(
+    n_workers: int = 1, backlog: int | None = 0, draw: float = 0.5, keep_failures: int = 100
+) -> Scheduler:
+    kernel = Scheduler(
+        n_workers,
+        backlog,
+        keep_failures=keep_failures,
+        draw=lambda: draw,
+        on_accept=lambda job: None,
+        expired=lambda job: StartDeadlineExceeded("too late"),
+    )
+    kernel.begin()
+    return kernel
+
+
+def staffed(n_workers: int = 1, backlog: int | None = 0, **options: Any) -> Scheduler:
+    kernel = unstaffed(n_workers, backlog, **options)
+    for slot in kernel.slots:
+        kernel.worker_ready(slot, 0.0)
+    kernel.instructions.clear()
+    return kernel
+
+
+def a_job(
+    *,
+    timeout: float | None = None,
+    retry: RetryPolicy | None = None,
+    due: float | None = None,
+    start_by: float | None = None,
+) -> JobRecord:
+    job = JobRecord(b"", 0, timeout, retry)
+    job.due, job.start_by = due, start_by
+    return job
+
+
+def offered(kernel: Scheduler, count: int = 1, now: float = 0.0, **options: Any) -> list[JobRecord]:
+    jobs = [a_job(**options) for _ in range(count)]
+    for job in jobs:
+        kernel.offer(job, now)
+    return jobs
+
+
+def offered_one(kernel: Scheduler, now: float = 0.0, **options: Any) -> JobRecord:
+    return offered(kernel, 1, now, **options)[0]
+
+
+def slot_of(job: JobRecord) -> Slot:
+    assert job.slot is not None
+    return job.slot
+
+
+def taken(kernel: Scheduler, kind: type) -> list[Any]:
+    """Return the instructions of one kind, and take all out."""
+    found = [instruction for instruction in kernel.instructions if type(instruction) is kind]
+    kernel.instructions.clear()
+    return found
+
+
+def started(kernel: Scheduler) -> list[JobRecord]:
+    return [instruction.job for instruction in taken(kernel, StartJob)]
+
+
+def settled(kernel: Scheduler) -> list[JobRecord]:
+    return [instruction.job for instruction in taken(kernel, SettleJob)]
+
+
+class Record(JobRecord):
+    """One whose end can be watched."""
+
+    __slots__ = ("__weakref__",)
+
+
+# Room and order
+
+
+def test_each_slot_gets_a_worker_at_the_beginning() -> None:
+    kernel = unstaffed(3)
+    assert [slot.index for (slot,) in taken(kernel, StartWorker)] == [0, 1, 2]
+    assert kernel.restarts == 0
+
+
+def test_a_job_starts_at_once_when_a_worker_is_idle() -> None:
+    kernel = staffed(2)
+    job = offered_one(kernel)
+    assert started(kernel) == [job]
+    assert job.state is JobState.RUNNING
+    assert job.attempt == 1
+
+
+def test_jobs_that_are_accepted_before_a_worker_is_up_start_in_order_when_it_is() -> None:
+    kernel = unstaffed(2)
+    jobs = offered(kernel, 2)
+    assert started(kernel) == []
+    for slot in kernel.slots:
+        kernel.worker_ready(slot, 1.0)
+    assert started(kernel) == jobs
+
+
+@pytest.mark.parametrize(("n_workers", "backlog"), [(1, 0), (3, 0), (1, 2), (2, 5)])
+def test_as_many_jobs_are_accepted_as_there_are_workers_and_places_in_the_backlog(
+    n_workers: int, backlog: int
+) -> None:
+    kernel = staffed(n_workers, backlog)
+    room = n_workers + backlog
+    answers = [kernel.offer(a_job(), 0.0, patient=False) for _ in range(room + 2)]
+    assert answers == [True] * room + [False] * 2
+    assert (kernel.running, kernel.waiting) == (n_workers, backlog)
+
+
+def test_an_unbounded_backlog_takes_everything() -> None:
+    kernel = staffed(1, None)
+    assert all(kernel.offer(a_job(), 0.0, patient=False) for _ in range(1000))
+    assert (kernel.running, kernel.waiting) == (1, 999)
+
+
+def test_an_impatient_offer_that_is_turned_away_leaves_nothing_behind() -> None:
+    kernel = staffed(1)
+    first = offered_one(kernel)
+    kernel.instructions.clear()
+    job = a_job(start_by=1.0)
+    assert not kernel.offer(job, 0.0, patient=False)
+    assert job.state is None
+    assert kernel.next_deadline is None
+    kernel.attempt_ended(slot_of(first), None, 1.0)
+    assert started(kernel) == []
+    assert kernel.offer(job, 0.5, patient=False), "the same job can be offered again"
+
+
+def test_jobs_start_in_the_order_of_their_acceptance() -> None:
+    kernel = staffed(1, None)
+    jobs = offered(kernel, 100)
+    order = started(kernel)
+    for _ in jobs:
+        kernel.attempt_ended(kernel.slots[0], None, 1.0)
+        order += started(kernel)
+    assert order == jobs
+
+
+def test_freed_room_goes_to_the_caller_that_waits_longest() -> None:
+    kernel = staffed(1)
+    running, *waiting = offered(kernel, 4)
+    order = []
+    for job in [running, *waiting[:2]]:
+        kernel.instructions.clear()
+        kernel.attempt_ended(slot_of(job), None, 1.0)
+        order += [accepted.job for accepted in taken(kernel, AcceptOffer)]
+    assert order == waiting
+
+
+def test_a_newcomer_does_not_pass_the_callers_that_wait() -> None:
+    kernel = staffed(1)
+    offered(kernel, 2)
+    assert not kernel.has_room()
+    assert not kernel.offer(a_job(), 0.0, patient=False)
+
+
+def test_a_withdrawn_offer_is_not_accepted_later() -> None:
+    kernel = staffed(1)
+    running, withdrawn, other = offered(kernel, 3)
+    assert kernel.withdraw(withdrawn)
+    assert not kernel.withdraw(withdrawn)
+    kernel.attempt_ended(slot_of(running), None, 1.0)
+    assert withdrawn.state is None
+    assert other.state is JobState.RUNNING
+
+
+def test_an_accepted_job_cannot_be_withdrawn() -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel)
+    assert not kernel.withdraw(job)
+    assert job.state is JobState.RUNNING
+
+
+# Delays
+
+
+def test_a_delayed_job_takes_no_worker_and_no_room_before_it_is_due() -> None:
+    kernel = staffed(1)
+    delayed = offered_one(kernel, due=5.0)
+    assert delayed.state is JobState.SCHEDULED
+    assert kernel.next_deadline == 5.0
+    other = offered_one(kernel)
+    assert other.state is JobState.RUNNING
+    kernel.attempt_ended(slot_of(other), None, 1.0)
+    kernel.tick(4.9)
+    assert delayed.state is JobState.SCHEDULED
+    kernel.tick(5.0)
+    assert delayed.state is JobState.RUNNING
+    assert kernel.next_deadline is None
+
+
+def test_a_job_that_was_due_before_it_was_offered_is_an_ordinary_one() -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel, now=6.0, due=5.0)
+    assert job.state is JobState.RUNNING
+
+
+def test_delayed_jobs_become_ready_in_the_order_of_their_instants_then_of_their_acceptance() -> None:
+    kernel = staffed(1, None)
+    late, *same = [offered_one(kernel, due=due) for due in (3.0, 2.0, 2.0, 2.0)]
+    kernel.tick(10.0)
+    assert kernel.unsettled_jobs() == [*same, late]
+
+
+def test_jobs_that_come_due_are_accepted_already_and_may_exceed_the_room() -> None:
+    kernel = staffed(1)
+    offered(kernel, 3, due=1.0)
+    waiting = offered(kernel, 2)
+    kernel.tick(1.0)
+    assert kernel.waiting == 3
+    assert waiting[1].state is None
+
+
+# Start deadlines
+
+
+def test_a_queued_job_that_does_not_start_in_time_fails() -> None:
+    kernel = staffed(1, 1)
+    running, late = offered(kernel, 2, start_by=5.0)
+    kernel.instructions.clear()
+    kernel.tick(4.9)
+    assert late.state is JobState.QUEUED
+    kernel.tick(5.0)
+    assert settled(kernel) == [late]
+    assert isinstance(late.error, StartDeadlineExceeded)
+    assert late.attempt == 0
+    assert running.state is JobState.RUNNING
+    assert kernel.next_deadline is None
+
+
+def test_an_offer_that_is_not_accepted_in_time_is_accepted_and_failed_once() -> None:
+    kernel = staffed(1)
+    running, late = offered(kernel, 2, start_by=5.0)
+    kernel.instructions.clear()
+    kernel.tick(5.0)
+    assert [type(instruction) for instruction in kernel.instructions] == [SettleJob, AcceptOffer]
+    assert isinstance(late.error, StartDeadlineExceeded)
+    kernel.instructions.clear()
+    kernel.attempt_ended(slot_of(running), None, 6.0)
+    assert settled(kernel) == [running]
+
+
+def test_a_delayed_job_can_miss_its_start_deadline() -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel, due=9.0, start_by=5.0)
+    kernel.tick(5.0)
+    assert job.state is JobState.FAILED
+    assert kernel.delayed == 0
+    assert kernel.next_deadline is None
+
+
+def test_a_job_is_never_started_after_its_start_deadline_even_if_nobody_ticked() -> None:
+    kernel = staffed(1, 1)
+    running, late = offered(kernel, 2, start_by=5.0)
+    kernel.attempt_ended(slot_of(running), None, 50.0)
+    assert isinstance(late.error, StartDeadlineExceeded)
+    past = offered_one(kernel, now=51.0, start_by=50.5)
+    assert isinstance(past.error, StartDeadlineExceeded)
+    assert kernel.running == 0
+    assert kernel.unsettled == 0
+
+
+def test_a_job_that_started_in_time_may_be_retried_after_its_start_deadline() -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel, start_by=1.0, retry=TWICE)
+    kernel.attempt_ended(slot_of(job), ValueError(), 2.0)
+    kernel.tick(3.0)
+    assert job.state is JobState.RUNNING
+
+
+def test_a_job_that_came_back_unread_still_has_its_start_deadline() -> None:
+    kernel = staffed(2)
+    _, job = offered(kernel, 2, start_by=5.0)
+    kernel.worker_gone(slot_of(job), CRASH, 1.0, unread=True)
+    assert kernel.next_deadline == 5.0
+    kernel.tick(5.0)
+    assert isinstance(job.error, StartDeadlineExceeded)
+
+
+# Timeouts
+
+
+def test_a_job_that_runs_too_long_has_its_worker_ended_and_fails_when_that_is_gone() -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel, timeout=2.0)
+    kernel.arm_timeout(job, 1.0)
+    assert kernel.next_deadline == 3.0
+    kernel.instructions.clear()
+    kernel.tick(3.0)
+    assert kernel.instructions == [EndWorker(slot_of(job))]
+    assert job.state is JobState.RUNNING
+    kernel.instructions.clear()
+    error = JobTimeout("too long")
+    kernel.worker_gone(slot_of(job), error, 3.5)
+    assert settled(kernel) == [job]
+    assert job.error is error
+
+
+def test_an_answer_of_a_worker_that_was_told_to_end_does_not_count() -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel, timeout=2.0)
+    kernel.arm_timeout(job, 0.0)
+    kernel.tick(2.0)
+    kernel.attempt_ended(slot_of(job), None, 2.1)
+    assert job.state is JobState.RUNNING
+    kernel.worker_gone(slot_of(job), JobTimeout("too long"), 2.2)
+    assert job.state is JobState.FAILED
+
+
+def test_the_timeout_of_an_ended_attempt_does_not_hit_the_next_job_of_its_worker() -> None:
+    kernel = staffed(1)
+    first = offered_one(kernel, timeout=2.0)
+    kernel.arm_timeout(first, 0.0)
+    kernel.attempt_ended(slot_of(first), None, 1.0)
+    second = offered_one(kernel, timeout=5.0)
+    kernel.arm_timeout(second, 1.0)
+    assert kernel.next_deadline == 6.0
+    kernel.instructions.clear()
+    kernel.tick(2.0)
+    assert kernel.instructions == []
+    assert second.state is JobState.RUNNING
+
+
+def test_the_slot_of_a_timed_out_job_counts_as_taken_until_the_process_is_gone() -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel, timeout=1.0)
+    kernel.arm_timeout(job, 0.0)
+    kernel.tick(1.0)
+    assert not kernel.has_room()
+    kernel.worker_gone(slot_of(job), JobTimeout("too long"), 2.0)
+    assert kernel.has_room()
+
+
+# Cancellation
+
+
+@pytest.mark.parametrize("state", [JobState.QUEUED, JobState.SCHEDULED, JobState.RETRYING])
+def test_a_job_that_waits_is_cancelled_at_once(state: JobState) -> None:
+    kernel = staffed(1, 1)
+    if state is JobState.RETRYING:
+        job = offered_one(kernel, retry=TWICE)
+        kernel.attempt_ended(slot_of(job), ValueError(), 1.0)
+    elif state is JobState.SCHEDULED:
+        job = offered_one(kernel, due=5.0)
+    else:
+        job = offered(kernel, 2)[1]
+    assert job.state is state
+    kernel.instructions.clear()
+    error = JobCancelled("cancelled")
+    assert kernel.cancel(job, error, 1.0)
+    assert settled(kernel) == [job]
+    assert job.state is JobState.CANCELLED
+    assert job.error is error
+    assert job not in kernel.unsettled_jobs()
+    assert kernel.next_deadline is None
+
+
+def test_a_running_job_is_cancelled_by_ending_its_worker() -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel, retry=TWICE)
+    kernel.instructions.clear()
+    assert kernel.cancel(job, JobCancelled("cancelled"), 1.0)
+    assert kernel.instructions == [EndWorker(slot_of(job))]
+    kernel.worker_gone(slot_of(job), CRASH, 2.0)
+    assert job.state is JobState.CANCELLED
+    assert isinstance(job.error, JobCancelled)
+
+
+def test_a_cancellation_beats_the_timeout_that_came_before_it() -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel, timeout=1.0, retry=TWICE)
+    kernel.arm_timeout(job, 0.0)
+    kernel.tick(1.0)
+    assert kernel.cancel(job, JobCancelled("cancelled"), 1.1)
+    kernel.worker_gone(slot_of(job), JobTimeout("too long"), 1.5)
+    assert job.state is JobState.CANCELLED
+    assert isinstance(job.error, JobCancelled)
+
+
+def test_a_settled_job_cannot_be_cancelled() -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel)
+    kernel.attempt_ended(slot_of(job), None, 1.0)
+    assert not kernel.cancel(job, JobCancelled("cancelled"), 1.0)
+    assert job.state is JobState.SUCCEEDED
+    assert job.error is None
+
+
+def test_cancelling_a_waiting_job_makes_room_for_a_caller_that_waits() -> None:
+    kernel = staffed(1, 1)
+    _, queued, waiting = offered(kernel, 3)
+    kernel.instructions.clear()
+    kernel.cancel(queued, JobCancelled("cancelled"), 1.0)
+    assert taken(kernel, AcceptOffer) == [AcceptOffer(waiting)]
+
+
+# Retries
+
+
+def test_a_failed_attempt_is_tried_again_after_a_pause_in_which_the_worker_is_free() -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel, retry=TWICE)
+    error = ValueError("once")
+    kernel.attempt_ended(slot_of(job), error, 10.0)
+    assert job.state is JobState.RETRYING
+    assert job.error is error
+    assert (kernel.running, kernel.delayed, kernel.retried) == (0, 1, 1)
+    assert kernel.has_room()
+    kernel.tick(10.9)
+    assert job.state is JobState.RETRYING
+    kernel.tick(11.0)
+    assert job.state is JobState.RUNNING
+    assert job.attempt == 2
+    kernel.attempt_ended(slot_of(job), None, 12.0)
+    assert job.state is JobState.SUCCEEDED
+    assert job.error is None
+
+
+def test_pauses_grow_by_the_factor_within_the_jitter() -> None:
+    policy = RetryPolicy(4, initial=1.0, factor=2.0, jitter=0.5)
+    kernel = staffed(1, draw=1.0)
+    job = offered_one(kernel, retry=policy)
+    now, pauses = 0.0, []
+    for _ in range(3):
+        kernel.attempt_ended(slot_of(job), ValueError(), now)
+        pauses.append(job.due - now)
+        now = job.due
+        kernel.tick(now)
+    assert pauses == [1.5, 3.0, 6.0]
+
+
+def test_the_last_attempt_decides() -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel, retry=RetryPolicy(3, initial=0.0))
+    for attempt in (1, 2, 3):
+        assert job.attempt == attempt
+        kernel.attempt_ended(slot_of(job), ValueError(attempt), 0.0)
+        kernel.tick(0.0)
+    assert job.state is JobState.FAILED
+    assert job.error.args == (3,)
+    assert kernel.retried == 2
+
+
+@pytest.mark.parametrize(
+    "error", [Unrecoverable("useless"), KeyError("not asked for")], ids=["unrecoverable", "other type"]
+)
+def test_an_error_that_the_policy_does_not_allow_fails_the_job_at_once(error: Exception) -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel, retry=RetryPolicy(5, retry_on=(ValueError, Unrecoverable)))
+    kernel.attempt_ended(slot_of(job), error, 1.0)
+    assert job.state is JobState.FAILED
+    assert job.error is error
+
+
+def test_a_crash_and_a_timeout_are_retried_when_the_policy_says_so() -> None:
+    kernel = staffed(2)
+    crashing, hanging = offered(kernel, 2, timeout=1.0, retry=RetryPolicy(2, retry_on=(JobTimeout,)))
+    for job in (crashing, hanging):
+        kernel.arm_timeout(job, 0.0)
+    kernel.worker_gone(slot_of(crashing), CRASH, 0.5)
+    kernel.tick(1.0)
+    kernel.worker_gone(slot_of(hanging), JobTimeout("too long"), 1.5)
+    assert crashing.state is JobState.FAILED
+    assert hanging.state is JobState.RETRYING
+
+
+def test_a_retry_waits_behind_the_jobs_that_became_ready_before_its_pause_was_over() -> None:
+    kernel = staffed(1, None)
+    again, running, waiting = offered(kernel, 3, retry=TWICE)
+    kernel.attempt_ended(slot_of(again), ValueError(), 0.0)
+    kernel.tick(1.0)
+    assert kernel.unsettled_jobs() == [running, waiting, again]
+
+
+# Workers that go
+
+
+def test_a_death_fails_the_job_of_that_worker_only_and_the_worker_is_replaced() -> None:
+    kernel = staffed(2)
+    dying, other = offered(kernel, 2)
+    slot = slot_of(dying)
+    kernel.instructions.clear()
+    kernel.worker_gone(slot, CRASH, 1.0)
+    assert kernel.instructions == [SettleJob(dying, False), StartWorker(slot)]
+    assert dying.error is CRASH
+    assert other.state is JobState.RUNNING
+    assert kernel.restarts == 1
+
+
+def test_a_death_while_idle_costs_no_job() -> None:
+    kernel = staffed(2)
+    kernel.worker_gone(kernel.slots[1], CRASH, 10.0)
+    jobs = offered(kernel, 2)
+    assert [job.state for job in jobs] == [JobState.RUNNING, JobState.QUEUED]
+    kernel.worker_ready(kernel.slots[1], 11.0)
+    assert jobs[1].state is JobState.RUNNING
+
+
+def test_a_job_that_was_not_read_goes_back_to_the_front_and_the_attempt_does_not_count() -> None:
+    kernel = staffed(1, None)
+    unread, next_one = offered(kernel, 2)
+    kernel.worker_gone(kernel.slots[0], CRASH, 1.0, unread=True)
+    assert unread.state is JobState.QUEUED
+    assert unread.attempt == 0
+    kernel.worker_ready(kernel.slots[0], 2.0)
+    assert unread.state is JobState.RUNNING
+    assert next_one.state is JobState.QUEUED
+
+
+def test_jobs_that_were_not_read_keep_their_order() -> None:
+    kernel = staffed(3, None)
+    jobs = offered(kernel, 5)
+    for index in (1, 0, 2):
+        kernel.worker_gone(slot_of(jobs[index]), CRASH, 1.0, unread=True)
+    assert kernel.unsettled_jobs() == jobs
+
+
+def test_jobs_that_were_not_read_keep_their_order_when_one_of_them_has_been_started_again() -> None:
+    kernel = staffed(2, None)
+    first, second = offered(kernel, 2)
+    slots = [slot_of(first), slot_of(second)]
+    kernel.worker_gone(slots[0], CRASH, 1.0, unread=True)
+    kernel.worker_ready(slots[0], 2.0)
+    kernel.worker_gone(slots[1], CRASH, 3.0, unread=True)
+    kernel.worker_gone(slots[0], CRASH, 3.0, unread=True)
+    assert kernel.unsettled_jobs() == [first, second]
+
+
+def test_a_job_that_goes_back_unread_again_and_again_counts_as_crashed() -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel)
+    deaths = 0
+    while job.state is not JobState.FAILED:
+        kernel.worker_gone(slot_of(job), CRASH, 1.0, unread=True)
+        deaths += 1
+        kernel.worker_ready(kernel.slots[0], 1.0)
+        assert deaths < 10
+    assert deaths == 4
+    assert job.error is CRASH
+
+
+# Pools that break
+
+
+def test_a_pool_whose_workers_die_at_start_in_a_row_is_given_up() -> None:
+    kernel = unstaffed(1, None)
+    waiting = offered(kernel, 2)
+    delayed = offered_one(kernel, due=1000.0)
+    starts, now = 0, 0.0
+    while kernel.broken is None:
+        starts += len(taken(kernel, StartWorker))
+        kernel.worker_gone(kernel.slots[0], PoolBroken("cannot start"), now)
+        if kernel.slots[0].state is SlotState.VACANT:
+            now = kernel.next_deadline
+            kernel.tick(now)
+    assert starts == 3
+    assert now <= 1.0
+    assert all(isinstance(job.error, PoolBroken) for job in [*waiting, delayed])
+    assert kernel.unsettled == 0
+    kernel.tick(1e9)
+    assert taken(kernel, StartWorker) == []
+    assert kernel.next_deadline is None
+
+
+def test_a_wide_pool_is_not_given_up_before_each_slot_has_been_tried() -> None:
+    kernel = unstaffed(16)
+    for slot in kernel.slots[:15]:
+        kernel.worker_gone(slot, CRASH, 0.0)
+    assert kernel.broken is None
+    kernel.worker_gone(kernel.slots[15], CRASH, 0.0)
+    assert kernel.broken is CRASH
+
+
+def test_workers_that_are_killed_from_outside_while_they_come_up_are_given_many_more_tries() -> None:
+    kernel = unstaffed(1)
+    slot, now, deaths = kernel.slots[0], 0.0, 0
+    while kernel.broken is None:
+        kernel.worker_gone(slot, CRASH, now, was_killed=True)
+        deaths += 1
+        if slot.state is SlotState.VACANT:
+            now = kernel.next_deadline
+            kernel.tick(now)
+    assert deaths == 50
+    assert now > 100.0, "at a bounded rate"
+
+
+def test_one_worker_that_comes_up_is_enough_not_to_give_the_pool_up() -> None:
+    kernel = unstaffed(2)
+    failing, healthy = kernel.slots
+    now = 0.0
+    for _ in range(50):
+        while failing.state is not SlotState.STARTING:
+            assert kernel.next_deadline is not None
+            now = kernel.next_deadline
+            kernel.tick(now)
+        kernel.worker_gone(failing, CRASH, now)
+        if healthy.state is SlotState.STARTING:
+            kernel.worker_ready(healthy, now)
+        kernel.worker_gone(healthy, CRASH, now + 2.0)
+        kernel.worker_ready(healthy, now + 2.0)
+    assert kernel.broken is None
+
+
+def test_workers_that_come_up_and_die_idle_are_replaced_at_a_bounded_rate() -> None:
+    kernel = staffed(1)
+    slot, now, starts = kernel.slots[0], 0.0, 0
+    while now < 600.0:
+        kernel.worker_gone(slot, CRASH, now)
+        while slot.state is SlotState.VACANT:
+            assert kernel.next_deadline is not None
+            now = kernel.next_deadline
+            kernel.tick(now)
+        starts += len(taken(kernel, StartWorker))
+        kernel.worker_ready(slot, now)
+    assert kernel.broken is None
+    assert starts <= 600 / 5 + 10
+
+
+def test_a_job_that_is_done_ends_the_series_of_early_deaths() -> None:
+    kernel = staffed(1)
+    slot, now = kernel.slots[0], 0.0
+    for _ in range(5):
+        kernel.worker_gone(slot, CRASH, now)
+        if slot.state is SlotState.VACANT:
+            now = kernel.next_deadline
+            kernel.tick(now)
+        kernel.worker_ready(slot, now)
+    job = offered_one(kernel, now)
+    kernel.attempt_ended(slot_of(job), None, now)
+    kernel.worker_gone(slot, CRASH, now)
+    assert slot.state is SlotState.STARTING
+
+
+def test_a_broken_pool_fails_what_waits_and_lets_what_runs_end() -> None:
+    kernel = staffed(1, 1)
+    running, queued, waiting = offered(kernel, 3, retry=TWICE)
+    kernel.instructions.clear()
+    cause = PoolBroken("given up")
+    kernel.break_down(cause)
+    assert kernel.instructions == [RefuseOffer(waiting), SettleJob(queued, False)]
+    assert waiting.state is None
+    assert running.state is JobState.RUNNING
+    kernel.attempt_ended(slot_of(running), ValueError(), 1.0)
+    assert running.state is JobState.FAILED
+    assert kernel.broken is cause
+    kernel.break_down(PoolBroken("again"))
+    assert kernel.broken is cause
+
+
+def test_each_job_of_a_broken_pool_gets_an_error_of_its_own() -> None:
+    kernel = unstaffed(2)
+    jobs = offered(kernel, 2)
+    cause = PoolBroken("given up", pool=1)
+    cause.__cause__ = OSError("no memory")
+    kernel.break_down(cause)
+    assert jobs[0].error is not jobs[1].error
+    for job in jobs:
+        assert str(job.error) == "given up"
+        assert job.error.pool == 1
+        assert job.error.__cause__ is cause.__cause__
+
+
+def test_a_broken_pool_does_not_take_an_unread_job_back() -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel)
+    kernel.break_down(PoolBroken("given up"))
+    kernel.worker_gone(slot_of(job), CRASH, 1.0, unread=True)
+    assert job.state is JobState.FAILED
+
+
+def test_ruin_forgets_everything_and_names_the_callers_that_wait() -> None:
+    kernel = staffed(1, 1)
+    _, _, waiting = offered(kernel, 3)
+    phase = kernel.phases.open
+    assert kernel.ruin(PoolBroken("ruined")) == [waiting]
+    assert kernel.unsettled_jobs() == []
+    assert kernel.instructions == []
+    assert phase.is_over
+    assert isinstance(kernel.broken, PoolBroken)
+
+
+# Ends
+
+
+def test_a_refusing_pool_sends_waiting_callers_away_and_finishes_what_it_accepted() -> None:
+    kernel = staffed(1)
+    running = offered_one(kernel, retry=TWICE)
+    delayed = offered_one(kernel, due=5.0)
+    waiting = offered_one(kernel)
+    kernel.instructions.clear()
+    kernel.refuse()
+    assert kernel.instructions == [RefuseOffer(waiting)]
+    kernel.attempt_ended(slot_of(running), ValueError(), 1.0)
+    for now in (2.0, 5.0):
+        kernel.tick(now)
+        kernel.attempt_ended(kernel.slots[0], None, now)
+    assert running.state is delayed.state is JobState.SUCCEEDED
+
+
+def test_a_stopped_pool_replaces_no_worker() -> None:
+    kernel = staffed(2)
+    job = offered_one(kernel)
+    kernel.instructions.clear()
+    kernel.stop()
+    kernel.worker_gone(slot_of(job), CRASH, 5.0)
+    kernel.worker_gone(kernel.slots[0], CRASH, 5.0)
+    kernel.tick(1000.0)
+    assert taken(kernel, StartWorker) == []
+
+
+# Barriers
+
+
+def test_a_barrier_waits_for_what_was_accepted_before_it_and_for_nothing_else() -> None:
+    kernel = staffed(2)
+    before = offered_one(kernel)
+    (phase,) = kernel.phases.close()
+    after = offered_one(kernel)
+    kernel.instructions.clear()
+    kernel.attempt_ended(slot_of(after), None, 1.0)
+    assert not phase.is_over
+    kernel.attempt_ended(slot_of(before), None, 2.0)
+    assert phase.is_over
+    assert kernel.instructions == [SettleJob(after, True), SettleJob(before, True)]
+    assert (phase.succeeded, phase.failed, phase.cancelled) == (1, 0, 0)
+
+
+def test_a_barrier_waits_for_retries_and_delayed_jobs() -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel, retry=TWICE)
+    delayed = offered_one(kernel, due=50.0)
+    (phase,) = kernel.phases.close()
+    kernel.attempt_ended(slot_of(job), ValueError(), 1.0)
+    assert phase.unsettled == 2
+    kernel.tick(2.0)
+    kernel.attempt_ended(slot_of(job), None, 3.0)
+    assert not phase.is_over
+    kernel.tick(50.0)
+    kernel.attempt_ended(slot_of(delayed), None, 51.0)
+    assert phase.is_over
+
+
+def test_an_offer_that_is_accepted_after_the_barrier_was_called_is_not_waited_for() -> None:
+    kernel = staffed(1)
+    before, offer = offered(kernel, 2)
+    (phase,) = kernel.phases.close()
+    kernel.attempt_ended(slot_of(before), None, 1.0)
+    assert offer.state is JobState.RUNNING
+    assert phase.is_over
+
+
+def test_two_barriers_report_each_phase_once() -> None:
+    kernel = staffed(2)
+    first = offered_one(kernel)
+    one = kernel.phases.close()
+    second = offered_one(kernel)
+    two = kernel.phases.close()
+    for job in (first, second):
+        kernel.attempt_ended(slot_of(job), ValueError(), 1.0)
+    assert [phase.failures for phase in kernel.phases.report(two)] == [[first], [second]]
+    assert kernel.phases.report(one) == []
+    assert len(kernel.phases.unreported) == 1
+
+
+def test_a_phase_counts_every_failure_and_remembers_a_bounded_number() -> None:
+    kernel = staffed(1, None, keep_failures=3)
+    jobs = offered(kernel, 5)
+    for _ in jobs:
+        kernel.attempt_ended(kernel.slots[0], ValueError(), 1.0)
+    phase = kernel.phases.open
+    assert phase.failed == 5
+    assert phase.failures == jobs[:3]
+
+
+# Bounds
+
+
+def test_alarms_of_a_million_ended_jobs_would_not_pile_up() -> None:
+    kernel = staffed(1)
+    for number in range(5_000):
+        now = float(number)
+        job = offered_one(kernel, now, timeout=1e6, start_by=now + 1e6)
+        kernel.arm_timeout(job, now)
+        kernel.attempt_ended(slot_of(job), None, now)
+        kernel.instructions.clear()
+    assert len(kernel._deadlines) <= 512
+
+
+@pytest.mark.parametrize("fate", ["answered", "withdrawn", "missed", "cancelled"])
+def test_the_kernel_keeps_no_job_alive_that_is_over(fate: str) -> None:
+    kernel = staffed(1, 1)
+    blocking = offered(kernel, 2) if fate == "withdrawn" else []
+    job = Record(b"", 0, 1e6, RetryPolicy(3))
+    job.start_by = 1e6
+    job.due = 5.0 if fate in ("missed", "cancelled") else None
+    kernel.offer(job, 0.0)
+    if fate == "answered":
+        kernel.arm_timeout(job, 0.0)
+        kernel.attempt_ended(slot_of(job), ValueError(), 0.0)
+        kernel.tick(kernel.next_deadline)
+        kernel.arm_timeout(job, 2.0)
+        kernel.attempt_ended(slot_of(job), None, 3.0)
+    elif fate == "withdrawn":
+        assert kernel.withdraw(job)
+    elif fate == "missed":
+        job.start_by = 0.0
+        kernel.tick(5.0)
+        kernel.phases.report(kernel.phases.close())
+    else:
+        kernel.cancel(job, JobCancelled("cancelled"), 1.0)
+    assert job.state in (None, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
+    kernel.instructions.clear()
+    seen = weakref.ref(job)
+    del job
+    gc.collect()
+    assert seen() is None
+    assert len(kernel.unsettled_jobs()) == len(blocking)
