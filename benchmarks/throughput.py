@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import psutil
 from contestants import BULKHEAD, CONTESTANTS, EXECUTOR, STDLIB_POOL, Contestant
 from settings import Settings
 from tables import ABSENT, median, print_table, verdict
@@ -23,6 +24,8 @@ __all__ = ["measure_throughput"]
 
 WORKERS = 2
 WARM_UP_JOBS = 500
+BUSY_SAMPLE_SECONDS = 0.5
+"""While nothing of ours runs. A busy round is shown, not left out: choosing rounds would be choosing results."""
 TARGETS = {STDLIB_POOL.name: 2.0, EXECUTOR.name: 5.0}
 """How many times the peer's jobs per second bulkhead is to reach."""
 
@@ -42,11 +45,15 @@ def measure_throughput(settings: Settings) -> dict[str, object]:
     """Measure, print the table and the targets, return the figures for the JSON file."""
     installed = [contestant for contestant in CONTESTANTS if contestant.is_installed()]
     samples: Samples = {contestant.name: [] for contestant in installed}
+    busy: list[float] = []
     for number in range(settings.rounds):
+        busy.append(psutil.cpu_percent(BUSY_SAMPLE_SECONDS))
         for contestant in _rotate(installed, number):
             samples[contestant.name].append(_measure(contestant, settings))
     _print(samples, settings)
+    print(f"  CPUs in use by others before each round: {', '.join(f'{percent:.0f} %' for percent in busy)}")
     return {
+        "busy_percent_before_round": busy,
         "samples": {name: [asdict(sample) for sample in of] for name, of in samples.items()},
         "targets": {
             peer: {"target": at_least, "ratio": _ratio(samples, peer)} for peer, at_least in TARGETS.items()
