@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ __all__ = [
     "nap",
     "nothing",
     "note",
+    "note_and_die",
     "note_and_fail",
+    "note_and_hang",
     "pid",
     "spin",
 ]
@@ -79,6 +82,16 @@ def lines(path: str | Path) -> list[str]:
 
 def fail(text: str = "no luck") -> None:
     raise ValueError(text)
+
+
+def note_and_die(path: str) -> None:
+    note(path, time.monotonic())
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def note_and_hang(path: str) -> None:
+    note(path, time.monotonic())
+    time.sleep(60)
 
 
 def note_and_fail(path: str) -> None:

@@ -107,12 +107,12 @@ def test_the_iterable_is_never_read_more_than_the_lookahead_ahead(
             n_yielded += 1
 
     consumer = Call(consume)
-    # Why twice: the second and each later slow job has to wait, so every other job read is held.
-    wait_until(lambda: source.n_read - n_yielded == lookahead)
-    n_read = source.n_read
+    # The first slow job runs, and so many more are held; every fast one between them has passed.
+    wait_until(lambda: source.n_read == 2 * lookahead + 1)
+    consumer.until_waiting()
     disp.barrier(FAST)
     assert not consumer.has_returned
-    assert (source.n_read, furthest) == (n_read, lookahead)
+    assert (source.n_read, n_yielded, furthest) == (2 * lookahead + 1, lookahead + 1, lookahead)
     gate.open()
     consumer.value()
     assert (source.n_read, n_yielded, furthest) == (400, 400, lookahead)
