@@ -268,7 +268,7 @@ class Dispatcher:
         except ValueError:
             states = [one.value for one in JobState]
             raise ConfigError(f"state must be one of {states}, not {state!r}") from None
-        return [job for job in self._history.jobs() if job.state is wanted]
+        return [job for job in self._history.jobs() if job.status().state is wanted]
 
     def stats(self) -> DispatcherStats:
         """Return counters of every pool. Each pool's are of one moment; two pools' moments may differ."""

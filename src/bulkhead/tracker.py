@@ -70,6 +70,7 @@ class JobHome(Protocol):
     def add_waiter(self, job: JobRecord, waiter: Any) -> bool: ...
     def add_callback(self, job: JobRecord, callback: Callable[[Any], object]) -> None: ...
     def cancel(self, job: JobRecord) -> bool: ...
+    def has_begun(self, job: JobRecord) -> bool: ...
     @property
     def lock(self) -> Any: ...
 
@@ -96,16 +97,22 @@ class Tracker(JobRecord):
     def status(self) -> JobStatus:
         """Return a frozen picture of the job."""
         with self._home.lock:
-            error = self.error
-            state = self.state or JobState.QUEUED
-            shown = (
-                self.attempt,
+            state, attempt = self.state or JobState.QUEUED, self.attempt
+            started_at, pid = _utc(self.started_at), self.pid
+            if state is JobState.RUNNING and not self._home.has_begun(self):
+                # Why: should its worker die now, the job goes back to the queue as if it had never been sent.
+                state, attempt, started_at, pid = JobState.QUEUED, attempt - 1, None, None
+            return JobStatus(
+                self.id,
+                state,
+                self.priority,
+                attempt,
                 _utc(self.queued_at),
-                _utc(self.started_at),
+                started_at,
                 _utc(self.finished_at),
-                self.pid,
+                pid,
+                *_described(self.error),
             )
-        return JobStatus(self.id, state, self.priority, *shown, *_described(error))
 
     def done(self) -> bool:
         """Tell whether the job has settled: succeeded, failed or cancelled."""

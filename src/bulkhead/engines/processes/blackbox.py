@@ -1,8 +1,9 @@
 """What a worker leaves behind when it dies: a small shared file that it writes and its launcher reads.
 
-It holds the number of the last message the worker began to read, the tail of what was printed, and the Python stacks
-that faulthandler writes on a fatal signal (and on the SIGTERM of the kill ladder). The file has no name, so nothing has
-to be removed. Only output through `sys.stdout` and `sys.stderr` is seen, not what C code writes to descriptors.
+It holds the number of the last message the worker began to read (which the caller looks at as well), the tail of what
+was printed since, and the Python stacks that faulthandler writes on a fatal signal and on the first signal of the kill
+ladder. The file has no name, so nothing has to be removed. Only output through `sys.stdout` and `sys.stderr` is seen,
+not what C code writes to descriptors.
 """
 
 from __future__ import annotations
@@ -17,16 +18,21 @@ import sys
 import tempfile
 from typing import NamedTuple
 
-__all__ = ["BlackBox", "Recovered", "create", "recover"]
+__all__ = ["DUMP", "BlackBox", "ReadMark", "Recovered", "create", "recover"]
 
-# Layout in bytes: two counters, a ring of output, then the stacks.
+# Makes a worker write down its stacks. Why not SIGTERM: a job may ignore or handle that one.
+DUMP: int | None = signal.SIGRTMIN + 9 if hasattr(signal, "SIGRTMIN") else None
+
+# Layout in bytes: three counters (number of the message, bytes of output when it came, bytes of output so far), a ring
+# of output, then the stacks.
 _READ_AT = 0
-_WRITTEN_AT = 8
-_RING_AT = 16
+_WRITTEN_AT = 16
+_RING_AT = 24
 _RING_SIZE = 8192
 _STACK_AT = 16384
 _STACK_SIZE = 49152
 _COUNTER = struct.Struct("<Q")
+_MARK = struct.Struct("<QQ")
 
 
 class Recovered(NamedTuple):
@@ -48,14 +54,14 @@ class BlackBox:
 
     def note_read(self, number: int) -> None:
         """Remember that the message of this number is being read."""
-        _COUNTER.pack_into(self._map, _READ_AT, number)
+        _MARK.pack_into(self._map, _READ_AT, number, self._written)
 
     def watch(self) -> None:
-        """Have fatal signals, SIGTERM and everything printed recorded from now on."""
+        """Have the stacks at fatal signals and everything printed recorded from now on."""
         os.lseek(self._fd, _STACK_AT, os.SEEK_SET)
         faulthandler.enable(file=self._fd, all_threads=True)
-        # Why chain: after the stacks are written the signal does what it would have done, it ends the process.
-        faulthandler.register(signal.SIGTERM, file=self._fd, all_threads=True, chain=True)
+        if DUMP is not None:
+            faulthandler.register(DUMP, file=self._fd, all_threads=True)
         sys.stdout = _recording(sys.stdout, self)
         sys.stderr = _recording(sys.stderr, self)
 
@@ -80,6 +86,24 @@ class BlackBox:
                 pass
 
 
+class ReadMark:
+    """The caller's view of how far a worker has read. Concurrency: any thread."""
+
+    def __init__(self, fd: int) -> None:
+        self._map = mmap.mmap(fd, _COUNTER.size, prot=mmap.PROT_READ)
+
+    def last_read(self) -> int:
+        """Return the number of the last message that the worker began to read, or -1 when the view is closed."""
+        try:
+            return int(_COUNTER.unpack_from(self._map, _READ_AT)[0])
+        except ValueError:
+            return -1
+
+    def close(self) -> None:
+        """Give the view up."""
+        self._map.close()
+
+
 def create() -> int:
     """Return the descriptor of a new, empty box."""
     if hasattr(os, "memfd_create"):
@@ -94,13 +118,10 @@ def create() -> int:
 def recover(fd: int) -> Recovered:
     """Return what a worker that is gone has left in its box."""
     head = os.pread(fd, _RING_AT + _RING_SIZE, 0)
-    last_read, written = struct.unpack_from("<QQ", head)
+    last_read, began, written = struct.unpack_from("<QQQ", head)
     ring = head[_RING_AT:]
-    if written <= _RING_SIZE:
-        tail = ring[:written]
-    else:
-        start = written % _RING_SIZE
-        tail = ring[start:] + ring[:start]
+    start = written % _RING_SIZE
+    tail = (ring[start:] + ring[:start])[-min(written - began, _RING_SIZE) :] if written > began else b""
     stack = os.pread(fd, _STACK_SIZE, _STACK_AT)
     return Recovered(last_read, tail.decode("utf-8", "replace"), stack.decode("utf-8", "replace"))
 

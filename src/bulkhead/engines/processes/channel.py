@@ -1,8 +1,8 @@
 """Framed messages over a one-way pipe with one writer and one reader.
 
-A frame is a header (kind, sequence number, length of the body) and a body. The worker's side blocks; the caller's side
-never does: it reads and writes what the pipe takes at the moment and keeps the rest, so that a worker that is stopped,
-stuck or dead in the middle of a frame cannot hold the caller up.
+A frame is a header (magic, kind, sequence number, length of the body) and a body. The worker's side blocks; the
+caller's side never does: it reads and writes what the pipe takes at the moment and keeps the rest, so that a worker
+that is stopped, stuck or dead in the middle of a frame cannot hold the caller up.
 
 Why not `multiprocessing.connection.Connection` on the same pipes: it needs two reads for each message and blocks in the
 middle of one. Here a small message is one `write` and one `read`.
@@ -15,7 +15,8 @@ import struct
 
 __all__ = ["CHUNK", "HEADER", "Frame", "FrameReader", "FrameWriter", "frame", "read_frame", "write_all"]
 
-HEADER = struct.Struct("<BQQ")
+HEADER = struct.Struct("<4sBQQ")
+_MAGIC = b"blk1"  # Why: jobs may write into any descriptor; what does not begin so is no message.
 _HEADER_SIZE = HEADER.size
 
 # Bytes asked for by one read: the default capacity of a pipe on Linux, so that one read empties it.
@@ -37,12 +38,12 @@ Frame = tuple[int, int, bytes | bytearray | memoryview]
 
 def frame(kind: int, number: int, body: bytes) -> bytes:
     """Return the bytes of one message. Copies the body: meant for small ones."""
-    return HEADER.pack(kind, number, len(body)) + body
+    return HEADER.pack(_MAGIC, kind, number, len(body)) + body
 
 
 def write_all(fd: int, kind: int, number: int, body: bytes) -> None:
     """Write one message to a blocking pipe. Blocking: until the reader has taken it or is gone (BrokenPipeError)."""
-    header = HEADER.pack(kind, number, len(body))
+    header = HEADER.pack(_MAGIC, kind, number, len(body))
     for part in (header + body,) if len(body) < CHUNK else (header, body):
         n = os.write(fd, part)
         if n < len(part):
@@ -62,7 +63,7 @@ def read_frame(fd: int, first: bytes) -> Frame | None:
         if not more:
             return None
         first += more
-    kind, number, length = HEADER.unpack_from(first)
+    _, kind, number, length = HEADER.unpack_from(first)
     if len(first) == HEADER.size + length:
         return kind, number, memoryview(first)[HEADER.size :]
     body = bytearray(length)
@@ -121,8 +122,8 @@ class FrameReader:
                 return self._parse(self._head + data)
             if len(data) >= _HEADER_SIZE:
                 # The usual case, one small message, without the general way of taking bytes apart.
-                kind, number, length = HEADER.unpack_from(data)
-                if len(data) == _HEADER_SIZE + length:
+                magic, kind, number, length = HEADER.unpack_from(data)
+                if len(data) == _HEADER_SIZE + length and magic == _MAGIC:
                     return [(kind, number, data[_HEADER_SIZE:])]
             return self._parse(data)
         try:
@@ -156,9 +157,9 @@ class FrameReader:
         frames: list[Frame] = []
         start = 0
         while len(data) - start >= HEADER.size:
-            kind, number, length = HEADER.unpack_from(data, start)
-            if length > _MAX_BODY:
-                raise ValueError(f"a message of {length} bytes was announced")
+            magic, kind, number, length = HEADER.unpack_from(data, start)
+            if magic != _MAGIC or length > _MAX_BODY:
+                break
             end = start + HEADER.size + length
             if end > len(data):
                 self._begin_large(kind, number, length, data[start + HEADER.size :])
@@ -166,12 +167,14 @@ class FrameReader:
             frames.append((kind, number, memoryview(data)[start + HEADER.size : end]))
             start = end
         self._head = data[start:]
+        if not _MAGIC.startswith(self._head[:4]) or len(self._head) >= _HEADER_SIZE:
+            raise ValueError(f"not a message: {self._head[:64]!r}")
         return frames
 
     def _begin_large(self, kind: int, number: int, length: int, beginning: bytes) -> None:
         if length > _LARGE:
             enlarge(self.fd)
-        self._head = HEADER.pack(kind, number, length)
+        self._head = HEADER.pack(_MAGIC, kind, number, length)
         self._view = memoryview(bytearray(length))
         self._view[: len(beginning)] = beginning
         self._got = len(beginning)
@@ -181,7 +184,7 @@ class FrameReader:
         assert view is not None
         if self._got < len(view):
             return []
-        kind, number, _ = HEADER.unpack(self._head)
+        _, kind, number, _ = HEADER.unpack(self._head)
         self._head, self._view, self._got = b"", None, 0
         return [(kind, number, view)]
 
@@ -201,7 +204,7 @@ class FrameWriter:
 
         A reader that is gone is no error here: its end is reported elsewhere.
         """
-        header = HEADER.pack(kind, number, len(body))
+        header = HEADER.pack(_MAGIC, kind, number, len(body))
         if not self._rest and len(body) < CHUNK:
             data = header + body
             try:

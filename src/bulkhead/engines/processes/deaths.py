@@ -24,6 +24,7 @@ def crash(pid: int | None, report: Report, doing: str) -> WorkerCrashed:
         doing: What it was at, such as "running job 7".
     """
     name = _signal_name(report.signal)
+    stack = _without_our_frames(report.stack)
     output = _last_lines(report.output)
     parts = [f"worker process {pid} {_how(report, name)} while {doing}"]
     if report.out_of_memory:
@@ -31,8 +32,8 @@ def crash(pid: int | None, report: Report, doing: str) -> WorkerCrashed:
     if report.peak_rss_bytes is not None:
         parts.append(f"peak memory {report.peak_rss_bytes / 2**20:.1f} MiB")
     text = "; ".join(parts)
-    if report.stack:
-        text += f"\n{report.stack.rstrip()}"
+    if stack:
+        text += f"\n{stack}"
     if output:
         text += f"\nlast output:\n{output}"
     return WorkerCrashed(
@@ -40,7 +41,7 @@ def crash(pid: int | None, report: Report, doing: str) -> WorkerCrashed:
         pid=pid,
         signal=name,
         exit_code=report.exit_code,
-        stack=report.stack,
+        stack=stack,
         peak_rss_bytes=report.peak_rss_bytes,
         out_of_memory=report.out_of_memory,
         output=output,
@@ -49,10 +50,11 @@ def crash(pid: int | None, report: Report, doing: str) -> WorkerCrashed:
 
 def timeout(job: JobRecord, pid: int | None, report: Report) -> JobTimeout:
     """Return the error for a job that was ended because it ran too long."""
+    stack = _without_our_frames(report.stack)
     text = f"job {job.id!r} ran longer than {job.timeout} s; worker process {pid} was ended with all it had started"
-    if report.stack:
-        text += f"\n{report.stack.rstrip()}"
-    return JobTimeout(text, timeout=job.timeout, pid=pid, stack=report.stack)
+    if stack:
+        text += f"\n{stack}"
+    return JobTimeout(text, timeout=job.timeout, pid=pid, stack=stack)
 
 
 def expiry(job: JobRecord) -> StartDeadlineExceeded:
@@ -79,3 +81,15 @@ def _signal_name(number: int | None) -> str | None:
 
 def _last_lines(output: str) -> str:
     return "\n".join(output.splitlines()[-_OUTPUT_LINES:])
+
+
+def _without_our_frames(stack: str) -> str:
+    """Drop the frames between the job's own and the worker's start, which tell the user nothing."""
+    kept = []
+    is_ours = False
+    for line in stack.rstrip().splitlines():
+        is_frame = line.startswith("  File ")
+        is_ours = is_frame and (is_ours or line.endswith(" in _attempt"))
+        if not is_ours:
+            kept.append(line)
+    return "\n".join(kept)

@@ -6,12 +6,14 @@ and it is there to end the workers when the caller is gone. With start method fo
 main module, so that a worker costs milliseconds; with spawn it starts fresh interpreters; with fork it is itself a
 copy of the caller, made before the caller's threads.
 
-Protocol (frames on a stream socket): start(number; with three descriptors), end(number, grace) from the caller;
+Protocol (frames on a stream socket): start(number; with four descriptors), end(number, grace) from the caller;
 ready, unsuitable(why), started(number, pid), gone(number, Report) to it. The end of the socket, or of the caller's
 process, ends everything here at once.
 
-The kill ladder: SIGTERM to the worker's group and to descendants that left it, grace, SIGKILL. A worker is reported
-gone when its group is empty, so that nothing of an attempt runs on when its job is settled.
+The kill ladder: a signal that makes the worker write down its Python stacks, SIGTERM to the worker's group and to
+descendants that left it, grace, SIGKILL. A worker is reported gone when its group is empty, so that nothing of an
+attempt runs on when its job is settled. What a job has made a daemon (twice forked, in a session of its own) is beyond
+this.
 """
 
 from __future__ import annotations
@@ -36,6 +38,9 @@ __all__ = ["Report", "Says", "Told", "Unsuitable", "main", "run"]
 
 # How long the rest of a group may take to vanish after SIGKILL (seconds). Longer only in uninterruptible sleep.
 _VANISH = 1.0
+
+# How long a worker has to write down its stacks before SIGTERM (seconds).
+_WRITE_DOWN = 0.02
 
 # Pause between two looks at a group that should be empty soon (seconds).
 _LOOK_AGAIN = 0.005
@@ -96,7 +101,8 @@ class _Child:
         self.oom_kills = _oom_kills()
         self.has_exited = False
         self.was_told = False
-        self.is_killed = False
+        self.grace = 0.0
+        self.rung: signal.Signals | None = None  # the last signal sent
         self.deadline: float | None = None
         self.strays: list[Any] = []  # psutil.Process: descendants in other groups
 
@@ -188,7 +194,7 @@ class _Launcher:
         self._fds.extend(fds)
         self._data += data
         while len(self._data) >= HEADER.size:
-            kind, number, length = HEADER.unpack_from(self._data)
+            _, kind, number, length = HEADER.unpack_from(self._data)
             end = HEADER.size + length
             if len(self._data) < end:
                 return
@@ -200,8 +206,7 @@ class _Launcher:
                 self._end(number, body)
 
     def _start(self, number: int) -> None:
-        box = blackbox.create()
-        ends = worker_main.Ends(self._fds.popleft(), self._fds.popleft(), self._fds.popleft(), box)
+        ends = worker_main.Ends(*(self._fds.popleft() for _ in range(4)))
         pid = self._spawn(ends) if self._method == "spawn" else self._fork(ends)
         for fd in ends[:3]:
             os.close(fd)
@@ -211,7 +216,7 @@ class _Launcher:
             )  # Race: the worker does it too; whoever comes first, it is done before any END.
         except OSError:
             pass
-        self._children[number] = _Child(number, pid, box)
+        self._children[number] = _Child(number, pid, ends.box)
         self.say(Says.STARTED, number, pid)
 
     def _fork(self, ends: worker_main.Ends) -> int:
@@ -249,12 +254,15 @@ class _Launcher:
         if child is None or child.was_told or child.has_exited:
             return
         child.was_told = True
+        child.grace = grace
         child.strays = _strays(child.pid)
-        self._climb(child, signal.SIGTERM, grace)
+        child.deadline = time.monotonic() + _WRITE_DOWN
+        if blackbox.DUMP is not None and grace > 0:
+            os.kill(child.pid, blackbox.DUMP)
 
     def _climb(self, child: _Child, rung: signal.Signals, patience: float) -> None:
         child.deadline = time.monotonic() + patience
-        child.is_killed = child.is_killed or rung is signal.SIGKILL
+        child.rung = rung
         _signal_group(child.pid, rung)
         for stray in child.strays:
             _signal_stray(stray, rung)
@@ -277,9 +285,11 @@ class _Launcher:
     def _look_after(self, child: _Child) -> None:
         assert child.deadline is not None
         is_late = time.monotonic() >= child.deadline
-        if child.has_exited and (_is_deserted(child) or (is_late and child.is_killed)):
+        if child.has_exited and (_is_deserted(child) or (is_late and child.rung is signal.SIGKILL)):
             self._bury(child)
-        elif is_late and not child.is_killed:
+        elif is_late and child.rung is None:
+            self._climb(child, signal.SIGTERM, child.grace)
+        elif is_late and child.rung is signal.SIGTERM:
             self._climb(child, signal.SIGKILL, _VANISH)
 
     def _bury(self, child: _Child) -> None:
@@ -329,7 +339,7 @@ def _import_ahead(sock: socket.socket, config: Config) -> None:
 
 def _receive_one(sock: socket.socket) -> tuple[int, bytes]:
     head = _receive(sock, HEADER.size)
-    kind, _, length = HEADER.unpack(head)
+    _, kind, _, length = HEADER.unpack(head)
     return kind, _receive(sock, length)
 
 

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from bulkhead.engines.processes import launcher, main_module, worker_main
-from bulkhead.engines.processes.channel import HEADER, Frame, FrameReader, frame
+from bulkhead.engines.processes.channel import Frame, FrameReader, frame
 from bulkhead.engines.processes.launcher import Config, Told
 from bulkhead.errors import BulkheadError
 
@@ -62,10 +62,10 @@ class LauncherLink:
             self.reader.is_at_end = True
             return []
 
-    def start(self, number: int, fds: tuple[int, int, int]) -> None:
-        """Have worker `number` started with these ends of its pipes; they stay the caller's to close."""
+    def start(self, number: int, fds: tuple[int, int, int, int]) -> None:
+        """Have worker `number` started with these descriptors; they stay the caller's to close."""
         try:
-            data = HEADER.pack(Told.START, number, 4) + pickle.dumps(None)
+            data = frame(Told.START, number, pickle.dumps(None))
             socket.send_fds(self._socket, [data], list(fds))
         except (BlockingIOError, BrokenPipeError, ConnectionResetError):
             self.reader.is_at_end = True

@@ -269,6 +269,11 @@ class ProcessPool:
                     job.waiters.remove(waiter)
         return job.state in lifecycle.SETTLED
 
+    def has_begun(self, job: JobRecord) -> bool:
+        """Tell whether the worker that a running job was sent to has begun to read it. Under the lock."""
+        worker = job.slot.worker if job.slot is not None else None
+        return worker is not None and worker.has_begun()
+
     def add_waiter(self, job: JobRecord, waiter: Any) -> bool:
         """Have `waiter.fire()` called, under the lock, when the job settles; False when it has settled."""
         with self.lock:

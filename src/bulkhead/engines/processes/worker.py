@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from bulkhead._kernel.records import Slot
+from bulkhead.engines.processes import blackbox
 from bulkhead.engines.processes.channel import FrameReader, FrameWriter
 
 __all__ = ["Worker"]
@@ -22,6 +23,7 @@ class Worker:
     """
 
     __slots__ = (
+        "_box",
         "_life",
         "_theirs",
         "began",
@@ -48,12 +50,14 @@ class Worker:
         jobs_read, jobs_write = os.pipe()
         results_read, results_write = os.pipe()
         life_read, self._life = os.pipe()
-        self._theirs: Any = (jobs_read, results_write, life_read)
+        box = blackbox.create()
+        self._box = blackbox.ReadMark(box)
+        self._theirs: Any = (jobs_read, results_write, life_read, box)
         self.writer = FrameWriter(jobs_write)
         self.reader = FrameReader(results_read)
 
-    def give_away(self) -> tuple[int, int, int]:
-        """Return the worker's ends of the pipes: jobs, results, life line."""
+    def give_away(self) -> tuple[int, int, int, int]:
+        """Return what is the worker's: its ends of the pipes for jobs, results and life line, and its black box."""
         return self._theirs  # type: ignore[no-any-return]
 
     def close_theirs(self) -> None:
@@ -61,6 +65,10 @@ class Worker:
         theirs, self._theirs = self._theirs, ()
         for fd in theirs:
             os.close(fd)
+
+    def has_begun(self) -> bool:
+        """Tell whether the worker has begun to read its last message."""
+        return self._box.last_read() == self.message
 
     def cut(self) -> None:
         """Close the life line: the kernel kills the worker and its group."""
@@ -73,4 +81,5 @@ class Worker:
         self.close_theirs()
         self.writer.close()
         self.reader.close()
+        self._box.close()
         self.cut()

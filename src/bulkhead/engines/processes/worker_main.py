@@ -178,7 +178,7 @@ def _next_bytes(fd: int, sleeper: select.poll) -> bytes:
 
 def _begin_read(fd: int, first: bytes, box: BlackBox) -> Frame | None:
     if len(first) >= HEADER.size:
-        kind, number, length = HEADER.unpack_from(first)
+        _, kind, number, length = HEADER.unpack_from(first)
         box.note_read(number)
         if len(first) == HEADER.size + length:
             return kind, number, memoryview(first)[HEADER.size :]
