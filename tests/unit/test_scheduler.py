@@ -303,13 +303,16 @@ def test_a_job_that_started_in_time_may_be_retried_after_its_start_deadline() ->
     assert job.state is JobState.RUNNING
 
 
-def test_a_job_that_came_back_unread_still_has_its_start_deadline() -> None:
+@pytest.mark.parametrize("gone_at", [1.0, 5.0, 7.0])
+def test_a_job_that_came_back_unread_still_has_its_start_deadline(gone_at: float) -> None:
     kernel = staffed(2)
     _, job = offered(kernel, 2, start_by=5.0)
-    kernel.worker_gone(slot_of(job), CRASH, 1.0, unread=True)
+    assert kernel.next_deadline is None, "both have started"
+    kernel.worker_gone(slot_of(job), CRASH, gone_at, unread=True)
     assert kernel.next_deadline == 5.0
-    kernel.tick(5.0)
+    kernel.tick(max(gone_at, 5.0))
     assert isinstance(job.error, StartDeadlineExceeded)
+    assert kernel.next_deadline is None
 
 
 # Timeouts
@@ -572,6 +575,21 @@ def test_a_job_that_goes_back_unread_again_and_again_counts_as_crashed() -> None
         assert deaths < 10
     assert deaths == 4
     assert job.error is CRASH
+
+
+def test_unread_returns_are_counted_anew_after_an_attempt_that_was_read() -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel, retry=RetryPolicy(2, initial=0.0))
+    for _ in range(2):
+        for _ in range(3):
+            kernel.worker_gone(kernel.slots[0], CRASH, 1.0, unread=True)
+            assert job.state is JobState.QUEUED
+            kernel.worker_ready(kernel.slots[0], 1.0)
+        attempt = job.attempt
+        kernel.attempt_ended(kernel.slots[0], ValueError(), 1.0)
+        kernel.tick(1.0)
+    assert attempt == 2
+    assert isinstance(job.error, ValueError)
 
 
 # Pools that break
