@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     settings = Settings(options.rounds, options.jobs, options.start_method)
     figures: dict[str, object] = {"machine": _machine()}
-    print(_heading(figures["machine"]))
+    print(_heading(figures["machine"]), flush=True)
     for name, measure in BENCHMARKS.items():
         if name in options.only:
             start = time.perf_counter()

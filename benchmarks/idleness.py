@@ -24,6 +24,7 @@ import psutil
 from contestants import BULKHEAD, CONTESTANTS, Contestant
 from settings import Settings, StartMethod
 from tables import ABSENT, print_table, verdict
+from watchdog import watched
 
 __all__ = ["measure_idleness"]
 
@@ -76,7 +77,7 @@ def measure_idleness(settings: Settings) -> dict[str, object]:
 
 
 def _watch(contestants: Sequence[Contestant], start_method: StartMethod) -> dict[str, Rest]:
-    with ExitStack() as stack:
+    with watched(), ExitStack() as stack:
         probes = {c.name: _start_probe(stack, c.name, start_method) for c in contestants}
         time.sleep(SETTLE_SECONDS)
         before = {name: _snapshot(probe.pid) for name, probe in probes.items()}

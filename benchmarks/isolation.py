@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from contestants import BULKHEAD, STDLIB_POOL, Contestant, Fn
 from settings import Settings, StartMethod
 from tables import ABSENT, percentile, print_table
+from watchdog import watched
 from workload import burn, hold, noop
 
 __all__ = ["measure_isolation"]
@@ -72,7 +73,7 @@ def measure_isolation(settings: Settings) -> dict[str, object]:
 
 
 def _measure(open_pair: OpenPair, start_method: StartMethod, disturbance: str) -> list[float]:
-    with open_pair(start_method) as pair:
+    with watched(), open_pair(start_method) as pair:
         for _ in range(WARM_UP_JOBS):
             pair.call(noop)
             pair.flood(noop)

@@ -18,6 +18,7 @@ import psutil
 from contestants import BULKHEAD, CONTESTANTS, EXECUTOR, STDLIB_POOL, Contestant
 from settings import Settings
 from tables import ABSENT, median, print_table, verdict
+from watchdog import watched
 from workload import noop
 
 __all__ = ["measure_throughput"]
@@ -62,7 +63,7 @@ def measure_throughput(settings: Settings) -> dict[str, object]:
 
 
 def _measure(contestant: Contestant, settings: Settings) -> Sample:
-    with contestant.open(WORKERS, settings.start_method) as session:
+    with watched(), contestant.open(WORKERS, settings.start_method) as session:
         session.run(noop, WARM_UP_JOBS)
         gc.collect()
         cpu, start = time.process_time(), time.perf_counter()
