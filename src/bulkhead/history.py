@@ -64,7 +64,12 @@ class History:
             return
         while job.id is None:
             number = next(self._numbers)
-            if number not in self._reserved and self._jobs.setdefault(number, job) is job:
+            if self._jobs.setdefault(number, job) is not job:
+                continue
+            # Race: `reserve` looks the other way round, so that one of the two sees the other.
+            if number in self._reserved:
+                del self._jobs[number]
+            else:
                 job.id = number
 
     def settle(self, job: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, fields
@@ -53,7 +54,7 @@ class JobStatus:
     def to_dict(self) -> dict[str, Any]:
         """Return what is known in JSON's types: times in RFC 3339, absent values left out.
 
-        An id that is neither a string nor a number becomes its repr.
+        An id that JSON has no type for becomes its repr.
         """
         named = ((one.name, getattr(self, one.name)) for one in fields(self))
         return {name: _plain(value) for name, value in named if value is not None}
@@ -231,4 +232,5 @@ def _plain(value: Any) -> Any:
         return value.isoformat().replace("+00:00", "Z")
     if isinstance(value, JobState):
         return value.value
-    return value if isinstance(value, (str, int, float)) else repr(value)
+    is_plain = isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
+    return value if is_plain else repr(value)

@@ -91,14 +91,20 @@ def enlarge(fd: int) -> None:
 
 
 class FrameReader:
-    """The caller's end of a pipe from a worker. Owner: the thread that drives the pool."""
+    """The caller's end of a pipe from a worker. Owner: the thread that drives the pool.
 
-    __slots__ = ("_got", "_head", "_view", "fd", "is_at_end")
+    Attributes:
+        is_at_end: Nothing more will come.
+        is_garbled: Something came that is no message; what follows it cannot be told apart.
+    """
+
+    __slots__ = ("_got", "_head", "_view", "fd", "is_at_end", "is_garbled")
 
     def __init__(self, fd: int) -> None:
         os.set_blocking(fd, False)
         self.fd = fd
         self.is_at_end = False
+        self.is_garbled = False
         self._head = b""
         self._view: memoryview | None = None
         self._got = 0
@@ -107,7 +113,6 @@ class FrameReader:
         """Read what is there and return the messages that are complete.
 
         Raises:
-            ValueError: What came is not a message.
             MemoryError: The announced message does not fit into memory.
         """
         if self._view is None:
@@ -139,7 +144,7 @@ class FrameReader:
     def read_rest(self) -> list[Frame]:
         """Read until the pipe is empty or at its end, for a worker that is gone."""
         found: list[Frame] = []
-        while not self.is_at_end:
+        while not self.is_at_end and not self.is_garbled:
             before = self._got, self._view, self._head
             frames = self.read()
             if not frames and before == (self._got, self._view, self._head):
@@ -167,8 +172,7 @@ class FrameReader:
             frames.append((kind, number, memoryview(data)[start + HEADER.size : end]))
             start = end
         self._head = data[start:]
-        if not _MAGIC.startswith(self._head[:4]) or len(self._head) >= _HEADER_SIZE:
-            raise ValueError(f"not a message: {self._head[:64]!r}")
+        self.is_garbled = not _MAGIC.startswith(self._head[:4]) or len(self._head) >= _HEADER_SIZE
         return frames
 
     def _begin_large(self, kind: int, number: int, length: int, beginning: bytes) -> None:

@@ -12,8 +12,8 @@ process, ends everything here at once.
 
 The kill ladder: a signal that makes the worker write down its Python stacks, SIGTERM to the worker's group and to
 descendants that left it, grace, SIGKILL. A worker is reported gone when its group is empty, so that nothing of an
-attempt runs on when its job is settled. What a job has made a daemon (twice forked, in a session of its own) is beyond
-this.
+attempt runs on when its job is settled. What has lost its parent and left the group (a daemon) is adopted here; it ends
+with the worker if that is the only one of the pool, else, since nobody knows whose it is, with the pool.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ _WRITE_DOWN = 0.02
 
 # Pause between two looks at a group that should be empty soon (seconds).
 _LOOK_AGAIN = 0.005
+
+
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 class Told:
@@ -150,6 +153,8 @@ class _Launcher:
         self._data = b""
         self._fds: deque[int] = deque()
         self._is_over = False
+        self._is_ready = False
+        self._not_ours: set[int] = set()  # processes that the main module started when it was imported
         signal.set_wakeup_fd(-1)
         self._signals, self._alarm = os.pipe()
         os.set_blocking(self._signals, False)
@@ -175,13 +180,22 @@ class _Launcher:
                         self._is_over = True
                     else:
                         self._listen()
-                        import psutil  # noqa: F401 - Why here: the workers are starting, the first death may wait for it
+                        self._get_ready_for_deaths()
                 self._see_to_children()
         finally:
             self._end_all()
 
     def say(self, kind: int, number: int = 0, body: Any = None) -> None:
         self._sock.sendall(frame(kind, number, pickle.dumps(body)))
+
+    def _get_ready_for_deaths(self) -> None:
+        """Do what the first death needs. Why not before: now the workers are starting, and it costs them nothing."""
+        if not self._is_ready:
+            self._is_ready = True
+            import psutil
+
+            self._not_ours = {one.pid for one in psutil.Process().children()} - _pids(self._children)
+            _adopt_orphans()
 
     # The conversation
 
@@ -256,6 +270,8 @@ class _Launcher:
         child.was_told = True
         child.grace = grace
         child.strays = _strays(child.pid)
+        if len(self._children) == 1:
+            child.strays += self._orphans()
         child.deadline = time.monotonic() + _WRITE_DOWN
         if blackbox.DUMP is not None and grace > 0:
             os.kill(child.pid, blackbox.DUMP)
@@ -274,10 +290,13 @@ class _Launcher:
         return _LOOK_AGAIN * 1000
 
     def _see_to_children(self) -> None:
+        self._reap_orphans()
         for child in list(self._children.values()):
             if not child.has_exited and _has_exited(child.pid):
                 child.has_exited = True
                 if not child.was_told:
+                    if len(self._children) == 1:
+                        child.strays = self._orphans()
                     self._climb(child, signal.SIGKILL, _VANISH)  # what it started goes with it
             if child.deadline is not None:
                 self._look_after(child)
@@ -298,11 +317,34 @@ class _Launcher:
         del self._children[child.number]
         self.say(Says.GONE, child.number, report)
 
+    def _reap_orphans(self) -> None:
+        """Reap what workers have left to this process and has ended."""
+        known = _pids(self._children) | self._not_ours
+        try:
+            while (found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+                if found.si_pid in known:
+                    return  # it comes first until it is buried; then we look again
+                os.waitpid(found.si_pid, os.WNOHANG)
+        except (ChildProcessError, AttributeError):
+            pass
+
+    def _orphans(self) -> list[Any]:
+        """Return what jobs of workers that are gone have left behind, adopted by this process."""
+        import psutil
+
+        known = _pids(self._children) | self._not_ours
+        return [one for one in psutil.Process().children() if one.pid not in known]
+
     def _end_all(self) -> None:
-        for child in self._children.values():
-            child.strays = child.strays or _strays(child.pid)
+        import psutil
+
+        # Race: workers may have been killed by their life lines already; then what they started is ours by now.
+        everything = psutil.Process().children(recursive=True)
         for child in self._children.values():
             self._climb(child, signal.SIGKILL, 0)
+        for one in [*everything, *psutil.Process().children(recursive=True)]:
+            if one.pid not in self._not_ours:
+                _signal_stray(one, signal.SIGKILL)
 
 
 def interpreter_command(code: str) -> list[str]:
@@ -351,6 +393,21 @@ def _receive(sock: socket.socket, size: int) -> bytes:
             os._exit(0)
         data += more
     return data
+
+
+def _pids(children: dict[int, _Child]) -> set[int]:
+    return {child.pid for child in children.values()}
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of what jobs leave behind, where there is such a thing (Linux): so that it can be found.
+
+    Source: prctl(2), PR_SET_CHILD_SUBREAPER.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _n_threads() -> int:

@@ -52,6 +52,7 @@ from bulkhead.errors import (
     DispatcherFinalized,
     JobCancelled,
     MissingMainGuard,
+    NestedDispatch,
     PoolBroken,
     RemoteError,
 )
@@ -169,6 +170,7 @@ class ProcessPool:
         self._deserted: list[Waiter] = []
         self._ruin: PoolBroken | None = None
         self._guard = _Guard(self._fall)
+        self._is_copy = False  # of a pool in a process that the caller forked
         self._is_dismissed = False
         self._is_stopped = False
         self._link = self._launch()
@@ -262,6 +264,7 @@ class ProcessPool:
         """Wait until the job has settled or `deadline`."""
         if job.state in lifecycle.SETTLED:
             return True
+        self._refuse_copy()
         waiter = Waiter()
         if self.add_waiter(job, waiter) and not self._driving.wait(waiter, deadline):
             with self.lock:
@@ -286,6 +289,7 @@ class ProcessPool:
 
     def add_callback(self, job: JobRecord, callback: Callable[[Any], object]) -> None:
         """Have `callback(job)` called in the callback thread when the job has settled, at once if it has."""
+        self._refuse_copy()
         self._callbacks.prepare()
         done = DoneCallback(self._callbacks, callback, job)
         if not self.add_waiter(job, done):
@@ -293,6 +297,7 @@ class ProcessPool:
 
     def cancel(self, job: JobRecord) -> bool:
         """Take a waiting job out, end the worker of a running one; False when it has settled otherwise."""
+        self._refuse_copy()
         with self.lock, self._guard:
             now = time.monotonic()
             is_cancelled = self._scheduler.cancel(job, JobCancelled(f"job {job.id!r} was cancelled"), now)
@@ -393,12 +398,21 @@ class ProcessPool:
 
     def abandon(self) -> None:
         """Close this process's copies of the descriptors: for a forked copy of the caller."""
+        self._is_copy = True
+        # Race: another thread of the caller may have held the lock when it forked.
+        self.lock = self._driving.lock = threading.Lock()
         if not self._is_stopped:
             self._is_stopped = True
             for worker in self._workers.values():
                 worker.close()
             self._link.abandon()
             self._driving.close()
+
+    def _refuse_copy(self) -> None:
+        if self._is_copy:
+            raise NestedDispatch(
+                "this job belongs to another process, which alone can wait for it or cancel it"
+            )
 
     # Starting
 
@@ -489,11 +503,13 @@ class ProcessPool:
     def _read_results(self, worker: Worker, answers: list[_Answer], news: list[_Event]) -> None:
         try:
             frames = worker.reader.read()
-        except (ValueError, MemoryError, OSError) as error:
-            news.append((self._garbled, (worker, error)))
+        except (MemoryError, OSError) as error:
+            news.append((self._garbled, (worker, repr(error))))
             return
         for kind, number, body in frames:
             answers.append((worker, kind, number, *_decoded(kind, body)))
+        if worker.reader.is_garbled:
+            news.append((self._garbled, (worker, "something else was written into its pipe")))
         if worker.reader.is_at_end:
             news.append((self._hang_up, (worker,)))
 
@@ -519,7 +535,7 @@ class ProcessPool:
             return
         try:
             frames = worker.reader.read_rest()
-        except (ValueError, MemoryError, OSError):
+        except (MemoryError, OSError):
             return
         for kind, message, body in frames:
             answers.append((worker, kind, message, *_decoded(kind, body)))
@@ -550,8 +566,8 @@ class ProcessPool:
             worker.pid = pid
             self._scheduler.worker_ready(worker.slot, now)
 
-    def _garbled(self, worker: Worker, error: Exception, now: float) -> None:
-        worker.failure = RemoteError(f"the worker's answer cannot be read: {error!r}")
+    def _garbled(self, worker: Worker, why: str, now: float) -> None:
+        worker.failure = RemoteError(f"the worker's answer cannot be read: {why}")
         self._stop_reading(worker)
         self._link.end(worker.number, 0.0)
 
