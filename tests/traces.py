@@ -103,14 +103,20 @@ def _segments() -> tuple[str, ...]:
 def _used_by_strangers() -> set[str]:
     """Return the names in shared memory that a process maps which is none of ours: other programs run here too."""
     ours = {os.getpid(), *(int(line.split()[0]) for line in _processes())}
-    used = set()
+    # Why by inode: sem_open maps a file of another name, which it then links to the one that is seen.
+    mapped: set[int] = set()
     for entry in _PROC.iterdir():
         if entry.name.isdigit() and int(entry.name) not in ours:
             try:
                 maps = (entry / "maps").read_text()
             except OSError:
                 continue
-            used.update(
-                line.split("/dev/shm/")[1].split()[0] for line in maps.splitlines() if "/dev/shm/" in line
-            )
-    return used
+            mapped.update(int(line.split()[4]) for line in maps.splitlines() if "/dev/shm/" in line)
+    return {entry.name for entry in _SHARED_MEMORY.iterdir() if _inode(entry) in mapped}
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None

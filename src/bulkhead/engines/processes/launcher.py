@@ -162,6 +162,7 @@ class _Launcher:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         signal.set_wakeup_fd(self._alarm, warn_on_full_buffer=False)
         self._poll = select.poll()
         self._poll.register(self._sock, select.POLLIN)
