@@ -129,7 +129,7 @@ def test_a_job_that_ignores_sigterm_does_not_hold_finalize_up(disp: Dispatcher, 
 
 
 def test_finalize_while_the_workers_start_ends_them(start_method: str) -> None:
-    for _ in range(5):
+    for _ in range(3):
         disp = Dispatcher([Pool(0, 2, start_method=start_method), Pool(1, 2, start_method=start_method)])
         disp.finalize()
         assert psutil.Process().children(recursive=True) == []

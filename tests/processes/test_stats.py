@@ -109,5 +109,5 @@ def test_stats_are_a_frozen_snapshot() -> None:
         assert disp.stats()[0].succeeded == 1
         with pytest.raises(dataclasses.FrozenInstanceError):
             before[0].succeeded = 7  # type: ignore[misc]
-        with pytest.raises((dataclasses.FrozenInstanceError, TypeError)):
-            before.pools[0] = before[0]  # type: ignore[index]
+        before.pools.clear()  # type: ignore[attr-defined]
+        assert disp.stats()[0].succeeded == 1
