@@ -11,8 +11,12 @@
 |---|---|
 | pool.py | carrying out the kernel's instructions; what a death means |
 | driving.py | which thread polls, who waits, who takes over |
+| interrupts.py | keeping a Ctrl-C out of the middle of a change |
 | channel.py | bytes through a pipe without being held up |
 | payload.py | pickling both ways |
+| callbacks.py | running users' done callbacks |
+| deaths.py | what is told of a worker's end |
+| poller.py | waiting for descriptors |
 | worker.py | the caller's handle on one worker process |
 | worker_main.py | what runs in a worker |
 | launcher.py, launcher_link.py | starting, ending and reaping workers; the two ends of that conversation |

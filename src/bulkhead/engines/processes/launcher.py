@@ -42,8 +42,11 @@ _VANISH = 1.0
 # How long a worker has to write down its stacks before SIGTERM (seconds).
 _WRITE_DOWN = 0.02
 
-# Pause between two looks at a group that should be empty soon (seconds).
-_LOOK_AGAIN = 0.005
+# A launcher that has had nothing to do for this long gets ready for what jobs may leave behind (milliseconds).
+_SETTLE = 50
+
+# Pause between two looks at a group that should be empty soon (milliseconds).
+_LOOK_AGAIN = 5
 
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -153,7 +156,7 @@ class _Launcher:
         self._data = b""
         self._fds: deque[int] = deque()
         self._is_over = False
-        self._is_ready = False
+        self._is_adopting = False
         self._not_ours: set[int] = set()  # processes that the main module started when it was imported
         signal.set_wakeup_fd(-1)
         self._signals, self._alarm = os.pipe()
@@ -174,14 +177,17 @@ class _Launcher:
     def serve(self) -> None:
         try:
             while not self._is_over:
-                for fd, _ in self._poll.poll(self._patience()):
+                patience = self._patience()
+                events = self._poll.poll(patience)
+                if not events and patience == _SETTLE:
+                    self._adopt()
+                for fd, _ in events:
                     if fd == self._signals:
                         _drain(fd)
                     elif fd == self._caller_fd:
                         self._is_over = True
                     else:
                         self._listen()
-                        self._get_ready_for_deaths()
                 self._see_to_children()
         finally:
             self._end_all()
@@ -189,10 +195,10 @@ class _Launcher:
     def say(self, kind: int, number: int = 0, body: Any = None) -> None:
         self._sock.sendall(frame(kind, number, pickle.dumps(body)))
 
-    def _get_ready_for_deaths(self) -> None:
-        """Do what the first death needs. Why not before: now the workers are starting, and it costs them nothing."""
-        if not self._is_ready:
-            self._is_ready = True
+    def _adopt(self) -> None:
+        """Become the parent of what jobs leave behind. Why not at once: it would make the first worker wait."""
+        self._is_adopting = True
+        if sys.platform == "linux":
             import psutil
 
             self._not_ours = {one.pid for one in psutil.Process().children()} - _pids(self._children)
@@ -270,9 +276,12 @@ class _Launcher:
             return
         child.was_told = True
         child.grace = grace
-        child.strays = _strays(child.pid)
-        if len(self._children) == 1:
-            child.strays += self._orphans()
+        if blackbox.recover(
+            child.box
+        ).last_read:  # else it has run no job, and finalize need not wait for psutil
+            child.strays = _strays(child.pid)
+            if len(self._children) == 1:
+                child.strays += self._orphans()
         child.deadline = time.monotonic() + _WRITE_DOWN
         if blackbox.DUMP is not None and grace > 0:
             os.kill(child.pid, blackbox.DUMP)
@@ -284,11 +293,11 @@ class _Launcher:
         for stray in child.strays:
             _signal_stray(stray, rung)
 
-    def _patience(self) -> float | None:
+    def _patience(self) -> int | None:
         """Return how long to poll, in milliseconds."""
-        if not any(child.deadline is not None for child in self._children.values()):
-            return None
-        return _LOOK_AGAIN * 1000
+        if any(child.deadline is not None for child in self._children.values()):
+            return _LOOK_AGAIN
+        return None if self._is_adopting or not self._children else _SETTLE
 
     def _see_to_children(self) -> None:
         self._reap_orphans()
@@ -320,6 +329,8 @@ class _Launcher:
 
     def _reap_orphans(self) -> None:
         """Reap what workers have left to this process and has ended."""
+        if not self._is_adopting:
+            return
         known = _pids(self._children) | self._not_ours
         try:
             while (found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
@@ -331,12 +342,16 @@ class _Launcher:
 
     def _orphans(self) -> list[Any]:
         """Return what jobs of workers that are gone have left behind, adopted by this process."""
+        if not self._is_adopting:
+            return []
         import psutil
 
         known = _pids(self._children) | self._not_ours
         return [one for one in psutil.Process().children() if one.pid not in known]
 
     def _end_all(self) -> None:
+        if not self._children and not self._is_adopting:
+            return
         import psutil
 
         # Race: workers may have been killed by their life lines already; then what they started is ours by now.
@@ -478,10 +493,18 @@ def _signal_stray(stray: Any, rung: signal.Signals) -> None:
 
 def _is_deserted(child: _Child) -> bool:
     """Tell whether nothing of a worker that has exited is left but itself."""
-    import psutil
-
-    members = (pid for pid in psutil.pids() if pid != child.pid and _group_of(pid) == child.pid)
+    members = (pid for pid in _all_pids() if pid != child.pid and _group_of(pid) == child.pid)
     return not any(map(_is_alive, members)) and not any(_is_alive(stray.pid) for stray in child.strays)
+
+
+def _all_pids() -> list[int]:
+    """Return the pids of the system. Why not psutil's: its import takes longer than most finalizes."""
+    try:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    except FileNotFoundError:
+        import psutil
+
+        return psutil.pids()
 
 
 def _group_of(pid: int) -> int:

@@ -6,9 +6,9 @@ and workers are this pool's own.
 Every change of the kernel's state happens under `driving.lock`; reading and unpickling results does not, because the
 users' code that runs there may take long and may call us.
 
-What can end this: `ruin`. Should an exception come out of the middle of a change (a Ctrl-C at an unlucky instant, no
-memory, a bug), the kernel's state cannot be trusted. Then the pool is given up loudly: every job that has not settled
-fails with PoolBroken, every process is killed, nobody waits for ever.
+What can end this: `ruin`. Should an exception come out of the middle of a change (of a signal handler of the user's,
+for want of memory, by a bug), the kernel's state cannot be trusted. Then the pool is given up loudly: every job that
+has not settled fails with PoolBroken, every process is killed, nobody waits for ever.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from bulkhead.engines.base import Ledger
 from bulkhead.engines.processes import deaths, main_module
 from bulkhead.engines.processes.callbacks import CallbackThread, DoneCallback
 from bulkhead.engines.processes.driving import Driving, Waiter
+from bulkhead.engines.processes.interrupts import calm, hold, release
 from bulkhead.engines.processes.launcher import Report, Says, Unsuitable
 from bulkhead.engines.processes.launcher_link import LauncherLink
 from bulkhead.engines.processes.payload import message_of, pack_call, unpack_error, unpack_value
@@ -181,7 +182,7 @@ class ProcessPool:
     def begin(self) -> None:
         """Start the threads and the workers."""
         self._driving.begin()
-        with self.lock, self._guard:
+        with calm(), self.lock, self._guard:
             self._scheduler.begin()
             self._carry_out(time.monotonic())
             self._driving.wake()
@@ -194,6 +195,7 @@ class ProcessPool:
             PoolBroken: The pool has given up.
         """
         waiter = None
+        is_held = hold()
         try:
             with self.lock:
                 self._check_open()
@@ -209,9 +211,14 @@ class ProcessPool:
                 except BaseException as error:
                     self._fall(error)
                     raise
+            if is_held:
+                is_held = False
+                release()
             if waiter is not None:
                 self._driving.wait(waiter, deadline)
         finally:
+            if is_held:
+                release()
             if waiter is not None and not waiter.is_done:
                 self._driving.leave(waiter)
                 self._withdraw(job)
@@ -224,7 +231,7 @@ class ProcessPool:
             job: The job.
             waiter: Fired once when it is worth trying again; for callers that wait for several pools.
         """
-        with self.lock:
+        with calm(), self.lock:
             self._check_open()
             with self._guard:
                 now = time.monotonic()
@@ -298,7 +305,7 @@ class ProcessPool:
     def cancel(self, job: JobRecord) -> bool:
         """Take a waiting job out, end the worker of a running one; False when it has settled otherwise."""
         self._refuse_copy()
-        with self.lock, self._guard:
+        with calm(), self.lock, self._guard:
             now = time.monotonic()
             is_cancelled = self._scheduler.cancel(job, JobCancelled(f"job {job.id!r} was cancelled"), now)
             self._carry_out(now)
@@ -306,7 +313,7 @@ class ProcessPool:
 
     def close_phases(self) -> list[Phase]:
         """Close the open phase; return those that a barrier called now waits for."""
-        with self.lock:
+        with calm(), self.lock:
             return self._scheduler.phases.close()
 
     def wait_for_phases(self, phases: list[Phase], deadline: float | None) -> bool:
@@ -315,7 +322,7 @@ class ProcessPool:
 
     def report_phases(self, phases: list[Phase]) -> list[Phase]:
         """Return those of the phases that no barrier has reported yet, and drop them."""
-        with self.lock:
+        with calm(), self.lock:
             return self._scheduler.phases.report(phases)
 
     def unsettled_in(self, phases: list[Phase]) -> list[JobRecord]:
@@ -332,7 +339,7 @@ class ProcessPool:
 
     def refuse(self) -> None:
         """Take no more jobs."""
-        with self.lock, self._guard:
+        with calm(), self.lock, self._guard:
             self._scheduler.refuse()
             self._carry_out(time.monotonic())
 
@@ -347,7 +354,7 @@ class ProcessPool:
 
     def cancel_all(self) -> None:
         """Cancel every job that has not settled."""
-        with self.lock, self._guard:
+        with calm(), self.lock, self._guard:
             now = time.monotonic()
             for job in self._scheduler.unsettled_jobs():
                 self._scheduler.cancel(job, JobCancelled(f"job {job.id!r} was cancelled by finalize"), now)
@@ -355,7 +362,7 @@ class ProcessPool:
 
     def dismiss(self) -> None:
         """Send the workers home: idle ones leave by themselves, the others are ended. Does not wait."""
-        with self.lock, self._guard:
+        with calm(), self.lock, self._guard:
             self._scheduler.stop()
             self._is_dismissed = True
             for worker in self._workers.values():
@@ -464,6 +471,7 @@ class ProcessPool:
 
     def _work(self, events: list[tuple[int, int]]) -> None:
         """Do what the polled events ask for, and what is due."""
+        is_held = hold()
         try:
             news: list[_Event] = []
             answers: list[_Answer] = []
@@ -484,6 +492,9 @@ class ProcessPool:
             with self.lock:
                 self._fall(error)
             raise
+        finally:
+            if is_held:
+                release()
 
     def _digest(self, answers: list[_Answer], news: list[_Event]) -> None:
         """Tell the kernel what was read, and do what it decides. Under the lock."""
@@ -765,7 +776,7 @@ class ProcessPool:
             _fire(self._drained)
 
     def _withdraw(self, job: JobRecord) -> None:
-        with self.lock, self._guard:
+        with calm(), self.lock, self._guard:
             self._scheduler.withdraw(job)
 
     # Answers

@@ -86,7 +86,9 @@ def run(ends: Ends, inherited: Initializer | None = None) -> None:
 
 def _settle_in(ends: Ends) -> BlackBox:
     signal.set_wakeup_fd(-1)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # or a caller that blocks SIGTERM would have workers that do
+    signal.pthread_sigmask(
+        signal.SIG_SETMASK, ()
+    )  # or a caller that blocks SIGTERM would have workers that do
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # or printing could stop a background group of a terminal
     for number in (signal.SIGTERM, signal.SIGCHLD):
