@@ -57,7 +57,7 @@ class CallbackThread:
         if thread is None:
             return
         if thread is not threading.current_thread():
-            thread.join(timeout)
+            thread.join(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
             if thread.is_alive():
                 _log.warning("a done callback is still running after finalize")
 

@@ -43,6 +43,9 @@ _HESITATION = 0.005
 _LOOK_FOR = 30e-6
 _give_way = getattr(os, "sched_yield", lambda: None)
 
+# Longest single wait (seconds): system calls have limits of some weeks. Whoever waits longer waits again.
+_LONGEST = 86_400.0
+
 _BACKGROUND = object()
 _NOT_POLLING = float("-inf")
 
@@ -129,7 +132,13 @@ class Driving:
                 if patience is not None and patience <= 0:
                     break
         finally:
-            self.leave(waiter)
+            # Race: a Ctrl-C may strike at the very call. It must not leave the role with a thread that has gone, so
+            # there is a second try, here where no step lies between it and the first.
+            try:
+                self.leave(waiter)
+            except KeyboardInterrupt:
+                self.leave(waiter)
+                raise
         return waiter.is_done
 
     def try_role(self, waiter: Waiter) -> bool:
@@ -142,12 +151,14 @@ class Driving:
 
     def leave(self, waiter: Waiter) -> None:
         """Give the role back, if the waiter has it, and let somebody else drive. Does no harm twice."""
-        try:
-            self._leave_role(waiter)
-        except KeyboardInterrupt:
-            # Race: a Ctrl-C just here must not leave the role with a thread that has gone.
-            self._leave_role(waiter)
-            raise
+        with self.lock:
+            if self._role is waiter:
+                self._role = None
+            elif waiter in self._sleepers:
+                self._sleepers.remove(waiter)
+            # Race: also a waiter that never drove may have been woken to take over and have run out of time instead.
+            if self._sleepers or self._is_gate_shut:
+                self._pass_on()
 
     def hurry(self, instant: float | None) -> None:
         """Under the lock: make the polling thread look again if it would sleep beyond `instant`."""
@@ -201,17 +212,7 @@ class Driving:
             self._sleepers.append(waiter)
             if self._role is _BACKGROUND:
                 self._alarm.ring()
-        bed.acquire(timeout=-1 if patience is None else max(patience, 0))
-
-    def _leave_role(self, waiter: Waiter) -> None:
-        with self.lock:
-            if self._role is waiter:
-                self._role = None
-            elif waiter in self._sleepers:
-                self._sleepers.remove(waiter)
-            # Race: also a waiter that never drove may have been woken to take over and have run out of time instead.
-            if self._sleepers or self._is_gate_shut:
-                self._pass_on()
+        bed.acquire(timeout=-1 if patience is None else min(max(patience, 0), _LONGEST))
 
     def _pass_on(self) -> None:
         if self._role is not None:
@@ -246,7 +247,7 @@ class Driving:
             if patience is not None and (deadline is None or now + patience < deadline):
                 deadline = now + patience
             self._polls_until = deadline
-        events = self._poll(waiter, None if deadline is None else max(deadline - now, 0))
+        events = self._poll(waiter, None if deadline is None else min(max(deadline - now, 0), _LONGEST))
         # Race: without the lock; whoever reads the old values rings for nothing, whoever reads the new ones has put
         # down its deadline before the next step asks for it.
         self._polls_until = _NOT_POLLING

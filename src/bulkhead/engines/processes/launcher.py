@@ -282,9 +282,10 @@ class _Launcher:
             child.strays = _strays(child.pid)
             if len(self._children) == 1:
                 child.strays += self._orphans()
-        child.deadline = time.monotonic() + _WRITE_DOWN
+        child.deadline = time.monotonic()
         if blackbox.DUMP is not None and grace > 0:
             os.kill(child.pid, blackbox.DUMP)
+            child.deadline += _WRITE_DOWN
 
     def _climb(self, child: _Child, rung: signal.Signals, patience: float) -> None:
         child.deadline = time.monotonic() + patience

@@ -214,14 +214,16 @@ class ProcessPool:
             if is_held:
                 is_held = False
                 release()
-            if waiter is not None:
-                self._driving.wait(waiter, deadline)
-        finally:
+            if waiter is None or self._driving.wait(waiter, deadline):
+                return job.state is not None
+        except BaseException:
             if is_held:
                 release()
-            if waiter is not None and not waiter.is_done:
+            if waiter is not None:
                 self._driving.leave(waiter)
                 self._withdraw(job)
+            raise
+        self._withdraw(job)
         return job.state is not None
 
     def try_dispatch(self, job: JobRecord, waiter: Any = None) -> bool:
@@ -254,8 +256,7 @@ class ProcessPool:
 
     def withdraw(self, job: JobRecord) -> bool:
         """Take an offer back that was left with `try_dispatch`; False when it has been accepted."""
-        if job.state is None:
-            self._withdraw(job)
+        self._withdraw(job)
         return job.state is None
 
     def check_open(self) -> None:
@@ -776,8 +777,9 @@ class ProcessPool:
             _fire(self._drained)
 
     def _withdraw(self, job: JobRecord) -> None:
-        with calm(), self.lock, self._guard:
-            self._scheduler.withdraw(job)
+        if job.state is None:
+            with calm(), self.lock, self._guard:
+                self._scheduler.withdraw(job)
 
     # Answers
 
