@@ -1,0 +1,202 @@
+"""A job that runs too long is ended with all it has started, whatever it does against that (C2)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import faulty_jobs
+import pytest
+from watching import (
+    PATIENCE,
+    alive,
+    assert_whole,
+    is_alive,
+    read_pids,
+    wait_until,
+    wait_until_whole,
+    worker_pids,
+)
+
+from bulkhead import Dispatcher, Job, JobState, JobTimeout, Pool
+
+# A timeout that no good job of these tests comes near (seconds), and how long the ladder may take beyond a timeout.
+BRIEF = 0.3
+LADDER = 2.0
+
+
+@pytest.fixture
+def disp(start_method: str) -> Iterator[Dispatcher]:
+    disp = Dispatcher([Pool(0, 2, backlog=None, start_method=start_method)])
+    wait_until_whole(disp)
+    yield disp
+    disp.finalize(cancel=True)
+
+
+def assert_ended_at_its_timeout(disp: Dispatcher, job: Job, function: str) -> None:
+    before = worker_pids(disp)
+    began = time.monotonic()
+    tracker = disp.dispatch(job.options(timeout=BRIEF))
+    other = disp.dispatch(Job(faulty_jobs.double, 4))
+    error = tracker.exception(PATIENCE)
+    elapsed = time.monotonic() - began
+    pid = tracker.status().pid
+    assert pid is not None
+    assert not is_alive(pid)
+    assert pid in before
+    assert isinstance(error, JobTimeout)
+    assert (error.pid, error.timeout) == (pid, BRIEF)
+    assert BRIEF <= elapsed < BRIEF + LADDER
+    for text in (error.stack, str(error), tracker.status().traceback or ""):
+        assert f"in {function}" in text
+    assert tracker.status().state is JobState.FAILED
+    assert other.result(PATIENCE) == 8
+    assert_whole(disp)
+    assert pid not in worker_pids(disp)
+
+
+@pytest.mark.parametrize("hang", [faulty_jobs.loop, faulty_jobs.ignore_sigterm])
+def test_a_job_that_hangs_is_ended_at_its_timeout_and_a_fresh_worker_takes_over(
+    disp: Dispatcher, hang: Callable[..., object]
+) -> None:
+    assert_ended_at_its_timeout(disp, Job(hang), hang.__name__)
+
+
+@pytest.mark.parametrize(
+    "hang",
+    [
+        faulty_jobs.sleep_in_c,
+        faulty_jobs.sleep_with_gil,
+        faulty_jobs.sum_with_gil,
+        faulty_jobs.block_sigterm,
+        faulty_jobs.catch_sigterm,
+        faulty_jobs.answer_sigterm,
+    ],
+)
+def test_whatever_a_job_does_it_is_ended_at_its_timeout_and_its_stack_is_told(
+    hang: Callable[..., object],
+) -> None:
+    disp = Dispatcher([Pool(0, 2, backlog=None)])
+    wait_until_whole(disp)
+    try:
+        assert_ended_at_its_timeout(disp, Job(hang), hang.__name__)
+    finally:
+        disp.finalize(cancel=True)
+
+
+@pytest.mark.parametrize("new_session", [False, True], ids=["same group", "own session"])
+@pytest.mark.parametrize("stubborn", [False, True], ids=["child", "child that ignores SIGTERM"])
+def test_a_process_that_a_job_has_started_is_gone_when_the_timeout_is_told(
+    tmp_path: Path, stubborn: bool, new_session: bool
+) -> None:
+    with Dispatcher([Pool(0, 1)]) as disp:
+        job = Job(faulty_jobs.hang_with_child, tmp_path / "pids", stubborn=stubborn, new_session=new_session)
+        tracker = disp.dispatch(job.options(timeout=2 * BRIEF))
+        (child,) = read_pids(tmp_path / "pids")
+        error = tracker.exception(PATIENCE)
+        left = alive([child, tracker.status().pid or 0])
+        assert isinstance(error, JobTimeout)
+        assert left == []
+        assert_whole(disp)
+
+
+def test_a_daemon_that_a_job_has_started_is_gone_when_the_timeout_is_told(tmp_path: Path) -> None:
+    with Dispatcher([Pool(0, 1)]) as disp:
+        job = Job(faulty_jobs.hang_with_daemon, tmp_path / "pids")
+        tracker = disp.dispatch(job.options(timeout=2 * BRIEF))
+        (daemon,) = read_pids(tmp_path / "pids")
+        error = tracker.exception(PATIENCE)
+        left = alive([daemon])
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        assert isinstance(error, JobTimeout)
+        assert left == []
+
+
+def test_a_job_that_runs_a_dispatcher_of_its_own_is_ended_with_it(tmp_path: Path) -> None:
+    with Dispatcher([Pool(0, 1)]) as disp:
+        tracker = disp.dispatch(Job(run_inner_dispatcher, tmp_path / "pids").options(timeout=2.5))
+        inner = read_pids(tmp_path / "pids", 2)
+        assert isinstance(tracker.exception(PATIENCE), JobTimeout)
+        wait_until(lambda: not alive(inner), within=2)
+
+
+def run_inner_dispatcher(pids: Path) -> None:
+    with Dispatcher([Pool(0, 2)]) as inner:
+        wait_until_whole(inner)
+        for pid in worker_pids(inner):
+            faulty_jobs.append(pids, pid)
+        inner.dispatch(Job(faulty_jobs.sum_with_gil))
+        inner.barrier()
+
+
+def test_a_jobs_timeout_beats_its_pools_in_both_directions() -> None:
+    with Dispatcher([Pool(0, 2, timeout=BRIEF)]) as disp:
+        longer = disp.dispatch(Job(faulty_jobs.nap, 3 * BRIEF).options(timeout=PATIENCE))
+        pools = disp.dispatch(Job(faulty_jobs.sleep_in_c))
+        error = pools.exception(PATIENCE)
+        assert isinstance(error, JobTimeout)
+        assert error.timeout == BRIEF
+        assert longer.result(PATIENCE) == 3 * BRIEF
+    with Dispatcher([Pool(0, 1, timeout=PATIENCE)]) as disp:
+        shorter = disp.dispatch(Job(faulty_jobs.sleep_in_c).options(timeout=BRIEF))
+        error = shorter.exception(PATIENCE)
+        assert isinstance(error, JobTimeout)
+        assert error.timeout == BRIEF
+
+
+def test_a_timeout_counts_the_run_and_not_the_wait_for_a_worker() -> None:
+    with Dispatcher([Pool(0, 1, backlog=None)]) as disp:
+        disp.dispatch(Job(faulty_jobs.nap, 3 * BRIEF))
+        waiting = disp.dispatch(Job(faulty_jobs.double, 4).options(timeout=BRIEF))
+        assert waiting.result(PATIENCE) == 8
+
+
+def test_timeouts_come_true_while_nobody_waits() -> None:
+    with Dispatcher([Pool(0, 2)]) as disp:
+        trackers = [disp.dispatch(Job(faulty_jobs.loop).options(timeout=BRIEF)) for _ in range(2)]
+        wait_until(lambda: all(tracker.done() for tracker in trackers), within=BRIEF + LADDER)
+        wait_until_whole(disp)
+
+
+def test_timeouts_come_true_while_other_threads_wait_for_other_things() -> None:
+    with Dispatcher([Pool(0, 2, backlog=None)]) as disp:
+        for _ in range(2):
+            disp.dispatch(Job(faulty_jobs.sleep_in_c).options(timeout=3 * BRIEF))
+        waiting = threading.Thread(target=disp.barrier, kwargs={"check": False, "timeout": PATIENCE})
+        waiting.start()
+        late = disp.dispatch(Job(faulty_jobs.double, 4))
+        assert late.result(3 * BRIEF + LADDER) == 8
+        waiting.join(PATIENCE)
+        assert not waiting.is_alive()
+
+
+def test_one_hanging_job_after_the_other_is_ended_and_leaves_nothing(tmp_path: Path) -> None:
+    with Dispatcher([Pool(0, 2, backlog=None, timeout=0.1)]) as disp:
+        trackers = [
+            disp.dispatch(Job(faulty_jobs.note_and_call, tmp_path / "log", faulty_jobs.loop))
+            for _ in range(10)
+        ]
+        report = disp.barrier(timeout=PATIENCE, check=False)
+        assert report.failed_count == 10
+        pids = [tracker.status().pid or 0 for tracker in trackers]
+        assert len(set(pids)) == 10
+        assert alive(pids) == []
+        assert {type(tracker.exception()) for tracker in trackers} == {JobTimeout}
+
+
+def test_a_job_that_ends_just_at_its_timeout_settles_one_way_or_the_other() -> None:
+    with Dispatcher([Pool(0, 2, backlog=None)]) as disp:
+        trackers = [
+            disp.dispatch(Job(faulty_jobs.nap, 0.1).options(timeout=0.1 + 0.0002 * number))
+            for number in range(-5, 15)
+        ]
+        report = disp.barrier(timeout=PATIENCE, check=False)
+        assert report.succeeded + report.failed_count == len(trackers)
+        for tracker in trackers:
+            assert tracker.exception() is None or isinstance(tracker.exception(), JobTimeout)
+        assert_whole(disp)
