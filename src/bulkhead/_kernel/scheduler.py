@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bulkhead._kernel import lifecycle
 from bulkhead._kernel.deadlines import Alarm, Deadlines
@@ -51,6 +51,10 @@ _RESPAWN_PAUSE_MAX = 5.0
 
 # A worker that was idle for this many seconds before it died does not count as one that dies at start (arbitrary).
 _SETTLED_IN = 1.0
+
+
+# Makes an instruction in half the time that its class takes, on the way of every job.
+_new: Callable[..., Any] = tuple.__new__
 
 
 class StartJob(NamedTuple):
@@ -372,7 +376,7 @@ class Scheduler:
         slot.job = job
         slot.state = SlotState.BUSY
         self.running += 1
-        self.instructions.append(StartJob(slot, job))
+        self.instructions.append(_new(StartJob, (slot, job)))
 
     def arm_timeout(self, job: JobRecord, now: float) -> None:
         """Begin to count a started job's timeout; the engine calls it when it has carried StartJob out."""
@@ -386,7 +390,7 @@ class Scheduler:
         while self._offers and self._has_room():
             job, _ = self._offers.popitem(last=False)
             self._take(job)
-            self.instructions.append(AcceptOffer(job))
+            self.instructions.append(_new(AcceptOffer, (job,)))
 
     def _attempt_failed(self, job: JobRecord, error: BaseException, now: float) -> None:
         job.error = error
@@ -438,7 +442,7 @@ class Scheduler:
         self.unsettled -= 1
         _drop_handle(job)
         phase = self.phases.leave(job)
-        self.instructions.append(SettleJob(job, phase.unsettled == 0))
+        self.instructions.append(_new(SettleJob, (job, phase.unsettled == 0)))
 
     def _end(self, job: JobRecord, verdict: Verdict) -> None:
         slot = job.slot

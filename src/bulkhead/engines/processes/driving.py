@@ -29,8 +29,9 @@ from collections import deque
 from collections.abc import Callable
 
 from bulkhead.engines.processes.poller import READABLE, Alarm, make_poller
+from bulkhead.errors import NestedDispatch
 
-__all__ = ["Driving", "Waiter"]
+__all__ = ["Driving", "Waiter", "reentered"]
 
 _log = logging.getLogger("bulkhead")
 
@@ -48,6 +49,14 @@ _LONGEST = 86_400.0
 
 _BACKGROUND = object()
 _NOT_POLLING = float("-inf")
+
+
+def reentered() -> NestedDispatch:
+    """Return the error for a signal handler that has interrupted its own thread in the middle of a change."""
+    return NestedDispatch(
+        "a signal handler has interrupted bulkhead in the middle of a change and cannot use it now; let the handler "
+        "raise an exception or set a flag, and do the rest outside"
+    )
 
 
 class Waiter:
@@ -97,7 +106,8 @@ class Driving:
         next_deadline: Callable[[], float | None],
         is_busy: Callable[[], bool],
     ) -> None:
-        self.lock = threading.Lock()
+        # Why an RLock: a signal handler of the user's may look at the pool while its own thread has the lock.
+        self.lock = threading.RLock()
         self.poller = make_poller()
         self._alarm = Alarm()
         self.poller.register(self._alarm.fd, READABLE)
@@ -106,6 +116,8 @@ class Driving:
         self._is_busy = is_busy
         # Owner of the rest: the lock.
         self._role: object | None = None
+        self._role_thread: int | None = None
+        self._is_at_work = False  # whether the driver is beyond its poll; written by it alone
         self._sleepers: deque[Waiter] = deque()
         self._polls_until: float | None = _NOT_POLLING
         self._turns = 0  # how often the role was taken
@@ -121,12 +133,19 @@ class Driving:
         self._thread.start()
 
     def wait(self, waiter: Waiter, deadline: float | None = None) -> bool:
-        """Drive, or sleep while another thread does, until the wish is fulfilled; False at the deadline."""
+        """Drive, or sleep while another thread does, until the wish is fulfilled; False at the deadline.
+
+        Raises:
+            NestedDispatch: Called by a signal handler that has interrupted this very thread in the middle of its work.
+        """
+        beneath: object | None = None
         try:
             while not waiter.is_done:
                 patience = None if deadline is None else deadline - time.monotonic()
                 if self._role is waiter or self._take_role(waiter):
                     self._step(waiter, patience)
+                elif self._role_thread == threading.get_ident():
+                    beneath = self._take_over(waiter)
                 else:
                     self._sleep(waiter, patience)
                 if patience is not None and patience <= 0:
@@ -135,25 +154,33 @@ class Driving:
             # Race: a Ctrl-C may strike at the very call. It must not leave the role with a thread that has gone, so
             # there is a second try, here where no step lies between it and the first.
             try:
-                self.leave(waiter)
+                self.leave(waiter, beneath)
             except KeyboardInterrupt:
-                self.leave(waiter)
+                self.leave(waiter, beneath)
                 raise
         return waiter.is_done
 
     def try_role(self, waiter: Waiter) -> bool:
-        """Under the lock: take the driver's role if nobody has it. Who takes it calls `wait`."""
+        """Under the lock: take the driver's role if nobody has it. Who takes it calls `wait` or `leave`."""
         if self._role is None:
             self._role = waiter
+            self._role_thread = threading.get_ident()
             self._turns += 1
             return True
         return False
 
-    def leave(self, waiter: Waiter) -> None:
-        """Give the role back, if the waiter has it, and let somebody else drive. Does no harm twice."""
+    def leave(self, waiter: Waiter, beneath: object | None = None) -> None:
+        """Give the role back, if the waiter has it, and let somebody else drive. Does no harm twice.
+
+        Args:
+            waiter: Who leaves.
+            beneath: The waiter of the same thread that had the role before, if a signal handler has taken it over.
+        """
         with self.lock:
             if self._role is waiter:
-                self._role = None
+                self._role = beneath
+                if beneath is None:
+                    self._role_thread = None
             elif waiter in self._sleepers:
                 self._sleepers.remove(waiter)
             # Race: also a waiter that never drove may have been woken to take over and have run out of time instead.
@@ -168,6 +195,17 @@ class Driving:
     def wake(self) -> None:
         """Under the lock: make the polling thread look again."""
         self._alarm.ring()
+
+    def glance(self, waiter: Waiter) -> bool:
+        """Let `waiter`, if it has the role, do what has come already; leave when that fulfils its wish, and tell."""
+        if self._role is not waiter:
+            return False
+        events = self.poller.poll(0)
+        if events:
+            self._go_to_work(events)
+        if waiter.is_done:
+            self.leave(waiter)
+        return waiter.is_done
 
     def call_background(self) -> None:
         """Have the background thread drive soon if nobody does: somebody waits who cannot drive."""
@@ -203,6 +241,14 @@ class Driving:
         with self.lock:
             return self.try_role(waiter)
 
+    def _take_over(self, waiter: Waiter) -> object | None:
+        """Take the role from a waiter of this thread, which cannot go on before we return: this is a signal handler."""
+        with self.lock:
+            if self._is_at_work:
+                raise reentered()
+            beneath, self._role = self._role, waiter
+            return beneath
+
     def _sleep(self, waiter: Waiter, patience: float | None) -> None:
         with self.lock:
             # Race: the driver may have fulfilled the wish, or left, since we looked.
@@ -232,7 +278,16 @@ class Driving:
     def _step(self, waiter: Waiter | None, patience: float | None) -> None:
         # Why first without care for deadlines: in full swing there is always an answer, and `work` looks after them.
         events = self.poller.poll(0) if waiter is not None else None
-        self._work(events or self._events(waiter, patience))
+        if not events:
+            events = self._events(waiter, patience)
+        self._go_to_work(events)
+
+    def _go_to_work(self, events: list[tuple[int, int]]) -> None:
+        self._is_at_work = True
+        try:
+            self._work(events)
+        finally:
+            self._is_at_work = False
 
     def _events(self, waiter: Waiter | None, patience: float | None) -> list[tuple[int, int]]:
         """Wait for events until the next deadline, or until `patience` is at its end."""
@@ -264,7 +319,12 @@ class Driving:
                 events = poll(0)
                 if events:
                     return events
-        return poll(timeout)
+        try:
+            return poll(timeout)
+        except (OSError, ValueError):
+            if not self._is_closed:
+                raise
+            return []  # a signal handler has finalized meanwhile
 
     def _background(self) -> None:
         seen = -1
@@ -275,6 +335,7 @@ class Driving:
                 is_mine = is_free and (is_same_turn or self._is_urgent)
                 if is_mine:
                     self._role = _BACKGROUND
+                    self._role_thread = None
                     self._is_urgent = False
                 # A caller that drives for long opens the gate when it leaves; until then there is nothing to look at.
                 self._is_gate_shut = is_same_turn and not is_free

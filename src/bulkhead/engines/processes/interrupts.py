@@ -25,7 +25,9 @@ __all__ = ["calm", "hold", "release"]
 _SIGINT = int(signal.SIGINT)
 _default = signal.default_int_handler
 _get_ident = threading.get_ident
-_main = threading.main_thread()
+_get_handler = _signal.getsignal
+_set_handler = _signal.signal
+_MAIN_THREAD = threading.main_thread().ident
 
 # Owner: the main thread.
 _is_noted = False
@@ -33,16 +35,16 @@ _is_noted = False
 
 def hold() -> bool:
     """Let no KeyboardInterrupt through from now on; True when `release` has to be called."""
-    if _get_ident() != _main.ident or _signal.getsignal(_SIGINT) is not _default:
+    if _get_ident() != _MAIN_THREAD or _get_handler(_SIGINT) is not _default:
         return False
-    _signal.signal(_SIGINT, _note)
+    _set_handler(_SIGINT, _note)
     return True
 
 
 def release() -> None:
     """Let them through again; raises the one that came meanwhile."""
     global _is_noted
-    _signal.signal(_SIGINT, _default)
+    _set_handler(_SIGINT, _default)
     if _is_noted:
         _is_noted = False
         raise KeyboardInterrupt
@@ -63,6 +65,6 @@ def _note(_number: int, _frame: FrameType | None) -> None:
     global _is_noted
     if _is_noted:
         _is_noted = False
-        _signal.signal(_SIGINT, _default)
+        _set_handler(_SIGINT, _default)
         raise KeyboardInterrupt
     _is_noted = True

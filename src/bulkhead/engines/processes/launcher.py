@@ -291,6 +291,8 @@ class _Launcher:
         child.deadline = time.monotonic() + patience
         child.rung = rung
         _signal_group(child.pid, rung)
+        if not child.has_exited:
+            os.kill(child.pid, rung)  # a job may have moved its process to another group
         for stray in child.strays:
             _signal_stray(stray, rung)
 

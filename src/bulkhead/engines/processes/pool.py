@@ -41,7 +41,7 @@ from bulkhead.config import Pool
 from bulkhead.engines.base import Ledger
 from bulkhead.engines.processes import deaths, main_module
 from bulkhead.engines.processes.callbacks import CallbackThread, DoneCallback
-from bulkhead.engines.processes.driving import Driving, Waiter
+from bulkhead.engines.processes.driving import Driving, Waiter, reentered
 from bulkhead.engines.processes.interrupts import calm, hold, release
 from bulkhead.engines.processes.launcher import Report, Says, Unsuitable
 from bulkhead.engines.processes.launcher_link import LauncherLink
@@ -194,37 +194,47 @@ class ProcessPool:
             DispatcherFinalized: No more jobs are taken.
             PoolBroken: The pool has given up.
         """
-        waiter = None
+        waiter = Waiter()
         is_held = hold()
         try:
-            with self.lock:
-                self._check_open()
-                try:
-                    now = time.monotonic()
-                    if not self._scheduler.offer(job, now):
-                        waiter = Waiter()
-                        job.waiters = [waiter]
-                        self._driving.try_role(waiter)
-                    if job.due is not None or job.start_by is not None:
-                        self._driving.hurry(self._scheduler.next_deadline)
-                    self._carry_out(now)
-                except BaseException as error:
-                    self._fall(error)
-                    raise
+            # Why a glance before the wait: in full swing there is an answer, and Ctrl-C is held off only once.
+            is_done = self._offer(job, waiter) or self._driving.glance(waiter)
             if is_held:
                 is_held = False
                 release()
-            if waiter is None or self._driving.wait(waiter, deadline):
-                return job.state is not None
+            if not is_done:
+                self._driving.wait(waiter, deadline)
         except BaseException:
             if is_held:
                 release()
-            if waiter is not None:
-                self._driving.leave(waiter)
-                self._withdraw(job)
+            self._driving.leave(waiter)
+            self._withdraw(job)
             raise
         self._withdraw(job)
         return job.state is not None
+
+    def _offer(self, job: JobRecord, waiter: Waiter) -> bool:
+        """Offer the job; when it has to wait for room, `waiter` gets the driver's role if that is free."""
+        with self.lock:
+            self._check_open()
+            if self._guard.is_active:
+                raise reentered()
+            self._guard.is_active = True
+            try:
+                now = time.monotonic()
+                is_taken = self._scheduler.offer(job, now)
+                if not is_taken:
+                    job.waiters = [waiter]
+                    self._driving.try_role(waiter)
+                if job.due is not None or job.start_by is not None:
+                    self._driving.hurry(self._scheduler.next_deadline)
+                self._carry_out(now)
+                return is_taken
+            except BaseException as error:
+                self._fall(error)
+                raise
+            finally:
+                self._guard.is_active = False
 
     def try_dispatch(self, job: JobRecord, waiter: Any = None) -> bool:
         """Have the job accepted if there is room at once.
@@ -408,7 +418,7 @@ class ProcessPool:
         """Close this process's copies of the descriptors: for a forked copy of the caller."""
         self._is_copy = True
         # Race: another thread of the caller may have held the lock when it forked.
-        self.lock = self._driving.lock = threading.Lock()
+        self.lock = self._driving.lock = threading.RLock()
         if not self._is_stopped:
             self._is_stopped = True
             for worker in self._workers.values():
@@ -488,7 +498,9 @@ class ProcessPool:
                     news.append((self._resume, (fd,)))
             with self.lock:
                 if self._ruin is None:
+                    self._guard.is_active = True
                     self._digest(answers, news)
+                    self._guard.is_active = False
         except BaseException as error:
             with self.lock:
                 self._fall(error)
@@ -873,14 +885,20 @@ class _Guard:
     """
 
     def __init__(self, fall: Callable[[BaseException], None]) -> None:
+        self.is_active = False
         self._fall = fall
 
     def __enter__(self) -> None:
-        pass
+        if self.is_active:
+            raise reentered()
+        self.is_active = True
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            self._fall(error)
+        try:
+            if error is not None:
+                self._fall(error)
+        finally:
+            self.is_active = False
 
 
 def _worker_stats(worker: Worker, now: float) -> WorkerStats:
