@@ -97,6 +97,8 @@ class Dispatcher:
                 )
             for pool in self._pools.values():
                 pool.begin()
+            # For jobs that name no priority.
+            self._default_pool = self._pools.get(0) if len(self._pools) > 1 else pool
         except BaseException:
             _end(list(self._pools.values()), cancel=True, deadline=None)
             raise
@@ -292,7 +294,9 @@ class Dispatcher:
             self._refuse_elsewhere()
         fn, args, kwargs = call_of(job)
         options = options_of(job)
-        pool = self._pool_of(options.get("priority") if options else None)
+        pool = self._pool_of(options["priority"]) if "priority" in options else self._default_pool
+        if pool is None:
+            pool = self._pool_of(None)
         config = pool.config
         tracker = Tracker(pool, pack_call(fn, args, kwargs), config.priority, config.timeout, config.retry)
         if options:
@@ -315,8 +319,6 @@ class Dispatcher:
 
     def _pool_of(self, priority: int | None) -> ProcessPool:
         if priority is None:
-            if len(self._pools) == 1:
-                return next(iter(self._pools.values()))
             priority = 0
         try:
             return self._pools[priority]

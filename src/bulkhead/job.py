@@ -34,14 +34,12 @@ class Job:
         Job(pow, 2, 10).options(priority=1, timeout=5.0)
     """
 
-    __slots__ = ("_options", "args", "fn", "kwargs")
+    __slots__ = ("_options", "call")
 
     def __init__(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
         if not callable(fn):
             validate.function("fn", fn)
-        self.fn = fn
-        self.args = args
-        self.kwargs = kwargs
+        self.call = fn, args, kwargs
         self._options = _NO_OPTIONS
 
     def options(
@@ -79,9 +77,25 @@ class Job:
             "not_before": not_before,
             "start_deadline": start_deadline,
         }
-        job = Job(self.fn, *self.args, **self.kwargs)
+        job = Job(self.fn)
+        job.call = self.call
         job._options = _checked({**self._options, **{k: v for k, v in given.items() if v is not None}})
         return job
+
+    @property
+    def fn(self) -> Callable[..., Any]:
+        """The function."""
+        return self.call[0]
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """Its positional arguments."""
+        return self.call[1]
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """Its keyword arguments."""
+        return self.call[2]
 
     def __repr__(self) -> str:
         named = getattr(self.fn, "__qualname__", repr(self.fn))
@@ -99,7 +113,7 @@ def call_of(job: object) -> Call:
         ConfigTypeError: It is neither a Job nor an object with a `run` method.
     """
     if isinstance(job, Job):
-        return job.fn, job.args, job.kwargs
+        return job.call
     if isinstance(job, type) or not callable(getattr(job, "run", None)):
         hint = f"; for a function write Job({getattr(job, '__name__', 'fn')}, ...)" if callable(job) else ""
         raise ConfigTypeError(

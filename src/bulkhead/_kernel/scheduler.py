@@ -349,12 +349,13 @@ class Scheduler:
         job.turn = self._turns
         if self._ready or not self._idle:
             self._ready[job] = None
-        elif not self._is_too_late(job):
+        elif job.start_by is None or not self._is_too_late(job):
             self._start(self._idle.pop(), job)
 
     def _is_too_late(self, job: JobRecord) -> bool:
         """Settle a job that is about to start after its start deadline. Why here too: nobody may have called `tick`."""
-        if job.start_by is None or job.attempt > 0 or self._now <= job.start_by:
+        assert job.start_by is not None
+        if job.attempt > 0 or self._now <= job.start_by:
             return False
         job.error = self._expired(job)
         self._settle(job, lifecycle.FAIL)
@@ -364,7 +365,7 @@ class Scheduler:
         idle, ready = self._idle, self._ready
         while idle and ready:
             job, _ = ready.popitem(last=False)
-            if not self._is_too_late(job):
+            if job.start_by is None or not self._is_too_late(job):
                 self._start(idle.pop(), job)
 
     def _start(self, slot: Slot, job: JobRecord) -> None:
@@ -440,7 +441,8 @@ class Scheduler:
         else:
             self.cancelled += 1
         self.unsettled -= 1
-        _drop_handle(job)
+        if job.handle is not None:
+            _drop_handle(job)
         phase = self.phases.leave(job)
         self.instructions.append(_new(SettleJob, (job, phase.unsettled == 0)))
 

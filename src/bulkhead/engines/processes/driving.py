@@ -74,7 +74,8 @@ class Waiter:
         self.is_done = True
         if self.polls_with is not None:
             self.polls_with.ring()
-        self.wake()
+        if self._bed is not None:
+            self.wake()
 
     def wake(self) -> None:
         """Let the sleeping thread look again."""

@@ -210,25 +210,29 @@ class ProcessPool:
             self._driving.leave(waiter)
             self._withdraw(job)
             raise
-        self._withdraw(job)
+        if job.state is None:
+            self._withdraw(job)
         return job.state is not None
 
     def _offer(self, job: JobRecord, waiter: Waiter) -> bool:
         """Offer the job; when it has to wait for room, `waiter` gets the driver's role if that is free."""
+        scheduler = self._scheduler
         with self.lock:
-            self._check_open()
+            if scheduler.is_refusing or scheduler.broken is not None:
+                self._check_open()
             if self._guard.is_active:
                 raise reentered()
             self._guard.is_active = True
             try:
                 now = time.monotonic()
-                is_taken = self._scheduler.offer(job, now)
+                is_taken = scheduler.offer(job, now)
                 if not is_taken:
                     job.waiters = [waiter]
                     self._driving.try_role(waiter)
                 if job.due is not None or job.start_by is not None:
-                    self._driving.hurry(self._scheduler.next_deadline)
-                self._carry_out(now)
+                    self._driving.hurry(scheduler.next_deadline)
+                if scheduler.instructions:
+                    self._carry_out(now)
                 return is_taken
             except BaseException as error:
                 self._fall(error)
