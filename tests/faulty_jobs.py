@@ -26,6 +26,13 @@ def double(number: int) -> int:
     return 2 * number
 
 
+def double_at_leisure(number: int) -> int:
+    """Take two milliseconds every fifth time, so that processes die while they run jobs and between jobs."""
+    if number % 5 == 0:
+        time.sleep(0.002)
+    return 2 * number
+
+
 def own_pid() -> int:
     return os.getpid()
 

@@ -42,9 +42,6 @@ _VANISH = 1.0
 # How long a worker has to write down its stacks before SIGTERM (seconds).
 _WRITE_DOWN = 0.02
 
-# A launcher that has had nothing to do for this long gets ready for what jobs may leave behind (milliseconds).
-_SETTLE = 50
-
 # Pause between two looks at a group that should be empty soon (milliseconds).
 _LOOK_AGAIN = 5
 
@@ -177,17 +174,15 @@ class _Launcher:
     def serve(self) -> None:
         try:
             while not self._is_over:
-                patience = self._patience()
-                events = self._poll.poll(patience)
-                if not events and patience == _SETTLE:
-                    self._adopt()
-                for fd, _ in events:
+                for fd, _ in self._poll.poll(self._patience()):
                     if fd == self._signals:
                         _drain(fd)
                     elif fd == self._caller_fd:
                         self._is_over = True
                     else:
                         self._listen()
+                if self._children and not self._is_adopting:
+                    self._adopt()
                 self._see_to_children()
         finally:
             self._end_all()
@@ -196,13 +191,10 @@ class _Launcher:
         self._sock.sendall(frame(kind, number, pickle.dumps(body)))
 
     def _adopt(self) -> None:
-        """Become the parent of what jobs leave behind. Why not at once: it would make the first worker wait."""
+        """Become the parent of what jobs leave behind, once the first worker is under way and need not wait for it."""
         self._is_adopting = True
-        if sys.platform == "linux":
-            import psutil
-
-            self._not_ours = {one.pid for one in psutil.Process().children()} - _pids(self._children)
-            _adopt_orphans()
+        self._not_ours = _children_of(os.getpid()) - _pids(self._children)
+        _adopt_orphans()
 
     # The conversation
 
@@ -300,7 +292,7 @@ class _Launcher:
         """Return how long to poll, in milliseconds."""
         if any(child.deadline is not None for child in self._children.values()):
             return _LOOK_AGAIN
-        return None if self._is_adopting or not self._children else _SETTLE
+        return None
 
     def _see_to_children(self) -> None:
         self._reap_orphans()
@@ -332,8 +324,6 @@ class _Launcher:
 
     def _reap_orphans(self) -> None:
         """Reap what workers have left to this process and has ended."""
-        if not self._is_adopting:
-            return
         known = _pids(self._children) | self._not_ours
         try:
             while (found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
@@ -345,15 +335,13 @@ class _Launcher:
 
     def _orphans(self) -> list[Any]:
         """Return what jobs of workers that are gone have left behind, adopted by this process."""
-        if not self._is_adopting:
-            return []
         import psutil
 
         known = _pids(self._children) | self._not_ours
         return [one for one in psutil.Process().children() if one.pid not in known]
 
     def _end_all(self) -> None:
-        if not self._children and not self._is_adopting:
+        if _children_of(os.getpid()) <= self._not_ours:
             return
         import psutil
 
@@ -412,6 +400,17 @@ def _receive(sock: socket.socket, size: int) -> bytes:
             os._exit(0)
         data += more
     return data
+
+
+def _children_of(pid: int) -> set[int]:
+    """Return the pids of a process's children. Why not psutil's: its import takes longer than most finalizes."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+            return set(map(int, file.read().split()))
+    except OSError:
+        import psutil
+
+        return {one.pid for one in psutil.Process(pid).children()}
 
 
 def _pids(children: dict[int, _Child]) -> set[int]:
@@ -501,7 +500,7 @@ def _is_deserted(child: _Child) -> bool:
 
 
 def _all_pids() -> list[int]:
-    """Return the pids of the system. Why not psutil's: its import takes longer than most finalizes."""
+    """Return the pids of the system; see `_children_of`."""
     try:
         return [int(name) for name in os.listdir("/proc") if name.isdigit()]
     except FileNotFoundError:
