@@ -202,6 +202,8 @@ def test_later_changes_of_an_argument_do_not_reach_the_job() -> None:
 
 def test_functions_are_remembered_in_a_bounded_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(payload, "_MAX_FUNCTIONS", 3)
+    monkeypatch.setattr(payload, "_packed", {})
+    monkeypatch.setattr(payload, "_unpacked", {})
     functions = [doubled, explode, nested, raised, rebuild_once]
     for fn in functions * 2:
         assert unpack_call(pack_call(fn, (), {}))[0] is fn
