@@ -130,6 +130,8 @@ class Dispatcher:
             deadline = time.monotonic() + validate.seconds("timeout", timeout, zero=True)
         pool, tracker = self._prepared(job)
         try:
+            if tracker.id is not None:
+                self._history.reserve(tracker.id, tracker)
             is_accepted = pool.dispatch(tracker, deadline)
             if not is_accepted:
                 pool.check_open()
@@ -148,6 +150,8 @@ class Dispatcher:
         """
         pool, tracker = self._prepared(job)
         try:
+            if tracker.id is not None:
+                self._history.reserve(tracker.id, tracker)
             return tracker if pool.try_dispatch(tracker) else None
         finally:
             if tracker.state is None:
@@ -175,7 +179,7 @@ class Dispatcher:
         if not isinstance(jobs, Iterable):
             raise ConfigTypeError(f"jobs must be iterable, not {jobs!r} of type {type(jobs).__name__}")
         source = iter(jobs)
-        return iter(Feeder((self._prepared(job) for job in source), bound, self._history.release))
+        return iter(Feeder(map(self._reserved, source), bound, self._history.release))
 
     def barrier(
         self, priority: int | None = None, *, timeout: float | None = None, check: bool = True
@@ -289,7 +293,7 @@ class Dispatcher:
         )
 
     def _prepared(self, job: Any) -> tuple[ProcessPool, Tracker]:
-        """Check a job, pickle it and find its pool; nothing is claimed yet but an id of the user's own."""
+        """Check a job, pickle it and find its pool; nothing is claimed yet."""
         if os.getpid() != self._pid:
             self._refuse_elsewhere()
         fn, args, kwargs = call_of(job)
@@ -303,6 +307,12 @@ class Dispatcher:
             self._apply(options, tracker)
         return pool, tracker
 
+    def _reserved(self, job: Any) -> tuple[ProcessPool, Tracker]:
+        pool, tracker = self._prepared(job)
+        if tracker.id is not None:
+            self._history.reserve(tracker.id, tracker)
+        return pool, tracker
+
     def _apply(self, options: Options, tracker: Tracker) -> None:
         tracker.timeout = options.get("timeout", tracker.timeout)
         tracker.retry = options.get("retry", tracker.retry)
@@ -314,8 +324,7 @@ class Dispatcher:
             value = options["start_deadline"]
             is_instant = isinstance(value, datetime)
             tracker.start_by = time.monotonic() + (_seconds_until(value) if is_instant else value)
-        if "id" in options:
-            self._history.reserve(options["id"], tracker)
+        tracker.id = options.get("id")
 
     def _pool_of(self, priority: int | None) -> ProcessPool:
         if priority is None:

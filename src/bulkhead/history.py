@@ -40,6 +40,7 @@ class History:
 
     def reserve(self, job_id: Hashable, job: Tracker) -> None:
         """Give `job` an id of the user's; raises DuplicateJobId when a live job has it."""
+        job.id = job_id  # Why first: `release` finds by it what a Ctrl-C may leave here
         if self._reserved.setdefault(job_id, job) is not job:
             raise DuplicateJobId(f"a job with id {job_id!r} is being dispatched already")
         # Race: whoever held the reservation before has been entered by now, so it is found here.
@@ -47,7 +48,6 @@ class History:
         if holder is not None and holder.state not in SETTLED:
             del self._reserved[job_id]
             raise DuplicateJobId(f"a job with id {job_id!r} is still live")
-        job.id = job_id
 
     def release(self, job: Tracker) -> None:
         """Forget a job that was not accepted."""
