@@ -211,6 +211,12 @@ def answer_sigterm() -> str:
     return "too late"
 
 
+def leave_group() -> None:
+    """Join the process group of the parent, and hang there."""
+    os.setpgid(0, os.getpgid(os.getppid()))
+    loop()
+
+
 def stop_self() -> str:
     os.kill(os.getpid(), signal.SIGSTOP)
     return "continued"

@@ -24,7 +24,7 @@ from bulkhead._kernel.lifecycle import JobState
 from bulkhead._kernel.phases import Phase
 from bulkhead.config import Pool, niceness_step, pools_from
 from bulkhead.engines.processes.main_module import refuse_while_importing
-from bulkhead.engines.processes.payload import pack_call
+from bulkhead.engines.processes.payload import pack_call, pack_without_main
 from bulkhead.engines.processes.pool import ProcessPool, packed_setup
 from bulkhead.errors import (
     BarrierTimeout,
@@ -51,6 +51,9 @@ _not_finalized: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
 # Bounds of the time that a cancelling finalize may take besides the kill ladder (seconds).
 _UNWIND = 5.0
 
+# Seconds that done callbacks have to end when everything is cancelled.
+_LAST_CALLBACKS = 1.0
+
 
 class Dispatcher:
     """Isolated pools of processes, one for each priority.
@@ -60,7 +63,8 @@ class Dispatcher:
     Args:
         pools: `Pool` values or `(priority, n_workers)` pairs, each priority once.
         job_expiry: Seconds that a settled job can be found by its id.
-        max_history: How many settled jobs can be found by their id.
+        max_history: How many settled jobs can be found by their id; fewer when their results take more than 64 MiB. A
+            tracker that you hold keeps its result however old it is.
 
     Raises:
         ConfigError: A value cannot work; nothing was started.
@@ -234,7 +238,7 @@ class Dispatcher:
             cancel: Cancel at once what waits, end what runs.
 
         Blocking: until the jobs are done or `timeout`, then some seconds at most to end the processes. Done callbacks
-            are waited for as well, within `timeout`.
+            are waited for as well, within `timeout`; within a second after a cancellation.
         """
         self._refuse_elsewhere()
         deadline = None
@@ -302,7 +306,8 @@ class Dispatcher:
         if pool is None:
             pool = self._pool_of(None)
         config = pool.config
-        tracker = Tracker(pool, pack_call(fn, args, kwargs), config.priority, config.timeout, config.retry)
+        pack = pack_call if pool.knows_main else pack_without_main
+        tracker = Tracker(pool, pack(fn, args, kwargs), config.priority, config.timeout, config.retry)
         if options:
             self._apply(options, tracker)
         return pool, tracker
@@ -368,6 +373,7 @@ def _tear_down(pools: list[ProcessPool], *, cancel: bool, deadline: float | None
         unwound = time.monotonic() + _UNWIND
         for pool in pools:
             pool.drain(unwound)
+        deadline = time.monotonic() + _LAST_CALLBACKS
     for pool in pools:
         pool.dismiss()
     for pool in pools:

@@ -6,6 +6,7 @@ CPython makes atomic; what two threads may do twice is written so that twice doe
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Hashable, Iterator
@@ -17,6 +18,13 @@ from bulkhead.errors import DuplicateJobId, JobNotFound
 from bulkhead.tracker import Tracker
 
 __all__ = ["History"]
+
+# Results that are kept for those who ask by id take this much together at most, the last one apart (bytes, pickled).
+# Why: jobs that return some MiB each would fill the memory long before their number or age is a bound.
+_MAX_BYTES = 64 << 20
+
+# Smaller results are not counted: 10,000 of them are no more than the above.
+_COUNTED_FROM = 4096
 
 # Settled jobs are dropped when they are this much older than the expiry, as a share of it, even if nothing happens.
 _SLACK = 0.1
@@ -37,6 +45,9 @@ class History:
         self._reserved: dict[Any, Tracker] = {}  # own ids of jobs that are not accepted yet
         self._settled: deque[tuple[float, Tracker]] = deque()
         self._numbers = count()
+        # Bytes that a thread has added less those it has dropped; their sum is kept. Why by thread: an addition is
+        # no atomic step, and so each counter has one writer.
+        self._bytes: dict[int, int] = {}
 
     def reserve(self, job_id: Hashable, job: Tracker) -> None:
         """Give `job` an id of the user's; raises DuplicateJobId when a live job has it."""
@@ -77,6 +88,10 @@ class History:
         now = time.monotonic()
         settled = self._settled
         settled.append((now, job))
+        if job.size >= _COUNTED_FROM:
+            self._count(job.size)
+            while len(settled) > 1 and sum(list(self._bytes.values())) > _MAX_BYTES:
+                self._drop_first()
         horizon = now - self._expiry
         try:
             while len(settled) > self.limit or settled[0][0] <= horizon:
@@ -128,5 +143,11 @@ class History:
             _, job = self._settled.popleft()
         except IndexError:
             return
+        if job.size >= _COUNTED_FROM:
+            self._count(-job.size)
         if self._jobs.get(job.id) is job:
             self._jobs.pop(job.id, None)
+
+    def _count(self, size: int) -> None:
+        me = threading.get_ident()
+        self._bytes[me] = self._bytes.get(me, 0) + size

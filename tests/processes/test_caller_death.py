@@ -177,6 +177,12 @@ def test_workers_end_with_a_caller_that_leaves_without_a_word() -> None:
         wait_until(lambda: not script.processes(), within=AFTERLIFE)
 
 
+def test_workers_end_with_a_caller_that_becomes_another_program() -> None:
+    with running(busy(after="__import__('os').execvp('sleep', ['sleep', '1000'])")) as script:
+        script.wait_for_line("ready")
+        wait_until(lambda: script.processes() == [script.pid], within=2 * AFTERLIFE)
+
+
 STARTING = """
 from bulkhead import Dispatcher, Pool
 if __name__ == "__main__":

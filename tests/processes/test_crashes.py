@@ -253,6 +253,17 @@ def test_finalize_ends_the_workers_of_a_launcher_that_is_stopped() -> None:
     wait_until(lambda: not alive(pids), within=2)
 
 
+def test_a_crash_and_a_timeout_are_told_though_the_launcher_is_stopped() -> None:
+    with Dispatcher([Pool(0, 2, backlog=None)]) as disp:
+        wait_until_whole(disp)
+        os.kill(launcher_pid(disp), signal.SIGSTOP)
+        late = disp.dispatch(Job(faulty_jobs.loop).options(timeout=0.2))
+        crashed = disp.dispatch(Job(faulty_jobs.kill_self))
+        assert isinstance(crashed.exception(PATIENCE), WorkerCrashed)
+        assert isinstance(late.exception(PATIENCE), JobTimeout)
+        assert_whole(disp)
+
+
 @pytest.mark.parametrize("first", [0, 3], ids=["all", "all but the standard ones"])
 def test_a_job_that_closes_all_descriptors_fails_alone(disp: Dispatcher, first: int) -> None:
     assert_only_this_fails(disp, Job(faulty_jobs.close_descriptors, first), WorkerCrashed)

@@ -133,6 +133,11 @@ OWN_WAKEUP_FD = """\
 
 OTHER_DIRECTORY = "    os.chdir('/')"
 
+DIRECTORY_GONE = """\
+    os.mkdir("gone")
+    os.chdir("gone")
+    os.rmdir("../gone")"""
+
 FEW_DESCRIPTORS = """\
     import resource
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))"""
@@ -162,6 +167,7 @@ def test_it_works_for_a_caller_that_handles_sigchld_its_own_way(habit: str, meth
         OWN_START_METHOD,
         OWN_WAKEUP_FD,
         OTHER_DIRECTORY,
+        DIRECTORY_GONE,
         FEW_DESCRIPTORS,
         HIGH_DESCRIPTORS,
     ],
@@ -173,6 +179,7 @@ def test_it_works_for_a_caller_that_handles_sigchld_its_own_way(habit: str, meth
         "start method set",
         "timer and wakeup fd",
         "other directory",
+        "directory gone",
         "few descriptors",
         "high descriptors",
     ],

@@ -185,3 +185,39 @@ def test_a_worker_that_fails_to_start_now_and_then_does_not_break_its_pool(tmp_p
                 os.kill(pid, signal.SIGKILL)
             assert disp.dispatch(Job(faulty_jobs.double, 4), timeout=PATIENCE).result(PATIENCE) == 8
         assert_whole(disp)
+
+
+NO_DESCRIPTORS = """
+import os, resource
+import faulty_jobs
+from bulkhead import BulkheadError, Dispatcher, Job, Pool
+from watching import PATIENCE, assert_whole, wait_until_whole
+
+if __name__ == "__main__":
+    methods = {{"start_method": {method!r}}}
+    with Dispatcher([Pool(0, 1, backlog=None, **methods), Pool(1, 1, **methods)]) as disp:
+        wait_until_whole(disp, 0)
+        wait_until_whole(disp, 1)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        print("crash:", type(disp.dispatch(Job(faulty_jobs.kill_self).options(priority=0)).exception(PATIENCE)).__name__)
+        try:
+            print("next:", disp.dispatch(Job(faulty_jobs.double, 4).options(priority=0), timeout=1).exception(1))
+        except BulkheadError as error:
+            print("next:", type(error).__name__)
+        print("other:", disp.dispatch(Job(faulty_jobs.double, 4).options(priority=1)).result(PATIENCE))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert_whole(disp, 1)
+    print("end")
+"""
+
+
+def test_running_out_of_descriptors_harms_the_pool_that_needs_them_alone_and_never_hangs(start_method: str) -> None:
+    with running(NO_DESCRIPTORS.format(method=start_method)) as script:
+        assert script.wait() == 0, script.errors()
+        crash, following, other, end = script.output().splitlines()
+        assert crash == "crash: WorkerCrashed"
+        assert following.removeprefix("next: ") in ("None", "PoolBroken", "PoolFull", "WaitTimeout")
+        assert (other, end) == ("other: 8", "end")
+        assert script.errors() == ""
+        assert script.processes() == []

@@ -75,6 +75,7 @@ def test_a_job_that_hangs_is_ended_at_its_timeout_and_a_fresh_worker_takes_over(
         faulty_jobs.block_sigterm,
         faulty_jobs.catch_sigterm,
         faulty_jobs.answer_sigterm,
+        faulty_jobs.leave_group,
     ],
 )
 def test_whatever_a_job_does_it_is_ended_at_its_timeout_and_its_stack_is_told(

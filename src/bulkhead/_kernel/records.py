@@ -41,6 +41,7 @@ class JobRecord:
         "queued_at",
         "retry",
         "returns",
+        "size",
         "slot",
         "stamp",
         "start_by",
@@ -74,6 +75,7 @@ class JobRecord:
         self.phase: Phase | None = None
         self.slot: Slot | None = None
         self.returns = 0  # How often in a row a worker died before it had read the job.
+        self.size = 0  # Bytes of the packed value. Owner: the engine.
         self.value: Any = None  # Owner: the engine, which sets it before it reports a success.
         self.error: BaseException | None = None
         self.waiters: list[Any] | None = None  # Owner: the engine.

@@ -95,7 +95,8 @@ class Driving:
 
     Args:
         name: Of the background thread.
-        work: Does what the polled events ask for; called by the driver, without the lock.
+        work: Does what the polled events ask for, and what was due at an instant at which all that had come is among
+            these events; called by the driver, without the lock.
         next_deadline: When `work` has to be called even without events, in monotonic seconds; called under the lock.
         is_busy: Tells whether an answer may come any moment.
     """
@@ -103,7 +104,7 @@ class Driving:
     def __init__(
         self,
         name: str,
-        work: Callable[[list[tuple[int, int]]], None],
+        work: Callable[[list[tuple[int, int]], float], None],
         next_deadline: Callable[[], float | None],
         is_busy: Callable[[], bool],
     ) -> None:
@@ -201,9 +202,10 @@ class Driving:
         """Let `waiter`, if it has the role, do what has come already; leave when that fulfils its wish, and tell."""
         if self._role is not waiter:
             return False
+        now = time.monotonic()
         events = self.poller.poll(0)
         if events:
-            self._go_to_work(events)
+            self._go_to_work(events, now)
         if waiter.is_done:
             self.leave(waiter)
         return waiter.is_done
@@ -277,16 +279,16 @@ class Driving:
     # Driving
 
     def _step(self, waiter: Waiter | None, patience: float | None) -> None:
-        # Why first without care for deadlines: in full swing there is always an answer, and `work` looks after them.
-        events = self.poller.poll(0) if waiter is not None else None
-        if not events:
-            events = self._events(waiter, patience)
-        self._go_to_work(events)
+        # Why the time before a first look: what came before it is read before anything is called late; when the wait
+        # that follows has come to a deadline, the next step finds it due.
+        now = time.monotonic()
+        events = self.poller.poll(0) or self._events(waiter, patience)
+        self._go_to_work(events, now)
 
-    def _go_to_work(self, events: list[tuple[int, int]]) -> None:
+    def _go_to_work(self, events: list[tuple[int, int]], now: float) -> None:
         self._is_at_work = True
         try:
-            self._work(events)
+            self._work(events, now)
         finally:
             self._is_at_work = False
 

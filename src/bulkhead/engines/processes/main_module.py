@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from bulkhead.errors import MissingMainGuard
 
-__all__ = ["MainModule", "describe", "import_main", "prepare", "refuse_while_importing"]
+__all__ = ["MainModule", "describe", "import_main", "is_importable", "prepare", "refuse_while_importing"]
 
 _GUARD = """\
 The main module of this script makes a Dispatcher when it is imported, and every worker has to import it. Put the part
@@ -64,6 +64,17 @@ def describe() -> MainModule:
     cwd = os.getcwd()
     sys_path = [cwd if entry == "" else entry for entry in sys.path]
     return MainModule(name, path, sys_path, list(sys.argv), cwd, bytes(process.current_process().authkey))
+
+
+def is_importable() -> bool:
+    """Tell whether workers can import the main module of this process.
+
+    Not that of `python -c`, standard input, a notebook, or a package's `__main__`, which multiprocessing never imports.
+    """
+    main = describe()
+    if main.name is not None:
+        return not (main.name == "__main__" or main.name.endswith(".__main__"))
+    return main.path is not None
 
 
 def prepare(main: MainModule, process_name: str) -> None:

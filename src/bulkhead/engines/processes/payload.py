@@ -19,6 +19,7 @@ __all__ = [
     "message_of",
     "pack_call",
     "pack_error",
+    "pack_without_main",
     "pack_value",
     "unpack_call",
     "unpack_error",
@@ -55,6 +56,21 @@ def pack_call(
         return packed + pickle.dumps((args, kwargs), _PROTOCOL)
     except Exception as error:  # arbitrary code of the user's objects runs here
         return _pack_closure((fn, args, kwargs), what, error)
+
+
+def pack_without_main(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+    """As `pack_call`, for workers that cannot import the caller's main module: what that defines goes by value."""
+    makers = (fn, *map(type, args), *map(type, kwargs.values()))
+    if not any(getattr(maker, "__module__", None) == "__main__" for maker in makers):
+        return pack_call(fn, args, kwargs)
+    return _pack_closure(
+        (fn, args, kwargs),
+        "job",
+        TypeError(
+            "workers cannot import the main module (python -c, standard input, a notebook, python -m with a package), "
+            "where it is defined; put it into a module, or use start_method='fork'"
+        ),
+    )
 
 
 def unpack_call(body: memoryview | bytes | bytearray) -> Call:

@@ -95,7 +95,7 @@ _JOB = Kind.JOB
 _VALUE = Kind.VALUE
 
 _Event = tuple[Callable[..., None], tuple[Any, ...]]
-_Answer = tuple[Worker, int, int, Any, BaseException | None]
+_Answer = tuple[Worker, int, int, int, Any, BaseException | None]
 
 _live_pools: weakref.WeakSet[ProcessPool] = weakref.WeakSet()
 
@@ -138,6 +138,8 @@ class ProcessPool:
     ) -> None:
         self.config = config
         self._method = config.start_method or "forkserver"
+        # Whether workers can look up what the caller's main module defines.
+        self.knows_main = self._method == "fork" or main_module.is_importable()
         self._ledger = ledger
         self._inherited: Initializer | None = (
             (config.initializer, config.initargs, {}) if config.initializer else None
@@ -484,8 +486,8 @@ class ProcessPool:
     def _is_answer_near(self) -> bool:
         return self._scheduler.running > 0
 
-    def _work(self, events: list[tuple[int, int]]) -> None:
-        """Do what the polled events ask for, and what is due."""
+    def _work(self, events: list[tuple[int, int]], polled_at: float) -> None:
+        """Do what the polled events ask for, and what was due at `polled_at`."""
         is_held = hold()
         try:
             news: list[_Event] = []
@@ -503,7 +505,7 @@ class ProcessPool:
             with self.lock:
                 if self._ruin is None:
                     self._guard.is_active = True
-                    self._digest(answers, news)
+                    self._digest(answers, news, polled_at)
                     self._guard.is_active = False
         except BaseException as error:
             with self.lock:
@@ -513,7 +515,7 @@ class ProcessPool:
             if is_held:
                 release()
 
-    def _digest(self, answers: list[_Answer], news: list[_Event]) -> None:
+    def _digest(self, answers: list[_Answer], news: list[_Event], polled_at: float) -> None:
         """Tell the kernel what was read, and do what it decides. Under the lock."""
         now = time.monotonic()
         for answer in answers:
@@ -523,10 +525,11 @@ class ProcessPool:
             handle(*arguments, now)
             # Race: what the kernel has decided about a worker must be done before the next news of it.
             self._carry_out(now)
-        if now >= self._tick_at:
-            self._tick(now)
+        if polled_at >= self._tick_at:
+            # Why not now: unpickling may have taken long, and an answer that came meanwhile is not read yet.
+            self._tick(polled_at)
             self._carry_out(now)
-            self._tick_at = now + _TICK
+            self._tick_at = polled_at + _TICK
 
     def _read_results(self, worker: Worker, answers: list[_Answer], news: list[_Event]) -> None:
         try:
@@ -535,7 +538,7 @@ class ProcessPool:
             news.append((self._garbled, (worker, repr(error))))
             return
         for kind, number, body in frames:
-            answers.append((worker, kind, number, *_decoded(kind, body)))
+            answers.append((worker, kind, number, len(body), *_decoded(kind, body)))
         if worker.reader.is_garbled:
             news.append((self._garbled, (worker, "something else was written into its pipe")))
         if worker.reader.is_at_end:
@@ -566,12 +569,19 @@ class ProcessPool:
         except (MemoryError, OSError):
             return
         for kind, message, body in frames:
-            answers.append((worker, kind, message, *_decoded(kind, body)))
+            answers.append((worker, kind, message, len(body), *_decoded(kind, body)))
 
     # What was read, told to the kernel (under the lock)
 
     def _answered(
-        self, worker: Worker, kind: int, number: int, value: Any, error: BaseException | None, now: float
+        self,
+        worker: Worker,
+        kind: int,
+        number: int,
+        size: int,
+        value: Any,
+        error: BaseException | None,
+        now: float,
     ) -> None:
         slot = worker.slot
         if kind == Kind.READY or kind == Kind.NOT_READY:
@@ -585,6 +595,7 @@ class ProcessPool:
         job = slot.job
         assert job is not None
         job.value = value
+        job.size = size
         self._scheduler.attempt_ended(slot, error, now)
 
     def _came_up(self, worker: Worker, pid: int, error: BaseException | None, now: float) -> None:
