@@ -68,16 +68,15 @@ import faulty_jobs
 from bulkhead import Dispatcher, Job, JobTimeout, Pool, WorkerCrashed
 
 def exercise(disp):
-    for _ in range(2):
-        trackers = [disp.dispatch(Job(faulty_jobs.double, n).options(priority=0)) for n in range(10)]
-        assert [tracker.result(20) for tracker in trackers] == [2 * n for n in range(10)]
-        crashed = disp.dispatch(Job(faulty_jobs.exit_with, 3).options(priority=0)).exception(20)
-        assert isinstance(crashed, WorkerCrashed) and crashed.exit_code == 3, crashed
-        killed = disp.dispatch(Job(faulty_jobs.kill_self).options(priority=0)).exception(20)
-        assert isinstance(killed, WorkerCrashed) and killed.signal == "SIGKILL", killed
-        late = disp.dispatch(Job(faulty_jobs.sleep_in_c).options(priority=0, timeout=0.1)).exception(20)
-        assert isinstance(late, JobTimeout), late
-        disp.barrier(timeout=20, check=False)
+    crashed = disp.dispatch(Job(faulty_jobs.exit_with, 3).options(priority=0)).exception(20)
+    assert isinstance(crashed, WorkerCrashed) and crashed.exit_code == 3, crashed
+    killed = disp.dispatch(Job(faulty_jobs.kill_self).options(priority=0)).exception(20)
+    assert isinstance(killed, WorkerCrashed) and killed.signal == "SIGKILL", killed
+    late = disp.dispatch(Job(faulty_jobs.sleep_in_c).options(priority=0, timeout=0.1)).exception(20)
+    assert isinstance(late, JobTimeout), late
+    trackers = [disp.dispatch(Job(faulty_jobs.double, n).options(priority=0)) for n in range(10)]
+    assert [tracker.result(20) for tracker in trackers] == [2 * n for n in range(10)]
+    disp.barrier(timeout=20, check=False)
 
 if __name__ == "__main__":
 {before}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from scripts import Script, running
 
@@ -57,6 +59,7 @@ def most_processes(script: Script) -> int:
     most = 0
     while script.is_running():
         most = max(most, len(script.processes()))
+        time.sleep(0.02)
     return most
 
 

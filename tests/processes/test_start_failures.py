@@ -200,7 +200,8 @@ if __name__ == "__main__":
         wait_until_whole(disp, 1)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
-        print("crash:", type(disp.dispatch(Job(faulty_jobs.kill_self).options(priority=0)).exception(PATIENCE)).__name__)
+        crash = disp.dispatch(Job(faulty_jobs.kill_self).options(priority=0)).exception(PATIENCE)
+        print("crash:", type(crash).__name__)
         try:
             print("next:", disp.dispatch(Job(faulty_jobs.double, 4).options(priority=0), timeout=1).exception(1))
         except BulkheadError as error:
@@ -212,7 +213,9 @@ if __name__ == "__main__":
 """
 
 
-def test_running_out_of_descriptors_harms_the_pool_that_needs_them_alone_and_never_hangs(start_method: str) -> None:
+def test_running_out_of_descriptors_harms_the_pool_that_needs_them_alone_and_never_hangs(
+    start_method: str,
+) -> None:
     with running(NO_DESCRIPTORS.format(method=start_method)) as script:
         assert script.wait() == 0, script.errors()
         crash, following, other, end = script.output().splitlines()

@@ -283,8 +283,8 @@ class _Launcher:
         child.deadline = time.monotonic() + patience
         child.rung = rung
         _signal_group(child.pid, rung)
-        if not child.has_exited:
-            os.kill(child.pid, rung)  # a job may have moved its process to another group
+        if not child.has_exited and _group_of(child.pid) != child.pid:
+            os.kill(child.pid, rung)  # its job has moved it to another group
         for stray in child.strays:
             _signal_stray(stray, rung)
 

@@ -78,6 +78,8 @@ def run(ends: Ends, inherited: Initializer | None = None) -> None:
             code = 0
     except OSError:
         pass  # the caller is gone, or the job closed our descriptors; nobody is left to be told
+    except SystemExit:
+        pass  # out of a handler that a job has installed for SIGTERM
     except BaseException as error:
         print(f"bulkhead: worker {os.getpid()} ends: {error!r}", file=sys.stderr)
     finally:
