@@ -44,6 +44,7 @@ def run(disp):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 if __name__ == "__main__":
+    {handler}
     disp = Dispatcher([Pool(0, 2, start_method={method!r})], max_history=100_000)
     disp.dispatch(Job(faulty_jobs.double, 1)).result(20)
     try:
@@ -59,10 +60,10 @@ if __name__ == "__main__":
 """
 
 
-def interrupt_at_random(n_interrupts: int, seed: int, method: str = "forkserver") -> str:
+def interrupt_at_random(n_interrupts: int, seed: int, method: str = "forkserver", handler: str = "pass") -> str:
     """Interrupt a script that dispatches as fast as it can; return what it says in the end."""
     draw = random.Random(seed)
-    with running(CATCHES.format(method=method, n_interrupts=n_interrupts)) as script:
+    with running(CATCHES.format(method=method, n_interrupts=n_interrupts, handler=handler)) as script:
         script.wait_for_line("caught 0")
         for number in range(1, n_interrupts + 1):
             # Why a pause: the instants are to be random.
@@ -84,6 +85,24 @@ def test_a_script_that_catches_interrupts_at_random_instants_goes_on_and_loses_n
     told = interrupt_at_random(30, seed)
     print(f"\n  {told}")
     assert told == "over 30 0 {2}"
+
+
+OWN_HANDLER = """
+    def handler(*_):
+        raise KeyboardInterrupt("of the script's own making")
+    signal.signal(signal.SIGINT, handler)
+"""
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_handler_of_the_scripts_own_that_raises_costs_the_pool_at_most(seed: int) -> None:
+    """Bulkhead cannot hold off what it does not know; then the pool may be lost, but loudly and with all its jobs."""
+    told = interrupt_at_random(30, seed, handler=OWN_HANDLER)
+    print(f"\n  {told}")
+    if not told.startswith("broken"):
+        assert told == "over 30 0 {2}"
+    else:
+        assert told.split()[2] == "0"
 
 
 @pytest.mark.slow

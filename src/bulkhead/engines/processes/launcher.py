@@ -220,7 +220,14 @@ class _Launcher:
 
     def _start(self, number: int) -> None:
         ends = worker_main.Ends(*(self._fds.popleft() for _ in range(4)))
-        pid = self._spawn(ends) if self._method == "spawn" else self._fork(ends)
+        try:
+            pid = self._spawn(ends) if self._method == "spawn" else self._fork(ends)
+        except OSError as error:  # too many processes, no memory: the next try may succeed
+            for fd in ends:
+                os.close(fd)
+            why = f"the launcher could not start it: {error}"
+            self.say(Says.GONE, number, Report(None, None, 0, "", why, None, False))
+            return
         for fd in ends[:3]:
             os.close(fd)
         try:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from typing import Any
 
 from bulkhead.engines.processes import launcher, main_module, worker_main
@@ -16,6 +17,9 @@ from bulkhead.engines.processes.launcher import Config, Told
 from bulkhead.errors import BulkheadError
 
 __all__ = ["LauncherLink"]
+
+# Between two looks at a launcher that is about to end (seconds).
+_PAUSE = 0.001
 
 
 class LauncherLink:
@@ -164,12 +168,13 @@ def _be_launcher(
 
 def _wait_for(pid: int, patience: float) -> None:
     """Reap a child that was forked without subprocess, within `patience` seconds or with SIGKILL."""
-    import psutil
-
+    end = time.monotonic() + patience
     try:
-        psutil.Process(pid).wait(patience)
-    except psutil.TimeoutExpired:
-        os.kill(pid, signal.SIGKILL)
-        psutil.Process(pid).wait()
-    except psutil.NoSuchProcess:
+        while os.waitpid(pid, os.WNOHANG)[0] == 0:
+            if time.monotonic() >= end:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                return
+            time.sleep(_PAUSE)
+    except ChildProcessError:  # somebody else has reaped it
         pass

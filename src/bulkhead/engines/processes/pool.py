@@ -13,6 +13,7 @@ has not settled fails with PoolBroken, every process is killed, nobody waits for
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import random
@@ -96,6 +97,8 @@ _VALUE = Kind.VALUE
 
 _Event = tuple[Callable[..., None], tuple[Any, ...]]
 _Answer = tuple[Worker, int, int, int, Any, BaseException | None]
+
+_log = logging.getLogger("bulkhead")
 
 _live_pools: weakref.WeakSet[ProcessPool] = weakref.WeakSet()
 
@@ -451,7 +454,14 @@ class ProcessPool:
             slot.state = SlotState.VACANT
             return
         self._workers_made += 1
-        worker = Worker(self._workers_made, slot)
+        try:
+            worker = Worker(self._workers_made, slot)
+        except OSError as error:  # no descriptors left, most likely; the next try may find some
+            _log.warning("%s: a worker cannot be started: %s", self.config.label, error)
+            failure = PoolBroken(f"{self.config.label} is given up, its workers cannot be started: {error}")
+            failure.__cause__ = error
+            self._scheduler.worker_gone(slot, failure, time.monotonic())
+            return
         slot.worker = worker
         self._workers[worker.number] = worker
         self._link.start(worker.number, worker.give_away())
@@ -505,8 +515,13 @@ class ProcessPool:
             with self.lock:
                 if self._ruin is None:
                     self._guard.is_active = True
-                    self._digest(answers, news, polled_at)
-                    self._guard.is_active = False
+                    try:
+                        self._digest(answers, news, polled_at)
+                    except BaseException as error:
+                        self._fall(error)
+                        raise
+                    finally:
+                        self._guard.is_active = False
         except BaseException as error:
             with self.lock:
                 self._fall(error)

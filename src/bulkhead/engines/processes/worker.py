@@ -47,11 +47,17 @@ class Worker:
         self.jobs = 0
         self.busy_seconds = 0.0
         self.failure: BaseException | None = None
-        jobs_read, jobs_write = os.pipe()
-        results_read, results_write = os.pipe()
-        life_read, self._life = os.pipe()
-        box = blackbox.create()
-        self._box = blackbox.ReadMark(box)
+        opened: list[int] = []
+        try:
+            for _ in range(3):
+                opened += os.pipe()
+            opened.append(blackbox.create())
+            self._box = blackbox.ReadMark(opened[-1])
+        except OSError:
+            for fd in opened:
+                os.close(fd)
+            raise
+        jobs_read, jobs_write, results_read, results_write, life_read, self._life, box = opened
         self._theirs: Any = (jobs_read, results_write, life_read, box)
         self.writer = FrameWriter(jobs_write)
         self.reader = FrameReader(results_read)
