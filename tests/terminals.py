@@ -30,7 +30,9 @@ class Terminal:
         if self.pid == 0:
             try:
                 os.chdir(path.parent)
-                os.execve(sys.executable, [sys.executable, str(path)], {**environment(), "PYTHON_COLORS": "0"})
+                os.execve(
+                    sys.executable, [sys.executable, str(path)], {**environment(), "PYTHON_COLORS": "0"}
+                )
             finally:
                 os._exit(127)
         self.text = ""

@@ -60,7 +60,9 @@ if __name__ == "__main__":
 """
 
 
-def interrupt_at_random(n_interrupts: int, seed: int, method: str = "forkserver", handler: str = "pass") -> str:
+def interrupt_at_random(
+    n_interrupts: int, seed: int, method: str = "forkserver", handler: str = "pass"
+) -> str:
     """Interrupt a script that dispatches as fast as it can; return what it says in the end."""
     draw = random.Random(seed)
     with running(CATCHES.format(method=method, n_interrupts=n_interrupts, handler=handler)) as script:
