@@ -203,9 +203,10 @@ if __name__ == "__main__":
         crash = disp.dispatch(Job(faulty_jobs.kill_self).options(priority=0)).exception(PATIENCE)
         print("crash:", type(crash).__name__)
         try:
-            print("next:", disp.dispatch(Job(faulty_jobs.double, 4).options(priority=0), timeout=1).exception(1))
+            following = disp.dispatch(Job(faulty_jobs.double, 4).options(priority=0), timeout=1).exception(1)
         except BulkheadError as error:
-            print("next:", type(error).__name__)
+            following = error
+        print("next:", type(following).__name__)
         print("other:", disp.dispatch(Job(faulty_jobs.double, 4).options(priority=1)).result(PATIENCE))
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert_whole(disp, 1)
@@ -220,7 +221,7 @@ def test_running_out_of_descriptors_harms_the_pool_that_needs_them_alone_and_nev
         assert script.wait() == 0, script.errors()
         crash, following, other, end = script.output().splitlines()
         assert crash == "crash: WorkerCrashed"
-        assert following.removeprefix("next: ") in ("None", "PoolBroken", "PoolFull", "WaitTimeout")
+        assert following.removeprefix("next: ") in ("NoneType", "PoolBroken", "PoolFull", "WaitTimeout")
         assert (other, end) == ("other: 8", "end")
         assert script.errors() == ""
         assert script.processes() == []

@@ -61,7 +61,10 @@ def describe() -> MainModule:
         path = os.path.normpath(os.path.join(began_in, path))
         if not os.path.exists(path):  # "<stdin>" and the like
             path = None
-    cwd = os.getcwd()
+    try:
+        cwd = os.getcwd()
+    except FileNotFoundError:  # removed under our feet: then workers stay where the launcher is
+        cwd = ""
     sys_path = [cwd if entry == "" else entry for entry in sys.path]
     return MainModule(name, path, sys_path, list(sys.argv), cwd, bytes(process.current_process().authkey))
 
@@ -79,16 +82,15 @@ def is_importable() -> bool:
 
 def prepare(main: MainModule, process_name: str) -> None:
     """Take over import path, arguments and directory of the caller."""
-    spawn.prepare(
-        {
-            "name": process_name,
-            "authkey": main.authkey,
-            "sys_path": main.sys_path,
-            "sys_argv": main.argv,
-            "dir": main.cwd,
-            "orig_dir": main.cwd,
-        }
-    )
+    described: dict[str, Any] = {
+        "name": process_name,
+        "authkey": main.authkey,
+        "sys_path": main.sys_path,
+        "sys_argv": main.argv,
+    }
+    if main.cwd:
+        described |= {"dir": main.cwd, "orig_dir": main.cwd}
+    spawn.prepare(described)
 
 
 def import_main(main: MainModule) -> None:
