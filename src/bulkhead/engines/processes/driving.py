@@ -282,7 +282,12 @@ class Driving:
         # Why the time before a first look: what came before it is read before anything is called late; when the wait
         # that follows has come to a deadline, the next step finds it due.
         now = time.monotonic()
-        events = self.poller.poll(0) or self._events(waiter, patience)
+        try:
+            events = self.poller.poll(0) or self._events(waiter, patience)
+        except (OSError, ValueError):
+            if not self._is_closed:
+                raise
+            return  # a signal handler has finalized meanwhile, and that fulfils every wish
         self._go_to_work(events, now)
 
     def _go_to_work(self, events: list[tuple[int, int]], now: float) -> None:
@@ -322,12 +327,7 @@ class Driving:
                 events = poll(0)
                 if events:
                     return events
-        try:
-            return poll(timeout)
-        except (OSError, ValueError):
-            if not self._is_closed:
-                raise
-            return []  # a signal handler has finalized meanwhile
+        return poll(timeout)
 
     def _background(self) -> None:
         seen = -1

@@ -61,6 +61,8 @@ class Alarm:
 
     def ring(self) -> None:
         """Make the descriptor readable."""
+        if self.fd < 0:
+            return
         try:
             os.write(self._write_end, b"\1\0\0\0\0\0\0\0")
         except BlockingIOError:

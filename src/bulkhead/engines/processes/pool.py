@@ -153,8 +153,8 @@ class ProcessPool:
         )
         self.lock = self._driving.lock
         self._callbacks = CallbackThread(f"bulkhead-{config.label}-callbacks")
-        # Held while the pool is stopped; rank above the pool's lock.
-        self._stopping = threading.Lock()
+        # Held while the pool is stopped; rank above the pool's lock. Why an RLock: a signal handler may finalize, too.
+        self._stopping = threading.RLock()
         # Owner of the rest: the lock.
         self._scheduler = Scheduler(
             config.n_workers,
