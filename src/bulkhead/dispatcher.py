@@ -213,7 +213,9 @@ class Dispatcher:
         self._refuse_elsewhere()
         began = time.monotonic()
         deadline = None if timeout is None else began + validate.seconds("timeout", timeout, zero=True)
-        pools = list(self._pools.values()) if priority is None else [self._pool_of(priority)]
+        pools = list(self._pools.values())
+        if priority is not None:
+            pools = [self._pool_of(validate.whole_number("priority", priority))]
         phases = {pool: pool.close_phases() for pool in pools}
         if not all([pool.wait_for_phases(phases[pool], deadline) for pool in pools]):
             pending = [job for pool in pools for job in pool.unsettled_in(phases[pool])]

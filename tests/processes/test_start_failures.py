@@ -225,3 +225,36 @@ def test_running_out_of_descriptors_harms_the_pool_that_needs_them_alone_and_nev
         assert (other, end) == ("other: 8", "end")
         assert script.errors() == ""
         assert script.processes() == []
+
+
+FORK_FAILS_ONCE = """
+import os
+import faulty_jobs
+from bulkhead import Dispatcher, Job, Pool
+from watching import PATIENCE, wait_until_whole
+
+if __name__ == "__mp_main__":  # in the launcher, which imports this script
+    fork, forks = os.fork, []
+
+    def fork_or_fail():
+        forks.append(1)
+        if len(forks) == 3:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return fork()
+
+    os.fork = fork_or_fail
+
+if __name__ == "__main__":
+    with Dispatcher([Pool(0, 2)]) as disp:
+        wait_until_whole(disp, 0)
+        innocent = disp.dispatch(Job(faulty_jobs.nap, 0.5))
+        print(type(disp.dispatch(Job(faulty_jobs.kill_self)).exception(PATIENCE)).__name__)
+        print(innocent.exception(PATIENCE))
+        wait_until_whole(disp, 0)
+"""
+
+
+def test_a_fork_that_fails_in_the_launcher_costs_no_job_and_is_tried_again() -> None:
+    with running(FORK_FAILS_ONCE) as script:
+        assert script.wait() == 0, script.errors()
+        assert script.output().splitlines() == ["WorkerCrashed", "None"]

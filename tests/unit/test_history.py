@@ -274,3 +274,24 @@ def test_nothing_grows_with_the_number_of_jobs(clock: Clock) -> None:
     assert len(history._jobs) <= 100
     assert len(history._settled) <= 100
     assert not history._reserved
+
+
+def test_large_results_are_held_up_to_a_bound_and_the_last_one_always(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("bulkhead.history._MAX_BYTES", 100_000)
+    history = History(300.0, 10_000)
+    for size in (10, 60_000, 30_000, 50_000, 10, 500_000, 5_000):
+        job = Tracker(None, b"", 0)  # type: ignore[arg-type]
+        job.size = size
+        history.enter(job)
+        job.state = JobState.SUCCEEDED
+        history.settle(job)
+    assert [job.size for job in history.jobs()] == [5_000]
+    for size in (60_000, 30_000):
+        job = Tracker(None, b"", 0)  # type: ignore[arg-type]
+        job.size = size
+        history.enter(job)
+        job.state = JobState.SUCCEEDED
+        history.settle(job)
+    assert [job.size for job in history.jobs()] == [5_000, 60_000, 30_000]

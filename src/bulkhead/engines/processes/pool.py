@@ -732,7 +732,8 @@ class ProcessPool:
         self._carry_out(now)
         # A job that went to it just now was never read; of one that it had before nothing is known.
         last_read = sent if worker.message == sent else 0
-        self._gone(worker.number, deaths.UNKNOWN._replace(last_read=last_read), now)
+        report = deaths.UNKNOWN._replace(last_read=last_read, signal=signal.SIGKILL)
+        self._gone(worker.number, report, now)
 
     def _relaunch(self) -> None:
         """Replace the launcher and ask the new one for the workers that the old one had not started."""

@@ -1,0 +1,51 @@
+"""Instants that are weeks away, and callers that are busy while something becomes due."""
+
+from __future__ import annotations
+
+import time
+
+from watching import PATIENCE
+
+from bulkhead import Dispatcher, Job, Pool
+
+MONTHS = 200 * 86_400.0
+
+
+class SlowToRebuild:
+    """Takes its time when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[float]]:
+        return time.sleep, (1.2,)
+
+
+def make_slow() -> SlowToRebuild:
+    return SlowToRebuild()
+
+
+def nap(seconds: float) -> str:
+    time.sleep(seconds)
+    return "done"
+
+
+def test_instants_that_are_months_away_hold_nothing_up() -> None:
+    with Dispatcher([Pool(0, 1, timeout=MONTHS)], job_expiry=MONTHS) as disp:
+        delayed = disp.dispatch(Job(nap, 0).options(delay=MONTHS, start_deadline=2 * MONTHS))
+        tracker = disp.dispatch(Job(nap, 0.05), timeout=MONTHS)
+        called: list[object] = []
+        tracker.add_done_callback(called.append)
+        # Nobody waits here: the background thread has to see to it.
+        end = time.monotonic() + PATIENCE
+        while not called and time.monotonic() < end:
+            time.sleep(0.001)
+        assert called == [tracker]
+        assert tracker.result(MONTHS) == "done"
+        assert delayed.cancel()
+
+
+def test_a_job_that_answered_in_time_has_not_timed_out_because_the_caller_was_busy() -> None:
+    with Dispatcher([(0, 2)]) as disp:
+        disp.dispatch(Job(nap, 0)).result(PATIENCE)
+        disp.dispatch(Job(make_slow))
+        in_time = disp.dispatch(Job(nap, 0.3).options(timeout=0.9))
+        assert in_time.result(PATIENCE) == "done"
+        assert disp.stats()[0].restarts == 0
