@@ -25,7 +25,7 @@ from watching import (
 from bulkhead import Dispatcher, Job, JobState, JobTimeout, Pool
 
 # A timeout that no good job of these tests comes near (seconds), and how long the ladder may take beyond a timeout.
-BRIEF = 0.3
+BRIEF = 0.2
 LADDER = 2.0
 
 
@@ -193,7 +193,7 @@ def test_one_hanging_job_after_the_other_is_ended_and_leaves_nothing(tmp_path: P
 def test_a_job_that_ends_just_at_its_timeout_settles_one_way_or_the_other() -> None:
     with Dispatcher([Pool(0, 2, backlog=None)]) as disp:
         trackers = [
-            disp.dispatch(Job(faulty_jobs.nap, 0.1).options(timeout=0.1 + 0.0002 * number))
+            disp.dispatch(Job(faulty_jobs.nap, 0.05).options(timeout=0.05 + 0.0002 * number))
             for number in range(-5, 15)
         ]
         report = disp.barrier(timeout=PATIENCE, check=False)
