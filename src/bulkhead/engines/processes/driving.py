@@ -338,7 +338,7 @@ class Driving:
                 is_mine = is_free and (is_same_turn or self._is_urgent)
                 if is_mine:
                     self._role = _BACKGROUND
-                    self._role_thread = None
+                    self._role_thread = threading.get_ident()
                     self._is_urgent = False
                 # A caller that drives for long opens the gate when it leaves; until then there is nothing to look at.
                 self._is_gate_shut = is_same_turn and not is_free
