@@ -52,10 +52,10 @@ _NOT_POLLING = float("-inf")
 
 
 def reentered() -> NestedDispatch:
-    """Return the error for a signal handler that has interrupted its own thread in the middle of a change."""
+    """Return the error for a call out of the middle of a change that this very thread is making."""
     return NestedDispatch(
-        "a signal handler has interrupted bulkhead in the middle of a change and cannot use it now; let the handler "
-        "raise an exception or set a flag, and do the rest outside"
+        "called while this thread is at work inside bulkhead: by a signal handler, a destructor or the unpickling of a "
+        "result; let a handler set a flag or raise an exception, and do the rest outside"
     )
 
 
