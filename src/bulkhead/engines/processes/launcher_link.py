@@ -133,7 +133,17 @@ def _run(theirs: socket.socket) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         pass_fds=[theirs.fileno()],
         process_group=0,
+        cwd=_somewhere(),
     )
+
+
+def _somewhere() -> str | None:
+    """Return a directory for the launcher if the caller's is gone: Python 3.13.0 cannot import in such a one."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "/"
+    return None
 
 
 def _fork(ours: socket.socket, theirs: socket.socket, inherited: worker_main.Initializer | None) -> int:
