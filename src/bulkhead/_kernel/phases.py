@@ -41,6 +41,11 @@ class Phases:
         self._keep = keep_failures
         self.unreported = [Phase()]
 
+    @property
+    def open(self) -> Phase:
+        """The phase that new jobs belong to."""
+        return self.unreported[-1]
+
     def join(self, job: JobRecord) -> None:
         """Count an accepted job in."""
         phase = self.unreported[-1]

@@ -323,6 +323,10 @@ class Scheduler:
         """Number of accepted jobs that wait for an instant: their first start or their next attempt."""
         return len(self._pausing)
 
+    def has_room(self) -> bool:
+        """Tell whether an offer made now would be accepted at once."""
+        return not self._offers and self._has_room()
+
     def unsettled_jobs(self) -> list[JobRecord]:
         """Return the accepted jobs that have not settled: running, then waiting, then pausing ones."""
         running = [slot.job for slot in self.slots if slot.job is not None]
