@@ -15,42 +15,60 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from settings import StartMethod
 
-__all__ = ["BULKHEAD", "BY_NAME", "CONTESTANTS", "EXECUTOR", "STDLIB_POOL", "Contestant", "Fn", "Session"]
+__all__ = [
+    "BULKHEAD",
+    "BULKHEAD_DIST",
+    "BY_NAME",
+    "CONTESTANTS",
+    "EXECUTOR",
+    "STDLIB_POOL",
+    "Contestant",
+    "Fn",
+    "Session",
+    "installed",
+]
 
 Fn = Callable[[], object]
+S = TypeVar("S")
+T = TypeVar("T")
+OpenPool = Callable[[int, StartMethod], AbstractContextManager[S]]
 
 
 @dataclass(frozen=True)
 class Session:
-    """One open pool: `run` does n jobs from the first submit to the last result, `call` one job."""
+    """One open pool: `run` does n jobs from the first submit to the last result, `call` one job with arguments."""
 
     run: Callable[[Fn, int], None]
-    call: Callable[[Fn], object]
+    call: Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Contestant(Generic[S]):
     """A library, or one way of using it.
 
     Attributes:
         name: As in the tables.
         distribution: What to look up the version of; None for the standard library.
         module: What must be importable.
-        open: Takes the number of workers and the start method.
+        open: Takes the number of workers and the start method; gives what a benchmark wants to use of the pool.
     """
 
     name: str
     distribution: str | None
     module: str
-    open: Callable[[int, StartMethod], AbstractContextManager[Session]]
+    open: OpenPool[S]
+
+    def used_by(self, opener: OpenPool[T]) -> Contestant[T]:
+        """Return the same library, used in another way."""
+        return Contestant(self.name, self.distribution, self.module, opener)
 
     def is_installed(self) -> bool:
         try:
@@ -66,6 +84,11 @@ class Contestant:
             return importlib.metadata.version(self.distribution)
         except importlib.metadata.PackageNotFoundError:
             return "from source" if self.is_installed() else "not installed"
+
+
+def installed(contestants: Iterable[Contestant[S]]) -> list[str]:
+    """Return the names of those that can take part."""
+    return [contestant.name for contestant in contestants if contestant.is_installed()]
 
 
 @contextmanager
@@ -88,7 +111,7 @@ def _open_bulkhead(
             if done != jobs:
                 raise RuntimeError(f"{jobs} jobs were dispatched and {done} succeeded")
 
-        yield Session(run, lambda fn: dispatcher.dispatch(Job(fn)).result())
+        yield Session(run, lambda fn, *args: dispatcher.dispatch(Job(fn, *args)).result())
 
 
 @contextmanager
@@ -107,7 +130,7 @@ def _open_bulkhead_backlog(workers: int, method: StartMethod) -> Iterator[Sessio
 def _open_stdlib_pool(workers: int, method: StartMethod) -> Iterator[Session]:
     pool = multiprocessing.get_context(method).Pool(workers)
     try:
-        yield _session(pool.apply_async, lambda result: result.get())
+        yield _pool_session(pool.apply_async, lambda result: result.get())
     finally:
         pool.close()
         pool.join()
@@ -124,14 +147,14 @@ def _open_stdlib_pool_fork(workers: int, method: StartMethod) -> Iterator[Sessio
 def _open_executor(workers: int, method: StartMethod) -> Iterator[Session]:
     context = multiprocessing.get_context(method)
     with ProcessPoolExecutor(workers, mp_context=context) as executor:
-        yield _session(executor.submit, lambda future: future.result())
+        yield _executor_session(executor)
 
 
 @contextmanager
 def _open_loky(workers: int, method: StartMethod) -> Iterator[Session]:
     loky = importlib.import_module("loky")
     with loky.ProcessPoolExecutor(workers, context=multiprocessing.get_context(method)) as executor:
-        yield _session(executor.submit, lambda future: future.result())
+        yield _executor_session(executor)
 
 
 @contextmanager
@@ -139,7 +162,7 @@ def _open_pebble(workers: int, method: StartMethod) -> Iterator[Session]:
     pebble = importlib.import_module("pebble")
     # Leaving its `with` closes and joins.
     with pebble.ProcessPool(workers, context=multiprocessing.get_context(method)) as pool:
-        yield _session(pool.schedule, lambda future: future.result())
+        yield _pool_session(pool.schedule, lambda future: future.result())
 
 
 @contextmanager
@@ -147,7 +170,7 @@ def _open_mpire(workers: int, method: StartMethod) -> Iterator[Session]:
     mpire = importlib.import_module("mpire")
     pool = mpire.WorkerPool(workers, start_method=method)
     try:
-        yield _session(pool.apply_async, lambda result: result.get())
+        yield _pool_session(pool.apply_async, lambda result: result.get())
     finally:
         pool.stop_and_join()
 
@@ -156,25 +179,35 @@ def _open_mpire(workers: int, method: StartMethod) -> Iterator[Session]:
 def _open_deadpool(workers: int, method: StartMethod) -> Iterator[Session]:
     deadpool = importlib.import_module("deadpool")
     with deadpool.Deadpool(workers, mp_context=method) as executor:
-        yield _session(executor.submit, lambda future: future.result())
+        yield _executor_session(executor)
 
 
-def _session(submit: Callable[[Fn], Any], collect: Callable[[Any], object]) -> Session:
+def _pool_session(submit: Callable[..., Any], collect: Callable[[Any], Any]) -> Session:
+    """`submit` takes a function and a tuple of arguments."""
+
     def run(fn: Fn, jobs: int) -> None:
         for pending in [submit(fn) for _ in range(jobs)]:
             collect(pending)
 
-    return Session(run, lambda fn: collect(submit(fn)))
+    return Session(run, lambda fn, *args: collect(submit(fn, args)))
 
 
-_BULKHEAD_DIST = "bulkhead-pool"
-BULKHEAD = Contestant("bulkhead", _BULKHEAD_DIST, "bulkhead", _open_bulkhead)
+def _executor_session(executor: Any) -> Session:
+    def run(fn: Fn, jobs: int) -> None:
+        for future in [executor.submit(fn) for _ in range(jobs)]:
+            future.result()
+
+    return Session(run, lambda fn, *args: executor.submit(fn, *args).result())
+
+
+BULKHEAD_DIST = "bulkhead-pool"
+BULKHEAD = Contestant("bulkhead", BULKHEAD_DIST, "bulkhead", _open_bulkhead)
 STDLIB_POOL = Contestant("multiprocessing.Pool", None, "multiprocessing", _open_stdlib_pool)
 EXECUTOR = Contestant("ProcessPoolExecutor", None, "concurrent.futures", _open_executor)
 CONTESTANTS = (
     BULKHEAD,
-    Contestant("bulkhead, each result read", _BULKHEAD_DIST, "bulkhead", _open_bulkhead_collecting),
-    Contestant("bulkhead, backlog=1000", _BULKHEAD_DIST, "bulkhead", _open_bulkhead_backlog),
+    Contestant("bulkhead, each result read", BULKHEAD_DIST, "bulkhead", _open_bulkhead_collecting),
+    Contestant("bulkhead, backlog=1000", BULKHEAD_DIST, "bulkhead", _open_bulkhead_backlog),
     STDLIB_POOL,
     Contestant("multiprocessing.Pool, fork", None, "multiprocessing", _open_stdlib_pool_fork),
     EXECUTOR,

@@ -21,15 +21,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
-from contestants import BULKHEAD, CONTESTANTS, Contestant
-from settings import Settings, StartMethod
-from tables import ABSENT, print_table, verdict
+from contestants import BULKHEAD, CONTESTANTS, Contestant, Session
+from probe import PROBE
+from report import Report, worded
+from settings import WORKERS, Settings, StartMethod
+from tables import ABSENT, print_table
 from watchdog import watched
 
 __all__ = ["measure_idleness"]
 
-PROBE = Path(__file__).with_name("probe.py")
-WORKERS = 2
 WARM_UP_JOBS = 200
 SETTLE_SECONDS = 2.0
 """Lets buffers, collectors and one-off timers of all contestants come to rest."""
@@ -59,8 +59,8 @@ class Rest:
     others: Activity
 
 
-def measure_idleness(settings: Settings) -> dict[str, object]:
-    """Watch once, print the table, return the figures for the JSON file."""
+def measure_idleness(settings: Settings) -> Report:
+    """Watch once and print the table."""
     measured = [c for c in CONTESTANTS if not c.name.startswith(VARIANTS_OF)]
     rests = _watch(
         [contestant for contestant in measured if contestant.is_installed()], settings.start_method
@@ -71,12 +71,14 @@ def measure_idleness(settings: Settings) -> dict[str, object]:
         [_row(contestant, rests.get(contestant.name)) for contestant in measured],
     )
     ours = rests.get(BULKHEAD.name)
-    found = ABSENT if ours is None else verdict(ours.caller.switches + ours.others.switches == 0)
-    print(f"  target: bulkhead wakes up 0 times; {found}")
-    return {"watch_seconds": WATCH_SECONDS, "rests": {name: asdict(rest) for name, rest in rests.items()}}
+    found = ABSENT if ours is None else worded(ours.caller.switches + ours.others.switches == 0)
+    print(f"  target: bulkhead wakes up 0 times; reached: {found}")
+    return Report(
+        {"watch_seconds": WATCH_SECONDS, "rests": {name: asdict(rest) for name, rest in rests.items()}}
+    )
 
 
-def _watch(contestants: Sequence[Contestant], start_method: StartMethod) -> dict[str, Rest]:
+def _watch(contestants: Sequence[Contestant[Session]], start_method: StartMethod) -> dict[str, Rest]:
     with watched(), ExitStack() as stack:
         probes = {c.name: _start_probe(stack, c.name, start_method) for c in contestants}
         time.sleep(SETTLE_SECONDS)
@@ -136,7 +138,7 @@ def _rest(caller: int, before: Snapshot, after: Snapshot) -> Rest:
     return Rest(len(after), used[caller], total)
 
 
-def _row(contestant: Contestant, rest: Rest | None) -> tuple[str, ...]:
+def _row(contestant: Contestant[Session], rest: Rest | None) -> tuple[str, ...]:
     if rest is None:
         return (contestant.name, ABSENT, "", "", "", "")
     cells = [str(rest.processes)]

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
-from contestants import BULKHEAD, STDLIB_POOL, Contestant, Fn
+from contestants import BULKHEAD, STDLIB_POOL, Contestant, Fn, Session
+from report import Report
 from settings import Settings, StartMethod
 from tables import ABSENT, percentile, print_table
 from watchdog import watched
@@ -54,8 +55,8 @@ DISTURBANCES: dict[str, Disturbance | None] = {
 }
 
 
-def measure_isolation(settings: Settings) -> dict[str, object]:
-    """Measure, print the table, return the figures for the JSON file."""
+def measure_isolation(settings: Settings) -> Report:
+    """Measure and print the table."""
     pairs = _pairs()
     found: Latencies = {c.name: {name: [] for name in DISTURBANCES} for c, _ in pairs if c.is_installed()}
     for _ in range(settings.rounds):
@@ -69,7 +70,7 @@ def measure_isolation(settings: Settings) -> dict[str, object]:
         ("", "meanwhile", "p50", "p99", "longest"),
         [row for contestant, _ in pairs for row in _rows(contestant, found)],
     )
-    return {"latency_seconds": found}
+    return Report({"latency_seconds": found})
 
 
 def _measure(open_pair: OpenPair, start_method: StartMethod, disturbance: str) -> list[float]:
@@ -108,7 +109,7 @@ def _disturbed(disturb: Disturbance | None, pair: Pair) -> Iterator[None]:
         thread.join()
 
 
-def _pairs() -> list[tuple[Contestant, OpenPair]]:
+def _pairs() -> list[tuple[Contestant[Session], OpenPair]]:
     return [(BULKHEAD, _open_bulkhead), (STDLIB_POOL, _open_stdlib)]
 
 
@@ -143,7 +144,7 @@ def _open_stdlib(start_method: StartMethod) -> Iterator[Pair]:
             pool.join()
 
 
-def _rows(contestant: Contestant, found: Latencies) -> Iterator[tuple[str, ...]]:
+def _rows(contestant: Contestant[Session], found: Latencies) -> Iterator[tuple[str, ...]]:
     if contestant.name not in found:
         yield contestant.name, ABSENT, "", "", ""
         return

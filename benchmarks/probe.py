@@ -1,25 +1,44 @@
 """One life of one pool in a process of its own, told to the process that measures.
 
-Run by `startup` and `idleness`: a figure about starting, ending or resting is only clean in a process
-that has done nothing else. It prints one line of JSON when it has something to say. `rest` then waits
-for a line on standard input, so that the caller is blocked in a read and the observer sees nothing but
-the pool.
+Run by `startup`, `idleness` and `memory`: a figure about starting, ending, resting or growing is only clean in a
+process that has done nothing else. It prints one line of JSON when it has something to say. `rest` then waits for a
+line on standard input, so that the caller is blocked in a read and the observer sees nothing but the pool.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 from contestants import BY_NAME
+from mappers import MAPPERS_BY_NAME
 from settings import StartMethod
-from workload import hold, noop
+from workload import hold, ignore, noop
 
+__all__ = ["PROBE", "ask"]
+
+PROBE = Path(__file__)
+TIMEOUT_SECONDS = 120
 HOLDS_PER_WORKER = 2
 """Enough jobs that hold a worker that a pool which starts its workers on demand has started them all."""
+STREAM_SAMPLES = 10
+
+
+def ask(command: str, *arguments: object) -> Any:
+    """Run a probe to its end and return what it found."""
+    done = subprocess.run(
+        [sys.executable, str(PROBE), command, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        timeout=TIMEOUT_SECONDS,
+        check=True,
+    )
+    return json.loads(done.stdout)
 
 
 def live(name: str, workers: int, start_method: StartMethod) -> None:
@@ -38,6 +57,33 @@ def rest(name: str, workers: int, start_method: StartMethod, jobs: int) -> None:
         sys.stdin.readline()
 
 
+def stream(name: str, workers: int, start_method: StartMethod, items: int) -> None:
+    """Map over a lazy iterable; tell the memory in use on the way, and how far the iterable was read ahead."""
+    samples = []
+    n_read = furthest_ahead = 0
+
+    def source() -> Iterator[int]:
+        nonlocal n_read
+        for item in range(items):
+            n_read += 1
+            yield item
+
+    with MAPPERS_BY_NAME[name].open(workers, start_method) as mapped:
+        for n_taken, _ in enumerate(mapped(ignore, source(), None), 1):
+            furthest_ahead = max(furthest_ahead, n_read - n_taken)
+            if n_taken % (items // STREAM_SAMPLES) == 0:
+                samples.append({"items": n_taken, **_memory()})
+    print(json.dumps({"samples": samples, "furthest_ahead": furthest_ahead}))
+
+
+def _memory() -> dict[str, int]:
+    import psutil  # not above: `live` measures what its library imports
+
+    caller = psutil.Process()
+    others = sum(process.memory_info().rss for process in caller.children(recursive=True))
+    return {"caller_rss_bytes": caller.memory_info().rss, "others_rss_bytes": others}
+
+
 def _life(name: str, workers: int, start_method: StartMethod) -> dict[str, float]:
     with ExitStack() as stack:
         start = time.perf_counter()
@@ -51,12 +97,9 @@ def _life(name: str, workers: int, start_method: StartMethod) -> dict[str, float
 
 
 def _main() -> None:
-    command, name, workers, start_method, *jobs = sys.argv[1:]
-    method = cast("StartMethod", start_method)
-    if command == "live":
-        live(name, int(workers), method)
-    else:
-        rest(name, int(workers), method, int(jobs[0]))
+    command, name, workers, start_method, *count = sys.argv[1:]
+    run: Callable[..., None] = {"live": live, "rest": rest, "stream": stream}[command]
+    run(name, int(workers), cast("StartMethod", start_method), *map(int, count))
 
 
 if __name__ == "__main__":

@@ -8,22 +8,18 @@ they do for its users.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import product
 from multiprocessing import get_all_start_methods
-from pathlib import Path
 
 from contestants import BULKHEAD, EXECUTOR, STDLIB_POOL
+from probe import ask
+from report import Report
 from settings import Settings, StartMethod
 from tables import ABSENT, median, print_table
 
 __all__ = ["measure_startup"]
 
-PROBE = Path(__file__).with_name("probe.py")
-PROBE_TIMEOUT_SECONDS = 120
 MOST_ROUNDS = 3
 """More would take minutes: a round is 18 interpreters with up to 16 workers, twice."""
 WORKERS = (2, 16)
@@ -34,15 +30,15 @@ Lives = dict[str, Life]
 Case = tuple[str, int, StartMethod]
 
 
-def measure_startup(settings: Settings) -> dict[str, object]:
-    """Measure, print the table, return the figures for the JSON file.
+def measure_startup(settings: Settings) -> Report:
+    """Measure and print the table.
 
     Takes all start methods, whatever the settings say.
     """
     samples: dict[Case, list[Lives]] = {case: [] for case in _cases()}
     for _ in range(min(settings.rounds, MOST_ROUNDS)):
         for case, lives in samples.items():
-            lives.append(_live(case))
+            lives.append(ask("live", *case))
     rows = [_row(case, lives) for case, lives in samples.items()]
     if not BULKHEAD.is_installed():
         rows.insert(0, (BULKHEAD.name, "", "", ABSENT, "", "", ""))
@@ -51,7 +47,7 @@ def measure_startup(settings: Settings) -> dict[str, object]:
         ("", "workers", "method", "first result", "end", "second pool: first result", "end"),
         rows,
     )
-    return {"samples": [{"case": case, "lives": lives} for case, lives in samples.items()]}
+    return Report({"samples": [{"case": case, "lives": lives} for case, lives in samples.items()]})
 
 
 def _cases() -> Iterator[Case]:
@@ -59,18 +55,6 @@ def _cases() -> Iterator[Case]:
     methods = [method for method in START_METHODS if method in get_all_start_methods()]
     for workers, method, name in product(WORKERS, methods, names):
         yield name, workers, method
-
-
-def _live(case: Case) -> Lives:
-    name, workers, method = case
-    done = subprocess.run(
-        [sys.executable, str(PROBE), "live", name, str(workers), method],
-        stdout=subprocess.PIPE,
-        timeout=PROBE_TIMEOUT_SECONDS,
-        check=True,
-    )
-    lives: Lives = json.loads(done.stdout)
-    return lives
 
 
 def _row(case: Case, lives: list[Lives]) -> tuple[str, ...]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-__all__ = ["ABSENT", "median", "percentile", "print_table", "verdict"]
+__all__ = ["ABSENT", "duration", "median", "per_second", "percentile", "print_table"]
 
 ABSENT = "not installed"
 
@@ -19,17 +19,33 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[int(rank) - 1]
 
 
-def verdict(is_reached: bool) -> str:
-    return "reached" if is_reached else "MISSED"
+def duration(seconds: float) -> str:
+    """Return seconds with three digits, in the unit that suits them."""
+    factor, unit = next(
+        ((factor, unit) for least, factor, unit in ((1, 1, "s"), (1e-3, 1e3, "ms")) if seconds >= least),
+        (1e6, "us"),
+    )
+    return f"{seconds * factor:.3g} {unit}"
 
 
-def print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print with the first column flush left and the others flush right."""
+def per_second(seconds: float) -> str:
+    """Return how many of `seconds` go into one."""
+    return f"{1 / seconds:,.0f}/s"
+
+
+def print_table(
+    title: str,
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    flush_left: Collection[int] = (0,),
+) -> None:
+    """Print with the columns `flush_left` to the left and the others to the right."""
     widths = [max(len(line[i]) for line in (headers, *rows)) for i in range(len(headers))]
     print(f"\n{title}\n")
     for line in (headers, ["-" * width for width in widths], *rows):
-        first, *rest = (
-            f"{cell:<{width}}" if i == 0 else f"{cell:>{width}}"
+        cells = (
+            f"{cell:<{width}}" if i in flush_left else f"{cell:>{width}}"
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
-        print("  ".join(["", first, *rest]).rstrip())
+        print("  ".join(["", *cells]).rstrip())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 
-__all__ = ["HOLD_SECONDS", "burn", "hold", "noop"]
+__all__ = ["HOLD_SECONDS", "burn", "hold", "ignore", "noop", "spin"]
 
 HOLD_SECONDS = 0.02
 """Length of `hold` and `burn`: long beside a dispatch, short beside a round."""
@@ -15,6 +15,16 @@ HOLD_SECONDS = 0.02
 
 def noop() -> None:
     """Do nothing: what is left to measure is the way there and back."""
+
+
+def ignore(_: object) -> None:
+    """Do nothing with an item of a map."""
+
+
+def spin(turns: int) -> None:
+    """Do a fixed amount of work in pure Python, however long others make it take."""
+    for _ in range(turns):
+        pass
 
 
 def hold() -> None:

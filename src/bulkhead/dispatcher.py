@@ -14,18 +14,18 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self
 
 from bulkhead import validate
 from bulkhead._kernel.lifecycle import JobState
 from bulkhead._kernel.phases import Phase
 from bulkhead.config import Pool, niceness_step, pools_from
 from bulkhead.engines.processes.main_module import refuse_while_importing
-from bulkhead.engines.processes.payload import pack_call, pack_without_main
 from bulkhead.engines.processes.pool import ProcessPool, packed_setup
+from bulkhead.engines.processes.sharing import Shared
 from bulkhead.errors import (
     BarrierTimeout,
     ConfigError,
@@ -39,6 +39,7 @@ from bulkhead.errors import (
 from bulkhead.feeding import Feeder
 from bulkhead.history import History
 from bulkhead.job import Options, call_of, options_of
+from bulkhead.mapping import MapOptions, Results
 from bulkhead.stats import BarrierReport, DispatcherStats, PhaseCounts
 from bulkhead.tracker import Tracker
 
@@ -185,6 +186,84 @@ class Dispatcher:
         source = iter(jobs)
         return iter(Feeder(map(self._reserved, source), bound, self._history.release))
 
+    def map(
+        self,
+        fn: Callable[..., Any],
+        *iterables: Iterable[Any],
+        priority: int | None = None,
+        ordered: bool = True,
+        chunksize: int | Literal["auto"] = "auto",
+        buffersize: int | None = None,
+        timeout: float | None = None,
+    ) -> Results:
+        """Call `fn` with the items of the iterables in the workers of one pool, and iterate over the results.
+
+        Lazy on both sides: items are read, sent and waited for while the returned iterator is consumed, so the
+        iterables may be endless. Short items travel in chunks of some milliseconds, which count as one job each in
+        statistics and barriers; long ones go alone.
+
+        An item that fails raises in its place with its own traceback, and the next `next()` goes on with the item
+        after it. A worker that dies fails the item it ran; the rest of its chunk runs elsewhere. The pool's retry
+        policy applies to each item.
+
+        Args:
+            fn: Called with one item of each iterable.
+            *iterables: At least one; the shortest ends the map. An exception of theirs is raised after the results of
+                the items before it.
+            priority: The pool; by default the only pool, else pool 0.
+            ordered: Give results in the order of the items; False gives them as chunks are done.
+            chunksize: Items in a chunk, at least 1; "auto" learns it from how long the items take.
+            buffersize: How many items may be read and not yet given out, at least 1. By default 1,000, or some
+                chunks for each worker if that is more, and nothing is read while 256 MiB of results wait.
+            timeout: Longest run of one item in seconds; by default the pool's.
+
+        Returns:
+            An iterator. Leaving it early, dropping it or its `close()` ends the map: no further item begins; one that
+            runs runs to its end.
+
+        Raises:
+            ConfigError, UnknownPriority, JobNotPicklable: An argument cannot work; nothing was read.
+
+        Blocking: each step until a result is there, without limit.
+        Concurrency: one thread at a time.
+        Not guaranteed: after the death of a worker, items that had ended in the last 0.1 ms may run again.
+
+        Example:
+            >>> with Dispatcher([(0, 2)]) as disp:
+            ...     list(disp.map(pow, [2, 3, 4], [5, 2, 1]))
+            [32, 9, 4]
+        """
+        self._refuse_elsewhere()
+        options = MapOptions(ordered, chunksize, buffersize, timeout)
+        pool = self._default_pool if priority is None else self._pool_of(priority)
+        return Results.of(pool or self._pool_of(None), fn, iterables, options)
+
+    def share(self, obj: Any) -> Shared:
+        """Place an object in shared memory once; every job that is given the handle gets the object.
+
+        Large buffers in it (NumPy arrays, pandas and Arrow tables, anything that pickle protocol 5 passes out of band)
+        are mapped by the workers, not copied, and read only there. Everything else is rebuilt for each job.
+
+        Args:
+            obj: Any picklable object. It is copied: later changes do not reach the jobs.
+
+        Returns:
+            The handle, for any argument of any job, also inside lists and dicts. Sending it takes a few hundred bytes.
+            The memory is freed when the last handle is gone and no job is under way that was given it.
+
+        Raises:
+            NoSharedMemory: There is no memory for it.
+            JobNotPicklable: It cannot be pickled.
+
+        Example:
+            >>> with Dispatcher([(0, 2)]) as disp:
+            ...     words = disp.share({"one": 1, "two": 2})
+            ...     disp.dispatch(Job(sorted, words)).result()
+            ['one', 'two']
+        """
+        self._refuse_elsewhere()
+        return Shared(obj)
+
     def barrier(
         self, priority: int | None = None, *, timeout: float | None = None, check: bool = True
     ) -> BarrierReport:
@@ -308,8 +387,7 @@ class Dispatcher:
         if pool is None:
             pool = self._pool_of(None)
         config = pool.config
-        pack = pack_call if pool.knows_main else pack_without_main
-        tracker = Tracker(pool, pack(fn, args, kwargs), config.priority, config.timeout, config.retry)
+        tracker = Tracker(pool, pool.pack(fn, args, kwargs), config.priority, config.timeout, config.retry)
         if options:
             self._apply(options, tracker)
         return pool, tracker

@@ -24,6 +24,7 @@ __all__ = [
     "JobsFailed",
     "MissingMainGuard",
     "NestedDispatch",
+    "NoSharedMemory",
     "PoolBroken",
     "PoolFull",
     "RemoteError",
@@ -81,6 +82,10 @@ class PoolBroken(BulkheadError):
 
     Other pools of the dispatcher are not affected.
     """
+
+
+class NoSharedMemory(BulkheadError, MemoryError):
+    """There is no memory, or no file descriptor, for a shared object. Nothing was kept."""
 
 
 class MissingMainGuard(BulkheadError, RuntimeError):

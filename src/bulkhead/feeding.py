@@ -1,7 +1,8 @@
-"""Dispatching an iterable of jobs of mixed priorities: a full pool never keeps another pool's job from starting.
+"""Feeding jobs to their pools from an iterable, for `dispatch_all` and `map`.
 
-Jobs are read ahead while some pool has a use for them; one whose pool is full waits here, in the order of its pool,
-while later jobs of other pools pass it. What is held here is bounded by the look-ahead.
+Jobs are left with their pools, which accept them as workers come free, also while nobody looks. One whose pool has
+enough of them waits here, in the order of its pool, while later jobs of other pools pass it: a full pool never keeps
+another pool's job from starting. What is held here is bounded by the look-ahead of whoever feeds.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Protocol
 
 from bulkhead.tracker import Tracker
 
-__all__ = ["Feeder"]
+__all__ = ["Feedable", "Feeder", "Offers"]
 
 
 class Feedable(Protocol):
@@ -27,8 +28,94 @@ class Feedable(Protocol):
     def call_background(self) -> None: ...
 
 
+class Offers:
+    """Jobs left with their pools: each pool's in order, so many at once, the others in line here. Owner: one thread.
+
+    Args:
+        forget: Called with a job that was added but will not be dispatched.
+        depth: How many jobs may be offered to one pool at once.
+    """
+
+    def __init__(self, forget: Callable[[Tracker], None], depth: int = 1) -> None:
+        self._forget = forget
+        self._depth = depth
+        self._lines: dict[Feedable, deque[Tracker]] = {}
+        self._offered: dict[Feedable, deque[Tracker]] = {}  # what each pool has not accepted yet
+        self._bell = _Bell()
+        self.n_held = 0
+
+    def add(self, pool: Feedable, job: Tracker) -> None:
+        """Leave the job with its pool, which accepts it at once or when there is room.
+
+        Raises:
+            DispatcherFinalized, PoolBroken: The pool takes no jobs.
+        """
+        offered = self._offered.get(pool)
+        if offered is not None:
+            self._drop_accepted(offered)
+        self.n_held += 1
+        if offered is not None and len(offered) >= self._depth:
+            self._lines.setdefault(pool, deque()).append(job)
+        else:
+            self._offer(pool, job)
+
+    def accepted(self) -> Iterator[Tracker]:
+        """Yield the jobs that pools have accepted meanwhile, and offer the next of their lines.
+
+        Raises:
+            DispatcherFinalized, PoolBroken: A pool takes no more jobs.
+        """
+        self._bell.clear()
+        for pool, offered in self._offered.items():
+            while offered:
+                if offered[0].state is None:
+                    pool.check_open()
+                    break
+                job = offered.popleft()
+                self.n_held -= 1
+                yield job
+                line = self._lines.get(pool)
+                if line:
+                    self._offer(pool, line.popleft())
+
+    def wait(self) -> None:
+        """Wait until some pool has accepted a job. Blocking: without limit, as dispatch does."""
+        waiting = [(pool, offered[0]) for pool, offered in self._offered.items() if offered]
+        if len(waiting) == 1:
+            [(pool, job)] = waiting
+            pool.wait_until_accepted(job)
+            return
+        for pool, _ in waiting:
+            pool.call_background()
+        self._bell.wait()
+
+    def take_back(self) -> None:
+        """Withdraw what is not accepted."""
+        for pool, offered in self._offered.items():
+            for job in offered:
+                if pool.withdraw(job):
+                    self._forget(job)
+        for line in self._lines.values():
+            for job in line:
+                self._forget(job)
+
+    def _offer(self, pool: Feedable, job: Tracker) -> None:
+        try:
+            pool.try_dispatch(job, self._bell)
+        except BaseException:
+            self.n_held -= 1
+            self._forget(job)
+            raise
+        self._offered.setdefault(pool, deque()).append(job)
+
+    def _drop_accepted(self, offered: deque[Tracker]) -> None:
+        while len(offered) >= self._depth > 1 and offered[0].state is not None:
+            offered.popleft()
+            self.n_held -= 1
+
+
 class Feeder:
-    """Feeds jobs to their pools and yields their trackers as they are accepted. Owner: one thread.
+    """Dispatches an iterable of jobs and yields their trackers as they are accepted. Owner: one thread.
 
     Args:
         jobs: The trackers to be, each with its pool; what it raises is raised when all read before are dispatched.
@@ -44,92 +131,35 @@ class Feeder:
     ) -> None:
         self._jobs = jobs
         self._lookahead = lookahead
-        self._forget = forget
-        self._held = 0
-        self._lines: dict[Feedable, deque[Tracker]] = {}
-        self._offered: dict[Feedable, Tracker] = {}  # the head of each line, left with its pool
+        self._offers = Offers(forget)
         self._failure: BaseException | None = None
         self._is_exhausted = False
-        self._bell = _Bell()
 
     def __iter__(self) -> Iterator[Tracker]:
+        offers = self._offers
         try:
             while True:
-                yield from self._accepted()
-                if self._held and (self._is_exhausted or self._held >= self._lookahead):
-                    self._wait()
+                yield from offers.accepted()
+                if offers.n_held and (self._is_exhausted or offers.n_held >= self._lookahead):
+                    offers.wait()
                 elif not self._is_exhausted:
-                    yield from self._read_one()
+                    self._read_one()
                 else:
                     break
         finally:
-            self._take_back()
+            offers.take_back()
         if self._failure is not None:
             raise self._failure
 
-    def _read_one(self) -> Iterator[Tracker]:
+    def _read_one(self) -> None:
         try:
             pool, job = next(self._jobs)
         except StopIteration:
             self._is_exhausted = True
-            return
         except Exception as error:
             self._failure, self._is_exhausted = error, True
-            return
-        self._held += 1
-        if pool in self._offered:
-            self._lines.setdefault(pool, deque()).append(job)
         else:
-            self._offered[pool] = job
-            self._offer(pool, job)
-            yield from self._accepted()
-
-    def _offer(self, pool: Feedable, job: Tracker) -> None:
-        """Leave the job with its pool, which accepts it at once or when there is room."""
-        try:
-            pool.try_dispatch(job, self._bell)
-        except BaseException:
-            del self._offered[pool]
-            self._forget(job)
-            raise
-
-    def _accepted(self) -> Iterator[Tracker]:
-        """Yield the jobs that pools have accepted meanwhile, and offer the next of their lines."""
-        self._bell.clear()
-        for pool in list(self._offered):
-            while (job := self._offered.get(pool)) is not None:
-                if job.state is None:
-                    pool.check_open()
-                    break
-                del self._offered[pool]
-                self._held -= 1
-                yield job
-                self._offer_next(pool)
-
-    def _offer_next(self, pool: Feedable) -> None:
-        line = self._lines.get(pool)
-        if line:
-            job = line.popleft()
-            self._offered[pool] = job
-            self._offer(pool, job)
-
-    def _wait(self) -> None:
-        """Wait until some pool has accepted a job. Blocking: without limit, as dispatch does."""
-        if len(self._offered) == 1:
-            [(pool, job)] = self._offered.items()
-            pool.wait_until_accepted(job)
-            return
-        for pool in self._offered:
-            pool.call_background()
-        self._bell.wait()
-
-    def _take_back(self) -> None:
-        for pool, job in self._offered.items():
-            if pool.withdraw(job):
-                self._forget(job)
-        for line in self._lines.values():
-            for job in line:
-                self._forget(job)
+            self._offers.add(pool, job)
 
 
 class _Bell:

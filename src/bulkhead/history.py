@@ -85,6 +85,9 @@ class History:
 
     def settle(self, job: Any) -> None:
         """Note that a job has settled, and drop what is too old or too much."""
+        if not job.is_kept:
+            self._jobs.pop(job.id, None)
+            return
         now = time.monotonic()
         settled = self._settled
         settled.append((now, job))

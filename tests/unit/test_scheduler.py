@@ -308,7 +308,7 @@ def test_a_job_that_came_back_unread_still_has_its_start_deadline(gone_at: float
     kernel = staffed(2)
     _, job = offered(kernel, 2, start_by=5.0)
     assert kernel.next_deadline is None, "both have started"
-    kernel.worker_gone(slot_of(job), CRASH, gone_at, unread=True)
+    kernel.worker_gone(slot_of(job), CRASH, gone_at, loss=Loss.UNREAD)
     assert kernel.next_deadline == 5.0
     kernel.tick(max(gone_at, 5.0))
     assert isinstance(job.error, StartDeadlineExceeded)
@@ -537,7 +537,7 @@ def test_a_death_while_idle_costs_no_job() -> None:
 def test_a_job_that_was_not_read_goes_back_to_the_front_and_the_attempt_does_not_count() -> None:
     kernel = staffed(1, None)
     unread, next_one = offered(kernel, 2)
-    kernel.worker_gone(kernel.slots[0], CRASH, 1.0, unread=True)
+    kernel.worker_gone(kernel.slots[0], CRASH, 1.0, loss=Loss.UNREAD)
     assert unread.state is JobState.QUEUED
     assert unread.attempt == 0
     kernel.worker_ready(kernel.slots[0], 2.0)
@@ -549,7 +549,7 @@ def test_jobs_that_were_not_read_keep_their_order() -> None:
     kernel = staffed(3, None)
     jobs = offered(kernel, 5)
     for index in (1, 0, 2):
-        kernel.worker_gone(slot_of(jobs[index]), CRASH, 1.0, unread=True)
+        kernel.worker_gone(slot_of(jobs[index]), CRASH, 1.0, loss=Loss.UNREAD)
     assert kernel.unsettled_jobs() == jobs
 
 
@@ -557,10 +557,10 @@ def test_jobs_that_were_not_read_keep_their_order_when_one_of_them_has_been_star
     kernel = staffed(2, None)
     first, second = offered(kernel, 2)
     slots = [slot_of(first), slot_of(second)]
-    kernel.worker_gone(slots[0], CRASH, 1.0, unread=True)
+    kernel.worker_gone(slots[0], CRASH, 1.0, loss=Loss.UNREAD)
     kernel.worker_ready(slots[0], 2.0)
-    kernel.worker_gone(slots[1], CRASH, 3.0, unread=True)
-    kernel.worker_gone(slots[0], CRASH, 3.0, unread=True)
+    kernel.worker_gone(slots[1], CRASH, 3.0, loss=Loss.UNREAD)
+    kernel.worker_gone(slots[0], CRASH, 3.0, loss=Loss.UNREAD)
     assert kernel.unsettled_jobs() == [first, second]
 
 
@@ -569,7 +569,7 @@ def test_a_job_that_goes_back_unread_again_and_again_counts_as_crashed() -> None
     job = offered_one(kernel)
     deaths = 0
     while job.state is not JobState.FAILED:
-        kernel.worker_gone(slot_of(job), CRASH, 1.0, unread=True)
+        kernel.worker_gone(slot_of(job), CRASH, 1.0, loss=Loss.UNREAD)
         deaths += 1
         kernel.worker_ready(kernel.slots[0], 1.0)
         assert deaths < 10
@@ -582,7 +582,7 @@ def test_unread_returns_are_counted_anew_after_an_attempt_that_was_read() -> Non
     job = offered_one(kernel, retry=RetryPolicy(2, initial=0.0))
     for _ in range(2):
         for _ in range(3):
-            kernel.worker_gone(kernel.slots[0], CRASH, 1.0, unread=True)
+            kernel.worker_gone(kernel.slots[0], CRASH, 1.0, loss=Loss.UNREAD)
             assert job.state is JobState.QUEUED
             kernel.worker_ready(kernel.slots[0], 1.0)
         attempt = job.attempt
@@ -717,7 +717,7 @@ def test_a_broken_pool_does_not_take_an_unread_job_back() -> None:
     kernel = staffed(1)
     job = offered_one(kernel)
     kernel.break_down(PoolBroken("given up"))
-    kernel.worker_gone(slot_of(job), CRASH, 1.0, unread=True)
+    kernel.worker_gone(slot_of(job), CRASH, 1.0, loss=Loss.UNREAD)
     assert job.state is JobState.FAILED
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from bulkhead._kernel.phases import Phase
     from bulkhead.retry import RetryPolicy
 
-__all__ = ["JobRecord", "Slot", "SlotState", "Verdict"]
+__all__ = ["JobRecord", "Loss", "Slot", "SlotState", "Verdict"]
 
 
 class Verdict(Enum):
@@ -21,11 +21,22 @@ class Verdict(Enum):
     CANCEL = "cancel"
 
 
+class Loss(Enum):
+    """What the death of its worker means for a job."""
+
+    ATTEMPT = "attempt"  # the attempt has failed
+    UNREAD = "unread"  # the worker had not begun to read it
+    REST = "rest"  # a part of it is done, the rest is still to do
+    NOTHING = "nothing"  # all of it is done
+
+
 class JobRecord:
     """One job.
 
     Owner: the kernel of its pool, under the pool's lock, for every field that is not marked otherwise.
     """
+
+    is_kept = True  # Whether it can be found by its id after it has settled.
 
     __slots__ = (
         "attempt",

@@ -25,7 +25,7 @@ from bulkhead._kernel import lifecycle
 from bulkhead._kernel.deadlines import Alarm, Deadlines
 from bulkhead._kernel.lifecycle import JobState
 from bulkhead._kernel.phases import Phases
-from bulkhead._kernel.records import JobRecord, Slot, SlotState, Verdict
+from bulkhead._kernel.records import JobRecord, Loss, Slot, SlotState, Verdict
 
 __all__ = [
     "AcceptOffer",
@@ -108,6 +108,7 @@ class Scheduler:
         draw: Gives a number from [0, 1) for the jitter of retries.
         on_accept: Called with each job at the moment it is accepted, before it can start.
         expired: Makes the error of a job whose start deadline has passed.
+        extended: Asked when a job's time is up: returns the instant up to which it has time after all, or None.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class Scheduler:
         draw: Callable[[], float],
         on_accept: Callable[[JobRecord], None],
         expired: Callable[[JobRecord], BaseException],
+        extended: Callable[[JobRecord], float | None] = lambda job: None,
     ) -> None:
         self.slots = [Slot(index) for index in range(n_workers)]
         self.phases = Phases(keep_failures)
@@ -132,6 +134,7 @@ class Scheduler:
         self._draw = draw
         self._on_accept = on_accept
         self._expired = expired
+        self._extended = extended
         self._idle: list[Slot] = []  # Why a stack: the worker that ended last is warmest.
         self._ready: OrderedDict[JobRecord, None] = OrderedDict()
         self._offers: OrderedDict[JobRecord, None] = OrderedDict()
@@ -238,7 +241,7 @@ class Scheduler:
         error: BaseException,
         now: float,
         *,
-        unread: bool = False,
+        loss: Loss = Loss.ATTEMPT,
         was_killed: bool = False,
     ) -> None:
         """The slot's process has ended; whatever it had answered before has been reported.
@@ -247,7 +250,7 @@ class Scheduler:
             slot: The slot, vacant from now on.
             error: What its job fails with, unless the job was cancelled.
             now: Monotonic seconds.
-            unread: The worker had not begun to read its job.
+            loss: What that means for its job, unless the job was cancelled.
             was_killed: It was ended from outside, so that its end says little about the next one.
         """
         self._now = now
@@ -258,7 +261,7 @@ class Scheduler:
         if job is not None:
             job.slot = None
             self.running -= 1
-            self._job_lost(job, verdict, error, now, unread=unread)
+            self._job_lost(job, verdict, error, now, loss)
         self._restaff(slot, state, error, now, was_killed=was_killed)
         self._fill()
 
@@ -274,7 +277,7 @@ class Scheduler:
             elif alarm is Alarm.START_DEADLINE:
                 self._start_deadline(subject[0])
             elif alarm is Alarm.TIMEOUT:
-                self._end(subject.job, Verdict.TIMEOUT)
+                self._time_is_up(subject.job)
             else:
                 self._staff(subject)
         self._fill()
@@ -407,17 +410,24 @@ class Scheduler:
         self._deadlines.add(job.due, Alarm.JOB_DUE, _handle(job), job.stamp)
 
     def _job_lost(
-        self, job: JobRecord, verdict: Verdict | None, error: BaseException, now: float, *, unread: bool
+        self, job: JobRecord, verdict: Verdict | None, error: BaseException, now: float, loss: Loss
     ) -> None:
+        if loss is Loss.REST:
+            job.returns = 0  # Why no limit: each time there is less of it
         if verdict is Verdict.CANCEL:
             self._settle(job, lifecycle.CANCEL)
-        elif verdict is None and unread and job.returns < _MAX_RETURNS and self.broken is None:
+        elif loss is Loss.NOTHING:
+            self._settle(job, lifecycle.SUCCEED)
+        elif self.broken is None and (
+            loss is Loss.REST
+            or (loss is Loss.UNREAD and verdict is None and job.returns < _MAX_RETURNS)
+        ):
             self._return(job)
         else:
             self._attempt_failed(job, error, now)
 
     def _return(self, job: JobRecord) -> None:
-        """Put an unread job back to the front, where it and other unread ones keep the order they had."""
+        """Put an unread job, or the rest of one, back to the front, where such ones keep the order they had."""
         job.returns += 1
         job.attempt -= 1
         job.state = lifecycle.RETURN[job.state]
@@ -445,6 +455,13 @@ class Scheduler:
             _drop_handle(job)
         phase = self.phases.leave(job)
         self.instructions.append(_new(SettleJob, (job, phase.unsettled == 0)))
+
+    def _time_is_up(self, job: JobRecord) -> None:
+        instant = self._extended(job)
+        if instant is None:
+            self._end(job, Verdict.TIMEOUT)
+        else:
+            self._deadlines.add(instant, Alarm.TIMEOUT, job.slot, job.stamp)
 
     def _end(self, job: JobRecord, verdict: Verdict) -> None:
         slot = job.slot

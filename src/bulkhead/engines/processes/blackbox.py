@@ -15,22 +15,35 @@ import os
 import signal
 import struct
 import sys
-import tempfile
 from typing import NamedTuple
 
-__all__ = ["DUMP", "BlackBox", "ReadMark", "Recovered", "create", "recover"]
+from bulkhead.engines.processes.segments import create_file
+
+__all__ = [
+    "DUMP",
+    "PROGRESS_AT",
+    "PROGRESS_SIZE",
+    "BlackBox",
+    "ReadMark",
+    "Recovered",
+    "create",
+    "recover",
+]
 
 # Makes a worker write down its stacks. Why not SIGTERM: a job may ignore or handle that one.
 DUMP: int | None = signal.SIGRTMIN + 9 if hasattr(signal, "SIGRTMIN") else None
 
 # Layout in bytes: three counters (number of the message, bytes of output when it came, bytes of output so far), a ring
-# of output, then the stacks.
+# of output, the stacks, and far behind them how far a chunk has come (see progress.py). Pages that nobody writes to take
+# no memory.
 _READ_AT = 0
 _WRITTEN_AT = 16
 _RING_AT = 24
 _RING_SIZE = 8192
 _STACK_AT = 16384
 _STACK_SIZE = 49152
+PROGRESS_AT = 1 << 20
+PROGRESS_SIZE = 1 << 20
 _COUNTER = struct.Struct("<Q")
 _MARK = struct.Struct("<QQ")
 
@@ -87,10 +100,15 @@ class BlackBox:
 
 
 class ReadMark:
-    """The caller's view of how far a worker has read. Concurrency: any thread."""
+    """The caller's view of how far a worker has read. Concurrency: any thread.
+
+    Attributes:
+        progress: The memory that tells how far it is with a chunk.
+    """
 
     def __init__(self, fd: int) -> None:
-        self._map = mmap.mmap(fd, _COUNTER.size, prot=mmap.PROT_READ)
+        self._map = mmap.mmap(fd, PROGRESS_AT + PROGRESS_SIZE)
+        self.progress = memoryview(self._map)[PROGRESS_AT:]
 
     def last_read(self) -> int:
         """Return the number of the last message that the worker began to read, or -1 when the view is closed."""
@@ -101,17 +119,17 @@ class ReadMark:
 
     def close(self) -> None:
         """Give the view up."""
-        self._map.close()
+        self.progress.release()
+        try:
+            self._map.close()
+        except BufferError:
+            pass  # a thread reads records at this moment; the mapping goes when it lets go of them
 
 
 def create() -> int:
     """Return the descriptor of a new, empty box."""
-    if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("bulkhead-blackbox")
-    else:
-        with tempfile.TemporaryFile() as file:
-            fd = os.dup(file.fileno())
-    os.ftruncate(fd, _STACK_AT)
+    fd = create_file("bulkhead-blackbox")
+    os.ftruncate(fd, PROGRESS_AT + PROGRESS_SIZE)
     return fd
 
 
@@ -122,7 +140,7 @@ def recover(fd: int) -> Recovered:
     ring = head[_RING_AT:]
     start = written % _RING_SIZE
     tail = (ring[start:] + ring[:start])[-min(written - began, _RING_SIZE) :] if written > began else b""
-    stack = os.pread(fd, _STACK_SIZE, _STACK_AT)
+    stack = os.pread(fd, _STACK_SIZE, _STACK_AT).rstrip(b"\0")
     return Recovered(last_read, tail.decode("utf-8", "replace"), stack.decode("utf-8", "replace"))
 
 

@@ -14,6 +14,9 @@ UNKNOWN = Report(None, None, 0, "", "", None, False)
 
 _OUTPUT_LINES = 20
 
+# The innermost functions of ours that call a job or an item.
+_OUR_FRAMES = (" in _attempt", " in _run_plain", " in _run_starred", " in _run_timed")
+
 
 def crash(pid: int | None, report: Report, doing: str) -> WorkerCrashed:
     """Return the error for a worker that ended without an answer.
@@ -48,13 +51,20 @@ def crash(pid: int | None, report: Report, doing: str) -> WorkerCrashed:
     )
 
 
-def timeout(job: JobRecord, pid: int | None, report: Report) -> JobTimeout:
-    """Return the error for a job that was ended because it ran too long."""
+def timeout(what: str, limit: float | None, pid: int | None, report: Report) -> JobTimeout:
+    """Return the error for a job that was ended because it ran too long.
+
+    Args:
+        what: The job or the item of a map.
+        limit: Seconds it was allowed.
+        pid: The process.
+        report: How that ended.
+    """
     stack = _without_our_frames(report.stack)
-    text = f"job {job.id!r} ran longer than {job.timeout} s; worker process {pid} was ended with all it had started"
+    text = f"{what} ran longer than {limit} s; worker process {pid} was ended with all it had started"
     if stack:
         text += f"\n{stack}"
-    return JobTimeout(text, timeout=job.timeout, pid=pid, stack=stack)
+    return JobTimeout(text, timeout=limit, pid=pid, stack=stack)
 
 
 def expiry(job: JobRecord) -> StartDeadlineExceeded:
@@ -89,7 +99,7 @@ def _without_our_frames(stack: str) -> str:
     is_ours = False
     for line in stack.rstrip().splitlines():
         is_frame = line.startswith("  File ")
-        is_ours = is_frame and (is_ours or line.endswith(" in _attempt"))
+        is_ours = is_frame and (is_ours or line.endswith(_OUR_FRAMES))
         if not is_ours:
             kept.append(line)
     return "\n".join(kept)

@@ -31,7 +31,7 @@ from collections.abc import Callable
 from bulkhead.engines.processes.poller import READABLE, Alarm, make_poller
 from bulkhead.errors import NestedDispatch
 
-__all__ = ["Driving", "Waiter", "reentered"]
+__all__ = ["Bell", "Driving", "Waiter", "reentered"]
 
 _log = logging.getLogger("bulkhead")
 
@@ -88,6 +88,27 @@ class Waiter:
         self._bed = threading.Lock()
         self._bed.acquire()
         return self._bed
+
+
+class Bell:
+    """A wish that is fulfilled again and again. Owner: the pool's lock, but for `is_rung`, which any thread may read.
+
+    Attributes:
+        waiter: Of the thread that waits for it.
+    """
+
+    __slots__ = ("is_rung", "waiter")
+
+    def __init__(self) -> None:
+        self.is_rung = False
+        self.waiter: Waiter | None = None
+
+    def ring(self) -> None:
+        """Wake who waits; under the lock."""
+        self.is_rung = True
+        if self.waiter is not None:
+            waiter, self.waiter = self.waiter, None
+            waiter.fire()
 
 
 class Driving:

@@ -6,7 +6,7 @@ and it is there to end the workers when the caller is gone. With start method fo
 main module, so that a worker costs milliseconds; with spawn it starts fresh interpreters; with fork it is itself a
 copy of the caller, made before the caller's threads.
 
-Protocol (frames on a stream socket): start(number; with four descriptors), end(number, grace) from the caller;
+Protocol (frames on a stream socket): start(number; with the worker's descriptors), end(number, grace) from the caller;
 ready, unsuitable(why), started(number, pid), gone(number, Report) to it. The end of the socket, or of the caller's
 process, ends everything here at once.
 
@@ -219,7 +219,7 @@ class _Launcher:
                 self._end(number, body)
 
     def _start(self, number: int) -> None:
-        ends = worker_main.Ends(*(self._fds.popleft() for _ in range(4)))
+        ends = worker_main.Ends(*(self._fds.popleft() for _ in worker_main.Ends._fields))
         try:
             pid = self._spawn(ends) if self._method == "spawn" else self._fork(ends)
         except OSError as error:  # too many processes, no memory: the next try may succeed
@@ -228,7 +228,7 @@ class _Launcher:
             why = f"the launcher could not start it: {error}"
             self.say(Says.GONE, number, Report(None, None, 0, "", why, None, False))
             return
-        for fd in ends[:3]:
+        for fd in ends[:-1]:
             os.close(fd)
         try:
             os.setpgid(

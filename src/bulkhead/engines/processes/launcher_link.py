@@ -66,7 +66,7 @@ class LauncherLink:
             self.reader.is_at_end = True
             return []
 
-    def start(self, number: int, fds: tuple[int, int, int, int]) -> None:
+    def start(self, number: int, fds: tuple[int, ...]) -> None:
         """Have worker `number` started with these descriptors; they stay the caller's to close."""
         try:
             data = frame(Told.START, number, pickle.dumps(None))

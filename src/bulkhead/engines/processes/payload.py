@@ -9,13 +9,16 @@ from __future__ import annotations
 import pickle
 import struct
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
 
+from bulkhead.engines.processes.parcels import Callback, Parcel, is_large, parcel_of
+from bulkhead.engines.processes.segments import SegmentPool
 from bulkhead.errors import JobNotPicklable, RemoteError, RemoteTraceback
 
 __all__ = [
+    "cannot",
     "message_of",
     "pack_call",
     "pack_error",
@@ -36,36 +39,58 @@ _MAX_FUNCTIONS = 1024
 _packed: dict[Callable[..., Any], bytes] = {}
 _unpacked: dict[bytes, Callable[..., Any]] = {}
 
-Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+Call = tuple[Callable[..., Any], Sequence[Any], dict[str, Any]]
 
 
 def pack_call(
-    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], what: str = "job"
-) -> bytes:
-    """Return the bytes of a call: the function and the arguments, pickled apart so that both sides know it again.
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    segments: SegmentPool | None = None,
+    what: str = "job",
+) -> bytes | Parcel:
+    """Return a call, packed: the function and the arguments, pickled apart so that both sides know it again.
+
+    Args:
+        fn: The function.
+        args: Positional arguments, or whatever sequence the worker is to get.
+        kwargs: Keyword arguments.
+        segments: Where large parts go; None packs everything into bytes.
+        what: Names it in an error.
 
     Raises:
         JobNotPicklable: With the reason, and with what to install where that would help.
     """
     try:
         packed = _packed_function(fn) if type(fn) is FunctionType else b""
-        if not packed:
-            return _NO_FUNCTION + pickle.dumps((fn, args, kwargs), _PROTOCOL)
-        if not args and not kwargs:
+        if packed and not args and not kwargs:
             return packed
-        return packed + pickle.dumps((args, kwargs), _PROTOCOL)
+
+        def pickled(callback: Callback | None) -> bytes:
+            if packed:
+                return packed + pickle.dumps((args, kwargs), _PROTOCOL, buffer_callback=callback)
+            return _NO_FUNCTION + pickle.dumps((fn, args, kwargs), _PROTOCOL, buffer_callback=callback)
+
+        return _dumped(pickled, segments)
     except Exception as error:  # arbitrary code of the user's objects runs here
-        return _pack_closure((fn, args, kwargs), what, error)
+        return _pack_closure((fn, args, kwargs), segments, what, error)
 
 
-def pack_without_main(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+def pack_without_main(
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    segments: SegmentPool | None = None,
+    what: str = "job",
+) -> bytes | Parcel:
     """As `pack_call`, for workers that cannot import the caller's main module: what that defines goes by value."""
     makers = (fn, *map(type, args), *map(type, kwargs.values()))
     if not any(getattr(maker, "__module__", None) == "__main__" for maker in makers):
-        return pack_call(fn, args, kwargs)
+        return pack_call(fn, args, kwargs, segments, what)
     return _pack_closure(
         (fn, args, kwargs),
-        "job",
+        segments,
+        what,
         TypeError(
             "workers cannot import the main module (python -c, standard input, a notebook, python -m with a package), "
             "where it is defined; put it into a module, or use start_method='fork'"
@@ -73,23 +98,23 @@ def pack_without_main(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     )
 
 
-def unpack_call(body: memoryview | bytes | bytearray) -> Call:
+def unpack_call(body: memoryview | bytes | bytearray, buffers: Sequence[memoryview] = ()) -> Call:
     """Return the call that `pack_call` packed."""
     (size,) = _SIZE.unpack_from(body)
     view = memoryview(body)[_SIZE.size :]
     if size == 0:
-        return pickle.loads(view)  # type: ignore[no-any-return]
+        return pickle.loads(view, buffers=buffers)  # type: ignore[no-any-return]
     fn = _unpacked_function(bytes(view[:size]))
     if len(view) == size:
         return fn, (), {}
-    args, kwargs = pickle.loads(view[size:])
+    args, kwargs = pickle.loads(view[size:], buffers=buffers)
     return fn, args, kwargs
 
 
-def pack_value(value: Any) -> bytes:
-    """Return the bytes of a job's result; raises whatever its pickling raises."""
+def pack_value(value: Any, segments: SegmentPool) -> bytes | Parcel:
+    """Return a job's result, packed; raises whatever its pickling raises."""
     try:
-        return pickle.dumps(value, _PROTOCOL)
+        return _dumped(lambda callback: pickle.dumps(value, _PROTOCOL, buffer_callback=callback), segments)
     except Exception as error:
         packed = _cloudpickled(value)
         if packed is None:
@@ -97,9 +122,9 @@ def pack_value(value: Any) -> bytes:
         return packed
 
 
-def unpack_value(body: memoryview | bytes | bytearray) -> Any:
+def unpack_value(body: memoryview | bytes | bytearray, buffers: Sequence[memoryview] = ()) -> Any:
     """Return a job's result; raises whatever its rebuilding raises."""
-    return pickle.loads(body)
+    return pickle.loads(body, buffers=buffers)
 
 
 def pack_error(error: BaseException) -> bytes:
@@ -129,12 +154,30 @@ def unpack_error(body: memoryview | bytes | bytearray) -> BaseException:
     return remote
 
 
+def cannot(what: str, error: BaseException) -> RemoteError:
+    """Return the error for something of the user's that could not be packed or rebuilt."""
+    name = type(error).__qualname__
+    wrapped = RemoteError(f"{what}: {name}: {message_of(error)}", type_name=name)
+    wrapped.__cause__ = error
+    return wrapped
+
+
 def message_of(error: BaseException) -> str:
     """Return the error's text whatever its `__str__` does."""
     try:
         return "".join((str(error),))  # Why join: `str()` may give an instance of a subclass
     except BaseException:
         return "<its text could not be made>"
+
+
+def _dumped(pickled: Callable[[Callback | None], bytes], segments: SegmentPool | None) -> bytes | Parcel:
+    if segments is None:
+        return pickled(None)
+    buffers: list[pickle.PickleBuffer] = []
+    body = pickled(buffers.append)
+    if buffers or is_large(body):
+        return parcel_of(body, buffers, pickled, segments)
+    return body
 
 
 def _packed_function(fn: Callable[..., Any]) -> bytes:
@@ -177,7 +220,9 @@ def _rebuildable(error: BaseException) -> bytes | None:
         return None
 
 
-def _pack_closure(call: Any, what: str, error: Exception) -> bytes:
+def _pack_closure(
+    call: Any, segments: SegmentPool | None, what: str, error: Exception
+) -> bytes | Parcel:
     try:
         import cloudpickle
     except ImportError:
@@ -185,8 +230,12 @@ def _pack_closure(call: Any, what: str, error: Exception) -> bytes:
             f"{what} cannot be pickled: {message_of(error)}. Functions must be importable by name; for lambdas "
             "and closures install the extra: pip install 'bulkhead-pool[closures]'"
         ) from error
+
+    def pickled(callback: Callback | None) -> bytes:
+        return _NO_FUNCTION + cloudpickle.dumps(call, protocol=_PROTOCOL, buffer_callback=callback)  # type: ignore[no-any-return]
+
     try:
-        return _NO_FUNCTION + cloudpickle.dumps(call, protocol=_PROTOCOL)  # type: ignore[no-any-return]
+        return _dumped(pickled, segments)
     except Exception as second:
         raise JobNotPicklable(
             f"{what} cannot be pickled, not even by cloudpickle: {message_of(second)}"

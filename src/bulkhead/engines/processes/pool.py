@@ -21,14 +21,16 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from enum import Enum
+from functools import partial
 from typing import Any
 
 from bulkhead._kernel import lifecycle
 from bulkhead._kernel.lifecycle import JobState
 from bulkhead._kernel.phases import Phase
-from bulkhead._kernel.records import JobRecord, Slot, SlotState, Verdict
+from bulkhead._kernel.records import JobRecord, Loss, Slot, SlotState, Verdict
 from bulkhead._kernel.scheduler import (
     AcceptOffer,
     EndWorker,
@@ -38,16 +40,21 @@ from bulkhead._kernel.scheduler import (
     StartJob,
     StartWorker,
 )
+from bulkhead.chunk import Chunk
 from bulkhead.config import Pool
 from bulkhead.engines.base import Ledger
 from bulkhead.engines.processes import deaths, main_module
 from bulkhead.engines.processes.callbacks import CallbackThread, DoneCallback
-from bulkhead.engines.processes.driving import Driving, Waiter, reentered
+from bulkhead.engines.processes.driving import Bell, Driving, Waiter, reentered
 from bulkhead.engines.processes.interrupts import calm, hold, release
 from bulkhead.engines.processes.launcher import Report, Says, Unsuitable
 from bulkhead.engines.processes.launcher_link import LauncherLink
-from bulkhead.engines.processes.payload import message_of, pack_call, unpack_error, unpack_value
+from bulkhead.engines.processes.parcels import Parcel
+from bulkhead.engines.processes.payload import cannot, pack_call, pack_without_main
 from bulkhead.engines.processes.poller import READABLE, WRITABLE
+from bulkhead.engines.processes.answers import Answer, Parts, decoded, recorded
+from bulkhead.engines.processes.chunk_runner import ChunkOrder
+from bulkhead.engines.processes.segments import Borrowed, SegmentPool
 from bulkhead.engines.processes.worker import Worker
 from bulkhead.engines.processes.worker_main import Initializer, Kind, Setup
 from bulkhead.errors import (
@@ -74,6 +81,9 @@ _REPORT = 1.0
 # Seconds that stopping may take in all before the life lines are cut.
 _STOP = 3.0
 
+# Free segments for the data of jobs that a pool keeps for the next ones, together (bytes).
+_KEEP_BYTES = 1 << 30
+
 # How often deadlines are looked at while one answer follows the other (seconds).
 _TICK = 0.001
 
@@ -96,7 +106,6 @@ _JOB = Kind.JOB
 _VALUE = Kind.VALUE
 
 _Event = tuple[Callable[..., None], tuple[Any, ...]]
-_Answer = tuple[Worker, int, int, int, Any, BaseException | None]
 
 _log = logging.getLogger("bulkhead")
 
@@ -116,7 +125,7 @@ def packed_setup(config: Pool, nicer_by: int) -> bytes:
     is_fork = config.start_method == "fork"
     call = None
     if config.initializer is not None and not is_fork:
-        call = pack_call(config.initializer, config.initargs, {}, "initializer")
+        call = pack_call(config.initializer, config.initargs, {}, what="initializer")
     main = None if is_fork else main_module.describe()
     return pickle.dumps(Setup(f"bulkhead-{config.label}", main, call, config.nice, nicer_by))
 
@@ -141,8 +150,12 @@ class ProcessPool:
     ) -> None:
         self.config = config
         self._method = config.start_method or "forkserver"
-        # Whether workers can look up what the caller's main module defines.
-        self.knows_main = self._method == "fork" or main_module.is_importable()
+        # Where the large parts of jobs wait for their worker, and what workers have sent of their own.
+        self._segments = SegmentPool(_KEEP_BYTES)
+        self._borrowed = Borrowed()
+        knows_main = self._method == "fork" or main_module.is_importable()
+        pack = pack_call if knows_main else pack_without_main
+        self.pack = partial(pack, segments=self._segments)  # packs a call for this pool's workers
         self._ledger = ledger
         self._inherited: Initializer | None = (
             (config.initializer, config.initargs, {}) if config.initializer else None
@@ -163,6 +176,7 @@ class ProcessPool:
             draw=random.random,
             on_accept=ledger.enter,
             expired=deaths.expiry,
+            extended=self._extended,
         )
         self._workers: dict[int, Worker] = {}
         self._results: dict[int, Worker] = {}  # by descriptor of the result pipe
@@ -172,6 +186,7 @@ class ProcessPool:
         self._workers_made = 0
         self._busy_seconds = 0.0  # of workers that are gone
         self._launchers_lost = 0
+        self._dropped: deque[Chunk] = deque()  # whose consumer is gone. Why a deque: see `drop`
         self._drained: list[Waiter] = []
         self._deserted: list[Waiter] = []
         self._ruin: PoolBroken | None = None
@@ -258,7 +273,7 @@ class ProcessPool:
                 now = time.monotonic()
                 taken = self._scheduler.offer(job, now, patient=waiter is not None)
                 if not taken and waiter is not None:
-                    job.waiters = [waiter]
+                    job.waiters = [*(job.waiters or ()), waiter]
                 if job.due is not None or job.start_by is not None:
                     self._driving.hurry(self._scheduler.next_deadline)
                 self._carry_out(now)
@@ -277,6 +292,48 @@ class ProcessPool:
         """Take an offer back that was left with `try_dispatch`; False when it has been accepted."""
         self._withdraw(job)
         return job.state is None
+
+    def pack_items(self, fn: Callable[..., Any], items: list[Any]) -> Parcel:
+        """Pack the items of a map, as the arguments of one message.
+
+        Raises:
+            JobNotPicklable: With the reason.
+        """
+        packed = self.pack(fn, items, {}, what="an item of the map" if items else "the function")
+        return packed if isinstance(packed, Parcel) else Parcel(packed, 0, None, [], [])
+
+    def wait_for_bell(self, bell: Bell) -> None:
+        """Wait until the bell rings, or has rung since it was silenced. Blocking: without limit."""
+        self._refuse_copy()
+        waiter = Waiter()
+        with self.lock:
+            if bell.is_rung:
+                return
+            bell.waiter = waiter
+        self._driving.wait(waiter)
+
+    def abandon(self, chunks: Iterable[Chunk]) -> None:
+        """See to it that no more items of these chunks begin; those that run run to their end."""
+        with calm(), self.lock, self._guard:
+            self._abandon(chunks, time.monotonic())
+
+    def drop(self, chunks: Iterable[Chunk]) -> None:
+        """As `abandon`, soon. Safe inside the garbage collector, which may run under any lock."""
+        self._dropped.extend(chunks)
+        self._driving.wake()
+
+    def _abandon(self, chunks: Iterable[Chunk], now: float) -> None:
+        for chunk in chunks:
+            chunk.is_abandoned = True
+            if chunk.state is None:
+                self._scheduler.withdraw(chunk)
+            elif chunk.state is JobState.RUNNING:
+                worker = chunk.slot.worker if chunk.slot is not None else None
+                if worker is not None:
+                    worker.progress.stop(worker.message)
+            else:
+                self._scheduler.cancel(chunk, JobCancelled("nobody reads on in the map"), now)
+        self._carry_out(now)
 
     def check_open(self) -> None:
         """Raise DispatcherFinalized or PoolBroken when no job is taken."""
@@ -420,10 +477,11 @@ class ProcessPool:
                 self._forget(worker)
             self._link.close(_STOP)
             self._fail_rest(PoolBroken(f"{self.config.label} was stopped"))
+            self._segments.close()
             self._driving.close()
         _live_pools.discard(self)
 
-    def abandon(self) -> None:
+    def close_copy(self) -> None:
         """Close this process's copies of the descriptors: for a forked copy of the caller."""
         self._is_copy = True
         # Race: another thread of the caller may have held the lock when it forked.
@@ -433,6 +491,7 @@ class ProcessPool:
             for worker in self._workers.values():
                 worker.close()
             self._link.abandon()
+            self._segments.close()
             self._driving.close()
 
     def _refuse_copy(self) -> None:
@@ -455,7 +514,7 @@ class ProcessPool:
             return
         self._workers_made += 1
         try:
-            worker = Worker(self._workers_made, slot)
+            worker = Worker(self._workers_made, slot, self._borrowed)
         except OSError as error:  # no descriptors left, most likely; the next try may find some
             _log.warning("%s: a worker cannot be started: %s", self.config.label, error)
             failure = PoolBroken(f"{self.config.label} is given up, its workers cannot be started: {error}")
@@ -489,6 +548,10 @@ class ProcessPool:
         if self._overdue:
             overdue = min(instant for instant, _ in self._overdue.values())
             deadline = overdue if deadline is None else min(deadline, overdue)
+        if self._segments.is_used:
+            trim = self._segments.next_trim()
+            if trim is not None and (deadline is None or trim < deadline):
+                deadline = trim
         # Whoever polls until then finds that something is due.
         self._tick_at = 0.0
         return deadline
@@ -501,7 +564,7 @@ class ProcessPool:
         is_held = hold()
         try:
             news: list[_Event] = []
-            answers: list[_Answer] = []
+            answers: list[Answer] = []
             for fd, _ in events:
                 worker = self._results.get(fd)
                 if worker is not None:
@@ -530,7 +593,7 @@ class ProcessPool:
             if is_held:
                 release()
 
-    def _digest(self, answers: list[_Answer], news: list[_Event], polled_at: float) -> None:
+    def _digest(self, answers: list[Answer], news: list[_Event], polled_at: float) -> None:
         """Tell the kernel what was read, and do what it decides. Under the lock."""
         now = time.monotonic()
         for answer in answers:
@@ -540,26 +603,28 @@ class ProcessPool:
             handle(*arguments, now)
             # Race: what the kernel has decided about a worker must be done before the next news of it.
             self._carry_out(now)
+        while self._dropped:
+            self._abandon([self._dropped.popleft()], now)
         if polled_at >= self._tick_at:
             # Why not now: unpickling may have taken long, and an answer that came meanwhile is not read yet.
             self._tick(polled_at)
             self._carry_out(now)
             self._tick_at = polled_at + _TICK
 
-    def _read_results(self, worker: Worker, answers: list[_Answer], news: list[_Event]) -> None:
+    def _read_results(self, worker: Worker, answers: list[Answer], news: list[_Event]) -> None:
         try:
             frames = worker.reader.read()
         except (MemoryError, OSError) as error:
             news.append((self._garbled, (worker, repr(error))))
             return
         for kind, number, body in frames:
-            answers.append((worker, kind, number, len(body), *_decoded(kind, body)))
+            answers.append(decoded(worker, kind, number, body))
         if worker.reader.is_garbled:
             news.append((self._garbled, (worker, "something else was written into its pipe")))
         if worker.reader.is_at_end:
             news.append((self._hang_up, (worker,)))
 
-    def _read_launcher(self, answers: list[_Answer], news: list[_Event]) -> None:
+    def _read_launcher(self, answers: list[Answer], news: list[_Event]) -> None:
         link = self._link
         for kind, number, body in link.read():
             if kind == Says.STARTED:
@@ -574,7 +639,7 @@ class ProcessPool:
         if link.reader.is_at_end:
             news.append((self._launcher_lost, (link,)))
 
-    def _read_last_words(self, number: int, answers: list[_Answer]) -> None:
+    def _read_last_words(self, number: int, answers: list[Answer]) -> None:
         """Drain the result pipe of a worker that is gone: an answer it gave before counts."""
         worker = self._workers.get(number)
         if worker is None:
@@ -582,9 +647,10 @@ class ProcessPool:
         try:
             frames = worker.reader.read_rest()
         except (MemoryError, OSError):
-            return
+            frames = []
         for kind, message, body in frames:
-            answers.append((worker, kind, message, len(body), *_decoded(kind, body)))
+            answers.append(decoded(worker, kind, message, body))
+        answers.append(recorded(worker))
 
     # What was read, told to the kernel (under the lock)
 
@@ -603,15 +669,42 @@ class ProcessPool:
             self._came_up(worker, number, error, now)
             return
         # Race: a copy of the worker that a job forked may answer a second time; only the first answer counts.
-        if slot.worker is not worker or number != worker.message or slot.state is not SlotState.BUSY:
+        if slot.worker is not worker or number != worker.message:
+            return
+        job = slot.job
+        if kind == Kind.PART or kind == Kind.CHUNK_DONE:
+            # Also from a worker that is being ended: what is done is done.
+            if isinstance(job, Chunk):
+                self._take_parts(job, value, size)
+            if kind == Kind.PART:
+                return
+        if slot.state is not SlotState.BUSY:
             return
         worker.jobs += 1
         worker.busy_seconds += now - worker.began
-        job = slot.job
         assert job is not None
-        job.value = value
-        job.size = size
+        if isinstance(job, Chunk):
+            error = self._end_of_chunk(job, error)
+        else:
+            job.value = value
+            job.size = size
         self._scheduler.attempt_ended(slot, error, now)
+
+    def _take_parts(self, chunk: Chunk, parts: Parts, size: int) -> None:
+        chunk.size += size
+        for position, values, error in parts.outcomes:
+            if error is None:
+                chunk.take(position, values)
+            else:
+                chunk.take_error(position, error)
+        if parts.seconds is not None:
+            chunk.seconds = parts.seconds
+
+    def _end_of_chunk(self, chunk: Chunk, error: BaseException | None) -> BaseException | None:
+        """Return what the kernel is to be told of a chunk's end; `error` is that of a worker that could not read it."""
+        if error is not None:
+            chunk.reject(error)
+        return chunk.end_round(chunk.attempt)
 
     def _came_up(self, worker: Worker, pid: int, error: BaseException | None, now: float) -> None:
         if error is not None:
@@ -649,19 +742,41 @@ class ProcessPool:
         if slot.state is SlotState.STARTING:
             error = self._start_failure(worker, report)
         elif job is not None and slot.verdict is Verdict.TIMEOUT:
-            error = deaths.timeout(job, worker.pid, report)
+            error = deaths.timeout(self._at(worker), job.timeout, worker.pid, report)
         elif job is not None:
-            error = worker.failure or deaths.crash(worker.pid, report, f"running job {job.id!r}")
+            error = worker.failure or deaths.crash(worker.pid, report, f"running {self._at(worker)}")
         else:
             error = deaths.crash(worker.pid, report, "idle")
+        loss = Loss.ATTEMPT if report.last_read == worker.message else Loss.UNREAD
         if job is not None:
             worker.busy_seconds += now - worker.began
+            if isinstance(job, Chunk) and loss is Loss.ATTEMPT:
+                loss = self._lose_chunk(worker, job, error)
         self._forget(worker)
-        unread = report.last_read != worker.message
         was_killed = report.signal == signal.SIGKILL and worker.failure is None
-        self._scheduler.worker_gone(slot, error, now, unread=unread, was_killed=was_killed)
+        self._scheduler.worker_gone(slot, error, now, loss=loss, was_killed=was_killed)
         if isinstance(error.__cause__, MissingMainGuard):
             self._scheduler.break_down(error)
+
+    def _at(self, worker: Worker) -> str:
+        """Return what a worker's job is called in an error."""
+        job = worker.slot.job
+        assert job is not None
+        if isinstance(job, Chunk):
+            return job.describe(worker.progress.running(worker.message))
+        return f"job {job.id!r}"
+
+    def _lose_chunk(self, worker: Worker, chunk: Chunk, error: BaseException) -> Loss:
+        if chunk.lose(worker.progress.running(worker.message), error):
+            return Loss.REST
+        return Loss.NOTHING if chunk.end_round(chunk.attempt) is None else Loss.ATTEMPT
+
+    def _extended(self, job: JobRecord) -> float | None:
+        """Return up to when a job has time whose time is up: one whose timeout counts for each of its items."""
+        worker = job.slot.worker if job.slot is not None else None
+        if not isinstance(job, Chunk) or worker is None:
+            return None
+        return job.late_since(worker.progress.running(worker.message), time.monotonic())
 
     def _start_failure(self, worker: Worker, report: Report) -> BaseException:
         cause = worker.failure or deaths.crash(worker.pid, report, "getting ready")
@@ -722,10 +837,11 @@ class ProcessPool:
     def _mourn(self, worker: Worker, now: float) -> None:
         """See the end of a worker whose life line was cut, and count what it answered before."""
         end = now + _REPORT
-        answers: list[_Answer] = []
+        answers: list[Answer] = []
         while not worker.reader.is_at_end and time.monotonic() < end:
             self._read_results(worker, answers, [])
             time.sleep(0.001)
+        answers.append(recorded(worker))
         sent = worker.message
         for answer in answers:
             self._answered(*answer, now)
@@ -760,6 +876,8 @@ class ProcessPool:
         sweep = self._ledger.next_sweep()
         if sweep is not None and sweep <= now:
             self._ledger.sweep()
+        if self._segments.is_used:
+            self._segments.trim(now)
         for worker, (instant, push) in list(self._overdue.items()):
             if now >= instant:
                 self._push(worker, push, now)
@@ -800,11 +918,26 @@ class ProcessPool:
         worker.began = now
         job.started_at = time.time()
         job.pid = worker.pid
-        if not worker.writer.write(_JOB, worker.message, job.payload):
+        if type(job.payload) is not bytes or worker.let_go:
+            self._start_noted(worker, job, now)
+        elif not worker.writer.write(_JOB, worker.message, job.payload):
             self._block(worker)
         if job.timeout is not None:
             self._scheduler.arm_timeout(job, now)
             self._driving.hurry(now + job.timeout)
+
+    def _start_noted(self, worker: Worker, job: JobRecord, now: float) -> None:
+        order = None
+        if isinstance(job, Chunk):
+            order = ChunkOrder(job.todo, job.is_star, job.timeout is not None, job.may_stop)
+        try:
+            body = worker.exchange.wrap(job.payload, worker.message, order)
+        except OSError as error:
+            failure = cannot("the job's data could not be sent in shared memory", error)
+            self._scheduler.attempt_ended(worker.slot, failure, now)
+            return
+        if not worker.writer.write(Kind.NOTED, worker.message, body):
+            self._block(worker)
 
     def _settled(self, job: JobRecord, phase_is_over: bool) -> None:
         job.finished_at = time.time()
@@ -940,22 +1073,6 @@ def _worker_stats(worker: Worker, now: float) -> WorkerStats:
     return WorkerStats(worker.pid, state.value, worker.jobs, busy)
 
 
-def _decoded(kind: int, body: Any) -> tuple[Any, BaseException | None]:
-    """Return value and error of an answer, whatever the users' code does in there."""
-    try:
-        if kind == _VALUE:
-            return unpack_value(body), None
-        return None, None if kind == Kind.READY else unpack_error(body)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        name = type(error).__qualname__
-        text = f"the job's result could not be unpickled in the caller: {name}: {message_of(error)}"
-        remote = RemoteError(text, type_name=name)
-        remote.__cause__ = error
-        return None, remote
-
-
 def _fire(waiters: list[Any]) -> None:
     """Wake everybody on the list, and empty it."""
     while waiters:
@@ -968,10 +1085,10 @@ def _fire_waiters(job: JobRecord) -> None:
         waiter.fire()
 
 
-def _abandon_all() -> None:
+def _close_copies() -> None:
     for pool in list(_live_pools):
-        pool.abandon()
+        pool.close_copy()
 
 
 # Why: a process that the caller forks must not hold the ends of pipes whose closing tells that the caller is gone.
-os.register_at_fork(after_in_child=_abandon_all)
+os.register_at_fork(after_in_child=_close_copies)

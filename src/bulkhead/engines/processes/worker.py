@@ -1,13 +1,16 @@
-"""The caller's handle on one worker process: its pipes, and what it has done."""
+"""The caller's handle on one worker process: its pipes, what it holds, and what it has done."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+import socket
 
 from bulkhead._kernel.records import Slot
 from bulkhead.engines.processes import blackbox
 from bulkhead.engines.processes.channel import FrameReader, FrameWriter
+from bulkhead.engines.processes.parcels import Exchange, socket_pair
+from bulkhead.engines.processes.progress import Progress
+from bulkhead.engines.processes.segments import Borrowed
 
 __all__ = ["Worker"]
 
@@ -20,6 +23,9 @@ class Worker:
         message: Number of the last message sent to it; the answer carries the same.
         began: When that was sent, monotonic seconds.
         failure: What kept it from getting ready.
+        exchange: Who has lent which segment to whom.
+        let_go: What of it the worker has to be told.
+        progress: How far it is with a chunk.
     """
 
     __slots__ = (
@@ -28,17 +34,20 @@ class Worker:
         "_theirs",
         "began",
         "busy_seconds",
+        "exchange",
         "failure",
         "jobs",
+        "let_go",
         "message",
         "number",
         "pid",
+        "progress",
         "reader",
         "slot",
         "writer",
     )
 
-    def __init__(self, number: int, slot: Slot) -> None:
+    def __init__(self, number: int, slot: Slot, borrowed: Borrowed) -> None:
         self.number = number
         self.slot = slot
         self.pid: int | None = None
@@ -51,20 +60,25 @@ class Worker:
         try:
             for _ in range(3):
                 opened += os.pipe()
+            ours, theirs = socket_pair()
+            opened += ours.detach(), theirs.detach()
             opened.append(blackbox.create())
             self._box = blackbox.ReadMark(opened[-1])
         except OSError:
             for fd in opened:
                 os.close(fd)
             raise
-        jobs_read, jobs_write, results_read, results_write, life_read, self._life, box = opened
-        self._theirs: Any = (jobs_read, results_write, life_read, box)
+        jobs_read, jobs_write, results_read, results_write, life_read, self._life, line, their_line, box = opened
+        self._theirs: tuple[int, ...] = (jobs_read, results_write, life_read, their_line, box)
         self.writer = FrameWriter(jobs_write)
         self.reader = FrameReader(results_read)
+        self.exchange = Exchange(socket.socket(fileno=line), borrowed)
+        self.let_go = self.exchange.let_go
+        self.progress = Progress(self._box.progress)
 
-    def give_away(self) -> tuple[int, int, int, int]:
-        """Return what is the worker's: its ends of the pipes for jobs, results and life line, and its black box."""
-        return self._theirs  # type: ignore[no-any-return]
+    def give_away(self) -> tuple[int, ...]:
+        """Return what is the worker's: its ends of the pipes and of the line, and its black box."""
+        return self._theirs
 
     def close_theirs(self) -> None:
         """Close the worker's ends here, once it has them."""
@@ -87,5 +101,7 @@ class Worker:
         self.close_theirs()
         self.writer.close()
         self.reader.close()
+        self.exchange.close()
+        self.progress.close()
         self._box.close()
         self.cut()

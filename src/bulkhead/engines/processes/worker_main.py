@@ -10,16 +10,22 @@ import os
 import pickle
 import select
 import signal
+import socket
+import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from bulkhead.engines.processes import lifeline, main_module
 from bulkhead.engines.processes.blackbox import BlackBox
 from bulkhead.engines.processes.channel import CHUNK, HEADER, Frame, read_frame, write_all
-from bulkhead.engines.processes.payload import message_of, pack_error, pack_value, unpack_call
-from bulkhead.errors import RemoteError
+from bulkhead.engines.processes.chunk_runner import run_chunk
+from bulkhead.engines.processes.parcels import Exchange, Opened, Parcel
+from bulkhead.engines.processes.payload import cannot, pack_error, pack_value, unpack_call
+from bulkhead.engines.processes.progress import Progress
+from bulkhead.engines.processes.segments import Borrowed, SegmentPool
 
 __all__ = ["Ends", "Kind", "Setup", "main", "run"]
 
@@ -27,6 +33,12 @@ __all__ = ["Ends", "Kind", "Setup", "main", "run"]
 # job within some ten microseconds, and waking a sleeper costs more than that. It gives the CPU away at each look.
 _LOOK_FOR = 50e-6
 _give_way = getattr(os, "sched_yield", lambda: None)
+
+
+# Free segments for results that a worker keeps for the next ones, together (bytes).
+_KEEP_BYTES = 512 << 20
+
+_SECONDS = struct.Struct("<d")
 
 
 class Kind:
@@ -38,14 +50,22 @@ class Kind:
     NOT_READY = 4
     VALUE = 5
     ERROR = 6
+    NOTED = 7  # a frame of another kind with notes (see parcels.py), whose `extra` begins with that kind
+    CHUNK = 8  # many jobs in one (see chunk_runner.py)
+    PART = 9  # results of a chunk that do not fit elsewhere
+    CHUNK_DONE = 10
+
+
+_JOB = Kind.JOB
 
 
 class Ends(NamedTuple):
-    """The worker's descriptors: jobs in, results out, life line, black box."""
+    """The worker's descriptors: jobs in, results out, life line, line for descriptors, black box."""
 
     jobs: int
     results: int
     life: int
+    line: int
     box: int
 
 
@@ -141,8 +161,9 @@ def _serve(ends: Ends, box: BlackBox) -> None:
     os.set_blocking(ends.jobs, False)
     sleeper = select.poll()
     sleeper.register(ends.jobs, select.POLLIN)
+    desk = _Desk(ends)
     while True:
-        first = _next_bytes(ends.jobs, sleeper)
+        first = _next_bytes(ends.jobs, sleeper, desk.segments)
         if not first:
             return
         message = _begin_read(ends.jobs, first, box)
@@ -150,18 +171,65 @@ def _serve(ends: Ends, box: BlackBox) -> None:
             return
         kind, number, body = message
         del message, first
-        outcome, packed = _attempt(body)
+        outcome, packed = _attempt(body, desk.segments) if kind == _JOB else desk.attempt_noted(number, body)
         # Race: a job that forked and let its child return would answer twice; the copy has no business here.
         if os.getpid() != pid:
             os._exit(0)
-        assert kind == Kind.JOB
         if box.has_output:
             box.flush_output()
-        write_all(ends.results, outcome, number, packed)
-        del packed, body
+        del body
+        if type(packed) is bytes and not desk.exchange.let_go:
+            write_all(ends.results, outcome, number, packed)
+        else:
+            desk.send(number, packed, outcome)
+        del packed
 
 
-def _next_bytes(fd: int, sleeper: select.poll) -> bytes:
+class _Desk:
+    """What a worker needs for everything but small jobs. Its parts cost nothing until they are used."""
+
+    def __init__(self, ends: Ends) -> None:
+        self.segments = SegmentPool(_KEEP_BYTES)
+        self.exchange = Exchange(socket.socket(fileno=ends.line), Borrowed())
+        self._ends = ends
+        self._progress: Progress | None = None
+
+    def attempt_noted(self, number: int, body: memoryview | bytes | bytearray) -> tuple[int, bytes | Parcel]:
+        """Run what a frame with notes brings."""
+        try:
+            opened = self.exchange.open(body, number)
+        except BaseException as error:
+            return Kind.ERROR, pack_error(cannot("the job's data could not be mapped in the worker", error))
+        del body
+        if opened.extra is None:
+            return _attempt(opened.body, self.segments, opened.buffers)
+        return self._attempt_chunk(number, opened)
+
+    def send(self, number: int, packed: bytes | Parcel, *extra: int) -> None:
+        """Send something with notes. Blocking: until the caller has taken it."""
+        try:
+            body = self.exchange.wrap(packed, number, extra)
+        except OSError as error:
+            text = cannot("the job's result could not be sent in shared memory", error)
+            body = self.exchange.wrap(pack_error(text), number, (Kind.ERROR,))
+        write_all(self._ends.results, Kind.NOTED, number, body)
+
+    def _attempt_chunk(self, number: int, opened: Opened) -> tuple[int, bytes]:
+        try:
+            fn, items, _ = unpack_call(opened.body, opened.buffers)
+        except BaseException as error:
+            return Kind.ERROR, pack_error(cannot("the items could not be unpickled in the worker", error))
+        if self._progress is None:
+            self._progress = Progress.in_box(self._ends.box)
+        send = partial(self._send_part, number)
+        took = run_chunk(fn, items, opened.extra, number, self._progress, send, self.segments)
+        return Kind.CHUNK_DONE, _SECONDS.pack(took)
+
+    def _send_part(self, number: int, position: int, packed: bytes | Parcel) -> None:
+        self.send(number, packed, Kind.PART, position)
+
+
+def _next_bytes(fd: int, sleeper: select.poll, segments: SegmentPool) -> bytes:
     try:
         return os.read(fd, CHUNK)
     except BlockingIOError:
@@ -174,7 +242,12 @@ def _next_bytes(fd: int, sleeper: select.poll) -> bytes:
         except BlockingIOError:
             pass
     while True:
-        sleeper.poll()
+        trim = segments.next_trim() if segments.is_used else None
+        if trim is None:
+            sleeper.poll()
+        elif not sleeper.poll(max(trim - time.monotonic(), 0) * 1000 + 1):
+            segments.trim(time.monotonic())
+            continue
         try:
             return os.read(fd, CHUNK)
         except BlockingIOError:
@@ -193,27 +266,22 @@ def _begin_read(fd: int, first: bytes, box: BlackBox) -> Frame | None:
     return message
 
 
-def _attempt(body: memoryview | bytes | bytearray) -> tuple[int, bytes]:
+def _attempt(
+    body: memoryview | bytes | bytearray, segments: SegmentPool, buffers: Sequence[memoryview] = ()
+) -> tuple[int, bytes | Parcel]:
     try:
-        fn, args, kwargs = unpack_call(body)
+        fn, args, kwargs = unpack_call(body, buffers)
     except BaseException as error:
-        return Kind.ERROR, pack_error(_cannot("the job could not be unpickled in the worker", error))
+        return Kind.ERROR, pack_error(cannot("the job could not be unpickled in the worker", error))
     try:
         value = fn(*args, **kwargs)
     except BaseException as error:
         return Kind.ERROR, pack_error(error)
     try:
-        return Kind.VALUE, pack_value(value)
+        return Kind.VALUE, pack_value(value, segments)
     except BaseException as error:
         named = f"the job's result of type {type(value).__qualname__} cannot be pickled"
-        return Kind.ERROR, pack_error(_cannot(named, error))
-
-
-def _cannot(what: str, error: BaseException) -> RemoteError:
-    name = type(error).__qualname__
-    wrapped = RemoteError(f"{what}: {name}: {message_of(error)}", type_name=name)
-    wrapped.__cause__ = error
-    return wrapped
+        return Kind.ERROR, pack_error(cannot(named, error))
 
 
 def _leave(code: int) -> None:

@@ -1,0 +1,121 @@
+"""How far a worker is with a chunk of a map, in memory that outlives it: what has ended before it dies is not lost.
+
+The worker notes which item it runs and puts the results of ended items into records; the caller reads them when the
+chunk has ended or the worker has. The memory is a part of the black box (see blackbox.py).
+
+Invariant: a record is complete before it is counted in, so whoever reads after the writer's death reads no half of one.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Iterator
+
+from bulkhead.engines.processes.blackbox import PROGRESS_AT, PROGRESS_SIZE
+
+__all__ = ["ERROR", "NOBODY", "VALUE", "VALUES", "Progress", "Record", "record", "records_in"]
+
+# Kinds of records: a pickled list of results, one pickled result, one packed error.
+VALUES = 1
+VALUE = 2
+ERROR = 3
+
+NOBODY = (1 << 64) - 1  # no item runs
+
+_HEAD = struct.Struct("<QQBQ")  # first position, number of items, kind, length of the body
+_RECORDS_AT = 64
+
+# Counters of eight bytes: message, position of the running item, bytes of records, message whose chunk is to stop,
+# when the running item began (ns of the monotonic clock, which all processes share; only for chunks with a timeout).
+_MESSAGE, _RUNNING, _USED, _STOP, _BEGAN = range(5)
+
+Record = tuple[int, int, int, memoryview]
+
+
+class Progress:
+    """Either side's view. Owner of the counters: the worker, but for the wish to stop, which is the caller's."""
+
+    __slots__ = ("_marks", "_memory")
+
+    def __init__(self, memory: memoryview) -> None:
+        self._memory = memory
+        self._marks = memory[:_RECORDS_AT].cast("Q")
+
+    @classmethod
+    def in_box(cls, fd: int) -> Progress:
+        """Return a view of the black box behind a descriptor."""
+        return cls(memoryview(mmap.mmap(fd, PROGRESS_SIZE, offset=PROGRESS_AT)))
+
+    # The worker's side
+
+    def begin(self, message: int) -> memoryview:
+        """Note that the chunk of a message begins; return the counters, of which [1] is the running position."""
+        marks = self._marks
+        marks[_MESSAGE] = 0
+        marks[_RUNNING] = NOBODY
+        marks[_USED] = 0
+        marks[_MESSAGE] = message
+        return marks
+
+    def add(self, data: bytes) -> bool:
+        """Add a record; False when there is no room left."""
+        start = _RECORDS_AT + self._marks[_USED]
+        if start + len(data) > PROGRESS_SIZE:
+            return False
+        self._memory[start : start + len(data)] = data
+        self._marks[_USED] += len(data)
+        return True
+
+    def is_stopped(self, message: int) -> bool:
+        """Tell whether the caller wants no more items of this chunk to begin."""
+        return self._marks[_STOP] == message
+
+    # The caller's side
+
+    def stop(self, message: int) -> None:
+        """Let no more items of this message's chunk begin."""
+        self._marks[_STOP] = message
+
+    def running(self, message: int) -> tuple[int, float] | None:
+        """Return the position of the item that runs, or did when the worker died, and its start in monotonic seconds.
+
+        None when the chunk has not begun.
+        """
+        marks = self._marks
+        if marks[_MESSAGE] != message:
+            return None
+        return marks[_RUNNING], marks[_BEGAN] / 1e9
+
+    def records(self, message: int) -> list[Record]:
+        """Return the records of a message's chunk. They refer to this memory, which the next chunk overwrites."""
+        if self._marks[_MESSAGE] != message:
+            return []
+        return list(records_in(self._memory[_RECORDS_AT : _RECORDS_AT + self._marks[_USED]]))
+
+    def close(self) -> None:
+        """Give the view up."""
+        self._marks.release()
+        self._memory.release()
+
+
+def record(first: int, n: int, kind: int, body: bytes) -> bytes:
+    """Return the bytes of one record.
+
+    Args:
+        first: Position of its first item.
+        n: Number of its items.
+        kind: What the body is.
+        body: Pickled.
+    """
+    return _HEAD.pack(first, n, kind, len(body)) + body
+
+
+def records_in(data: memoryview) -> Iterator[Record]:
+    """Return first position, number, kind and body of each record."""
+    start = 0
+    while start < len(data):
+        first, n, kind, length = _HEAD.unpack_from(data, start)
+        start += _HEAD.size
+        yield first, n, kind, data[start : start + length]
+        start += length

@@ -1,0 +1,310 @@
+"""Anonymous shared memory for large data: segments that a sender fills and lends, and a receiver maps.
+
+A segment is a file without a name (a memfd, elsewhere an unlinked temporary file) whose descriptor travels with the
+message. So the kernel frees it when the last process that knows it has ended, however they end.
+
+The sender copies into the segment once. The receiver maps it privately: it can write into what it got, nobody else sees
+that, and nothing is copied until it does. When the receiver has let go of everything inside, it reports the segment's
+number, and the sender may fill it again: fresh pages cost five to ten times the copy.
+
+Invariant: a segment is filled again only when no process can have it mapped. Hence a segment is given up instead if its
+borrower died (what that had forked may live on) or forked while it had it mapped.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable
+from itertools import count
+
+__all__ = ["Borrowed", "Segment", "SegmentPool", "create_file", "spans_of"]
+
+Buffer = bytes | bytearray | memoryview
+
+# Where a buffer may begin (bytes): a cache line, and what vector instructions ask for.
+_ALIGNMENT = 64
+
+# A copy is made in steps of so many bytes, so that other threads get the interpreter in between (about 1 ms each).
+_STEP = 8 << 20
+
+# A free segment that is this much larger than what is to be placed is not taken for it (a factor), from this size on.
+_WASTE = 4
+_SMALL = 1 << 20
+
+# Free segments that nobody has needed for so long are given back to the system (seconds).
+_KEEP_FOR = 10.0
+
+# Segments that a receiver has mapped at once, after which it copies the next ones out (each costs a descriptor).
+_MAX_MAPPED = 64
+
+_POPULATE = getattr(mmap, "MAP_POPULATE", 0)
+
+
+class Segment:
+    """A filled segment. It goes back to its pool when the last reference to this object does.
+
+    Attributes:
+        fd: Open as long as this object lives.
+        size: Bytes in use.
+    """
+
+    __slots__ = ("_file", "_home", "size")
+
+    def __init__(self, home: SegmentPool, file: _File, size: int) -> None:
+        self._home = home
+        self._file = file
+        self.size = size
+
+    @property
+    def fd(self) -> int:
+        return self._file.fd
+
+    def spoil(self) -> None:
+        """See to it that the segment is never filled again: somebody unknown may have it mapped."""
+        self._file.is_spoilt = True
+
+    def __del__(self) -> None:
+        self._home.take_back(self._file)
+
+
+class SegmentPool:
+    """Segments of one sender. Concurrency: any thread.
+
+    Args:
+        keep_bytes: Free segments are kept for the next message up to so many bytes together.
+
+    Attributes:
+        is_used: Something has been placed here; until then nothing has to be trimmed.
+    """
+
+    def __init__(self, keep_bytes: int) -> None:
+        self._keep_bytes = keep_bytes
+        # Why apart from `_free`: segments come back through the garbage collector, in any thread, at any line.
+        self._returned: deque[_File] = deque()
+        self._lock = threading.Lock()  # guards `_free`; nothing else is acquired while it is held
+        self._free: list[_File] = []  # the one used last comes last
+        self._is_closed = False
+        self.is_used = False
+
+    def place(self, buffers: Iterable[Buffer]) -> Segment:
+        """Copy the buffers into a segment, at the places that `spans_of` names.
+
+        Args:
+            buffers: One-dimensional contiguous bytes.
+
+        Raises:
+            OSError, MemoryError: The system has no memory or no descriptor left for it. Nothing is kept of it.
+        """
+        self.is_used = True
+        parts = [memoryview(buffer) for buffer in buffers]
+        spans = spans_of(parts)
+        size = spans[-1][0] + spans[-1][1] if spans else 0
+        file = self._suitable(size) or _File()
+        try:
+            for part, (offset, _) in zip(parts, spans, strict=True):
+                file.fill(part, offset)
+        except BaseException:
+            file.close()
+            raise
+        return Segment(self, file, size)
+
+    def take_back(self, file: _File) -> None:
+        """Note that nobody refers to a segment any more. Safe inside the garbage collector."""
+        if self._is_closed or file.is_spoilt:
+            file.close()
+        else:
+            file.freed_at = time.monotonic()
+            self._returned.append(file)
+
+    def next_trim(self) -> float | None:
+        """Return when `trim` should be called next, in monotonic seconds; None while nothing is kept."""
+        with self._lock:
+            self._sort_in()
+            return self._free[0].freed_at + _KEEP_FOR if self._free else None
+
+    def trim(self, now: float) -> None:
+        """Give back to the system what nobody has needed for long."""
+        with self._lock:
+            self._sort_in()
+            while self._free and self._free[0].freed_at + _KEEP_FOR <= now:
+                self._free.pop(0).close()
+
+    def close(self) -> None:
+        """Give everything back; segments that are lent go when their last reference does."""
+        self._is_closed = True
+        self._lock = threading.Lock()  # Why: also called in a forked copy, where another thread may have held it
+        while self._returned:
+            self._returned.popleft().close()
+        while self._free:
+            self._free.pop().close()
+
+    def _suitable(self, size: int) -> _File | None:
+        """Return the free segment that fits best, or one that has to be made longer, or None."""
+        with self._lock:
+            self._sort_in()
+            largest = max(_WASTE * size, _SMALL)
+            fitting = [file for file in self._free if file.filled <= largest]
+            if not fitting:
+                return None
+            roomy = [file for file in fitting if file.filled >= size]
+            best = (
+                min(roomy, key=lambda file: file.filled)
+                if roomy
+                else max(fitting, key=lambda file: file.filled)
+            )
+            self._free.remove(best)
+            return best
+
+    def _sort_in(self) -> None:
+        while self._returned:
+            self._free.append(self._returned.popleft())
+        excess = sum(file.filled for file in self._free) - self._keep_bytes
+        while excess > 0:
+            oldest = self._free.pop(0)
+            excess -= oldest.filled
+            oldest.close()
+
+
+class Borrowed:
+    """What a receiver has mapped of other processes' segments. Concurrency: any thread.
+
+    Why weak references: a mapping ends when the last array, view or slice inside it does, and only the interpreter
+    knows when that is.
+    """
+
+    def __init__(self) -> None:
+        self._mapped: dict[int, weakref.ref[mmap.mmap]] = {}
+        self._keys = count()
+
+    def map(self, fd: int, size: int, done: Callable[[bool], object] | None) -> memoryview:
+        """Return the segment's bytes, and close `fd`.
+
+        Args:
+            fd: The segment's descriptor.
+            size: Its bytes in use, at least 1.
+            done: Called when nothing refers to the bytes any more: with False if the segment must never be filled
+                again. It may be called by the garbage collector, in any thread, so it must do next to nothing. None
+                for a segment that is shared: a write into it raises. Otherwise writes are private.
+
+        Raises:
+            OSError, MemoryError: The system has no memory left for it; `done` has been called.
+        """
+        try:
+            if done is None:
+                return memoryview(mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
+            mapping = self._map_privately(fd, size) if len(self._mapped) < _MAX_MAPPED else None
+            if mapping is None:
+                copied = _read_all(fd, size)
+                done(True)
+                return memoryview(copied)
+        except BaseException:
+            if done is not None:
+                done(True)
+            raise
+        finally:
+            os.close(fd)
+        # What is mapped when this process forks is mapped by the copy as well.
+        key, forks = next(self._keys), _forks
+
+        def gone(_: object) -> None:
+            self._mapped.pop(key, None)
+            done(forks == _forks)
+
+        self._mapped[key] = weakref.ref(mapping, gone)
+        return memoryview(mapping)
+
+    def _map_privately(self, fd: int, size: int) -> mmap.mmap | None:
+        try:
+            return mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        except OSError:  # no address space or descriptors left for another mapping; a copy may still fit
+            return None
+
+
+class _File:
+    """The memory of a segment. Owner: who places into it, then the pool's lock."""
+
+    __slots__ = ("_map", "fd", "filled", "freed_at", "is_spoilt")
+
+    def __init__(self) -> None:
+        self.filled = 0  # bytes that have pages
+        self.freed_at = 0.0
+        self.is_spoilt = False
+        self._map: mmap.mmap | None = None
+        self.fd = create_file("bulkhead-segment")
+
+    def fill(self, data: memoryview, offset: int) -> None:
+        """Copy `data` to `offset`."""
+        # Why two ways: a write into fresh pages is the fastest, and fails with an error where a store into a mapping
+        # would kill the process when memory is short; into pages that are there, a mapping is three times as fast.
+        n_there = max(min(len(data), self.filled - offset), 0)
+        if n_there:
+            target = self._mapping()
+            for start in range(0, n_there, _STEP):
+                end = min(start + _STEP, n_there)
+                target[offset + start : offset + end] = data[start:end]
+        while n_there < len(data):
+            n_there += os.pwrite(self.fd, data[n_there : n_there + _STEP], offset + n_there)
+        self.filled = max(self.filled, offset + len(data))
+
+    def close(self) -> None:
+        if self._map is not None:
+            self._map.close()
+            self._map = None
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
+
+    def _mapping(self) -> mmap.mmap:
+        if self._map is None or len(self._map) < self.filled:
+            if self._map is not None:
+                self._map.close()
+            self._map = mmap.mmap(self.fd, self.filled, flags=mmap.MAP_SHARED | _POPULATE)
+        return self._map
+
+
+def create_file(name: str) -> int:
+    """Return the descriptor of a new, empty file in memory that has no name in any folder."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create(name)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def spans_of(buffers: Iterable[Buffer]) -> list[tuple[int, int]]:
+    """Return offset and length of each buffer in a segment that holds them all."""
+    spans = []
+    offset = 0
+    for buffer in buffers:
+        spans.append((offset, len(buffer)))
+        offset += -(-len(buffer) // _ALIGNMENT) * _ALIGNMENT
+    return spans
+
+
+def _read_all(fd: int, size: int) -> bytearray:
+    data = bytearray(size)
+    view = memoryview(data)
+    got = 0
+    while got < size:
+        n = os.preadv(fd, [view[got : got + _STEP]], got)
+        if n == 0:
+            raise OSError(f"a segment ends after {got} of {size} bytes")
+        got += n
+    return data
+
+
+# How often this process has forked.
+_forks = 0
+
+
+def _note_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(before=_note_fork)
