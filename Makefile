@@ -48,8 +48,8 @@ format: $(VENV)/.installed-dev ## rewrite the sources as lint wants them, where 
 types: $(VENV)/.installed-dev ## check the types of src with mypy --strict
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-bench ## measure jobs per second beside other process pools
-	$(BIN)/python benchmarks/bench_dispatch.py $(ARGS)
+bench: $(VENV)/.installed-bench ## compare with other process pools: a table, and the same as JSON and as a chart
+	$(BIN)/python benchmarks/bench.py $(or $(ARGS),--json benchmarks/figures.json --png benchmarks/chart.png)
 
 clean: ## remove .venv, caches and build output
 	test ! -f "$(VENV)/pyvenv.cfg" || rm -rf "$(VENV)"

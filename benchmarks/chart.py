@@ -13,15 +13,26 @@ __all__ = ["can_draw", "draw"]
 
 WIDTH_INCHES = 10.0
 INCHES_PER_BAR = 0.27
-INCHES_AROUND = 1.2
+INCHES_AROUND = 1.3
 DOTS_PER_INCH = 120
-COLOURS = {True: "#3a7d5c", False: "#c8553d", None: "#9aa0a8"}
-"""Of a bar whose target is reached, missed, not set."""
-MARK = "#1d2a3a"
-ROOM_BESIDE = 2.0
+FONT_SIZE = 8.5
+
+COLOURS = {
+    True: ("target reached", "#3a7d5c"),
+    False: ("target missed", "#c8553d"),
+    None: ("no target", "#9aa0a8"),
+}
+INK, GRID = "#1d2a3a", "#e4e6ea"
+MARK: dict[str, Any] = {
+    "marker": "|",
+    "markersize": 11,
+    "markeredgewidth": 2,
+    "linestyle": "",
+    "color": INK,
+}
+BAR_HEIGHT = 0.62
+ROOM_BESIDE = 2.5
 """How much further than the longest bar the axis goes, so that its figure has room (a factor)."""
-LEFT_END = 0.3
-"""Where the axis begins, unless a ratio is smaller."""
 
 
 def can_draw() -> bool:
@@ -36,43 +47,47 @@ def draw(lines: Sequence[Line], caption: str, path: Path) -> None:
     height = INCHES_AROUND + INCHES_PER_BAR * len(shown)
     figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DOTS_PER_INCH, layout="constrained")
     axes = figure.subplots()
-    _draw_bars(axes, shown)
-    _draw_axis(axes, shown)
-    axes.set_title("How many times as good bulkhead is", loc="left", fontweight="bold")
-    axes.set_xlabel(caption, fontsize=8, color=MARK)
-    if axes.collections:
-        axes.legend(loc="lower right", fontsize=8, framealpha=1)
+    for at, line in enumerate(shown):
+        _draw_bar(axes, at, line)
+    _draw_axes(axes, shown)
+    figure.suptitle("How many times as good bulkhead is", x=0.01, ha="left", fontweight="bold", color=INK)
+    figure.supxlabel(caption, x=0.01, ha="left", fontsize=FONT_SIZE, color=INK)
+    figure.legend(handles=_legend(), loc="outside upper right", ncols=4, fontsize=FONT_SIZE, frameon=False)
     figure.savefig(path)
 
 
-def _draw_bars(axes: Any, shown: Sequence[Line]) -> None:
-    # Why from 1: a bar to the right is better, one to the left worse, as on any scale of ratios.
-    for at, line in enumerate(shown):
-        assert line.ratio is not None
-        axes.barh(at, line.ratio - 1, left=1, height=0.62, color=COLOURS[line.is_reached])
-        axes.annotate(
-            f"{line.ratio:.3g}",
-            (max(line.ratio, line.target or 0, 1), at),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-        )
-    targets = [(line.target, at) for at, line in enumerate(shown) if line.target is not None]
-    if targets:
-        marks = zip(*targets, strict=True)
-        axes.scatter(*marks, marker="|", s=110, color=MARK, linewidths=2, zorder=3, label="target")
+def _draw_bar(axes: Any, at: int, line: Line) -> None:
+    assert line.ratio is not None
+    # Why from 1: a bar to the right is better than the peer, one to the left worse.
+    axes.barh(at, line.ratio - 1, BAR_HEIGHT, left=1, color=COLOURS[line.is_reached][1])
+    if line.target is not None:
+        axes.plot(line.target, at, **MARK)
+    right = max(line.ratio, line.target or 0, 1)
+    beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+    axes.annotate(f"{line.ratio:.3g}", (right, at), fontsize=FONT_SIZE, color=INK, **beside)
 
 
-def _draw_axis(axes: Any, shown: Sequence[Line]) -> None:
-    ends = [end for line in shown for end in (line.ratio, line.target) if end is not None]
+def _legend() -> list[Any]:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    patches = [Patch(color=colour, label=label) for label, colour in COLOURS.values()]
+    return [Line2D([], [], label="target", **MARK), *patches]
+
+
+def _draw_axes(axes: Any, shown: Sequence[Line]) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    ends = [1.0, *(end for line in shown for end in (line.ratio, line.target) if end is not None)]
     axes.set_xscale("log")
-    axes.set_xlim(min([LEFT_END, *(end / ROOM_BESIDE for end in ends)]), max([1, *ends]) * ROOM_BESIDE)
+    axes.set_xlim(min(ends) / ROOM_BESIDE, max(ends) * ROOM_BESIDE)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.axvline(1, color=MARK, linewidth=1)
-    axes.set_yticks(range(len(shown)), [f"{line.question} — {line.peer}" for line in shown], fontsize=8)
+    axes.axvline(1, color=INK, linewidth=1)
+    axes.set_yticks(range(len(shown)), [f"{line.question} · {line.peer}" for line in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", color="#e4e6ea", linewidth=0.8)
+    axes.tick_params(length=0, labelsize=FONT_SIZE, colors=INK)
+    axes.grid(axis="x", color=GRID)
     axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines[:].set_visible(False)

@@ -13,7 +13,6 @@ are what there is.
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import psutil
 from contestants import BULKHEAD, CONTESTANTS, Contestant, Session
-from probe import PROBE
+from probing import probe_command
 from report import Report, worded
 from settings import WORKERS, Settings, StartMethod
 from tables import ABSENT, print_table
@@ -92,7 +91,7 @@ def _watch(contestants: Sequence[Contestant[Session]], start_method: StartMethod
 
 
 def _start_probe(stack: ExitStack, name: str, start_method: StartMethod) -> subprocess.Popen[str]:
-    command = [sys.executable, str(PROBE), "rest", name, str(WORKERS), start_method, str(WARM_UP_JOBS)]
+    command = probe_command("rest", name, WORKERS, start_method, WARM_UP_JOBS)
     probe = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     # After communicate() this finds nothing to do; on the way out by an error it ends the caller.
     stack.callback(probe.kill)

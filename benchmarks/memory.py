@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from mappers import BULKHEAD_MAP
-from probe import ask
+from probing import ask
 from report import Line, Report
 from settings import WORKERS, Settings
 from tables import ABSENT, print_table

@@ -1,44 +1,28 @@
 """One life of one pool in a process of its own, told to the process that measures.
 
-Run by `startup`, `idleness` and `memory`: a figure about starting, ending, resting or growing is only clean in a
-process that has done nothing else. It prints one line of JSON when it has something to say. `rest` then waits for a
-line on standard input, so that the caller is blocked in a read and the observer sees nothing but the pool.
+Run by `startup`, `idleness` and `memory` (see probing.py): a figure about starting, ending, resting or growing is only
+clean in a process that has done nothing else. It prints one line of JSON when it has something to say. `rest` then
+waits for a line on standard input, so that the caller is blocked in a read and the observer sees nothing but the pool.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from contestants import BY_NAME
 from mappers import MAPPERS_BY_NAME
 from settings import StartMethod
 from workload import hold, ignore, noop
 
-__all__ = ["PROBE", "ask"]
-
-PROBE = Path(__file__)
-TIMEOUT_SECONDS = 120
 HOLDS_PER_WORKER = 2
 """Enough jobs that hold a worker that a pool which starts its workers on demand has started them all."""
 STREAM_SAMPLES = 10
-
-
-def ask(command: str, *arguments: object) -> Any:
-    """Run a probe to its end and return what it found."""
-    done = subprocess.run(
-        [sys.executable, str(PROBE), command, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        timeout=TIMEOUT_SECONDS,
-        check=True,
-    )
-    return json.loads(done.stdout)
+"""How often `stream` looks at the memory."""
 
 
 def live(name: str, workers: int, start_method: StartMethod) -> None:
@@ -77,7 +61,7 @@ def stream(name: str, workers: int, start_method: StartMethod, items: int) -> No
 
 
 def _memory() -> dict[str, int]:
-    import psutil  # not above: `live` measures what its library imports
+    import psutil  # Why here: `live` measures what its library imports
 
     caller = psutil.Process()
     others = sum(process.memory_info().rss for process in caller.children(recursive=True))
@@ -98,8 +82,8 @@ def _life(name: str, workers: int, start_method: StartMethod) -> dict[str, float
 
 def _main() -> None:
     command, name, workers, start_method, *count = sys.argv[1:]
-    run: Callable[..., None] = {"live": live, "rest": rest, "stream": stream}[command]
-    run(name, int(workers), cast("StartMethod", start_method), *map(int, count))
+    commands: dict[str, Callable[..., None]] = {"live": live, "rest": rest, "stream": stream}
+    commands[command](name, int(workers), cast("StartMethod", start_method), *map(int, count))
 
 
 if __name__ == "__main__":

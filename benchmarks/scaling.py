@@ -37,7 +37,7 @@ def measure_scaling(settings: Settings) -> Report:
     found.print_busy()
     lines = [
         found.line(
-            f"dispatch, strict, {n} worker{'s' * (n > 1)}: jobs",
+            f"dispatch, strict: jobs/s, workers: {n}",
             f"{STDLIB_POOL.name}, {n}",
             lambda sample: sample.seconds,
             per_second,

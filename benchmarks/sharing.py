@@ -47,7 +47,7 @@ Sample = dict[str, float]
 def measure_sharing(settings: Settings) -> Report:
     """Measure and print the table."""
     size = settings.scaled(SIZE)
-    title = f"array of {size / MEGABYTE:g} MB shared by {JOBS} jobs"
+    title = f"shared array of {size / MEGABYTE:g} MB, {JOBS} jobs"
     if not COPY.is_installed():
         print(f"\n{title}: numpy {ABSENT}")
         return Report({}, [Line(title, "", "numpy", "", None)])

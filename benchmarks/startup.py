@@ -13,7 +13,7 @@ from itertools import product
 from multiprocessing import get_all_start_methods
 
 from contestants import BULKHEAD, EXECUTOR, STDLIB_POOL
-from probe import ask
+from probing import ask
 from report import Report
 from settings import Settings, StartMethod
 from tables import ABSENT, median, print_table

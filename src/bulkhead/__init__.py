@@ -11,6 +11,7 @@ from bulkhead import _platform as _platform
 from bulkhead._kernel.lifecycle import JobState
 from bulkhead.config import Pool
 from bulkhead.dispatcher import Dispatcher
+from bulkhead.engines.processes.sharing import Shared
 from bulkhead.errors import (
     BarrierTimeout,
     BulkheadError,
@@ -25,6 +26,7 @@ from bulkhead.errors import (
     JobTimeout,
     MissingMainGuard,
     NestedDispatch,
+    NoSharedMemory,
     PoolBroken,
     PoolFull,
     RemoteError,
@@ -59,12 +61,14 @@ __all__ = [
     "JobsFailed",
     "MissingMainGuard",
     "NestedDispatch",
+    "NoSharedMemory",
     "Pool",
     "PoolBroken",
     "PoolFull",
     "PoolStats",
     "RemoteError",
     "RetryPolicy",
+    "Shared",
     "StartDeadlineExceeded",
     "Tracker",
     "UnknownPriority",

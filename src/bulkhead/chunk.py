@@ -79,7 +79,9 @@ class Chunk(Tracker):
         may_stop: bool,
     ) -> None:
         super().__init__(home, payload, priority, timeout, retry)
-        self.message = payload  # Why also here: a settled job loses its payload, but its rest may have to be sent
+        self.message = (
+            payload  # Why also here: a settled job loses its payload, but its rest may have to be sent
+        )
         self.first = first
         self.items = items
         self.span = range(len(items)) if span is None else span
@@ -130,14 +132,18 @@ class Chunk(Tracker):
             return f"items {self.first + self.todo[0]} to {self.first + self.todo[-1]} of a map"
         return f"item {self.first + self.todo[position]} of a map"
 
-    def late_since(self, running: Running, now: float) -> float | None:
-        """Return when the time of the running item will be up, or None when it is."""
+    def time_left(self, running: Running, sent_at: float, now: float) -> float | None:
+        """Return up to when the running item has time, or None when its time is up. All in monotonic seconds."""
         assert self.timeout is not None
         position = self._blamed(running)
-        if running is None or position is None:
-            return now + self.timeout  # the items are being unpickled, or the last one has just ended
-        if running[1] + self.timeout > now:
-            return running[1] + self.timeout
+        if running is None:
+            began = sent_at  # the items are being unpickled: that has as much time as one of them
+        elif position is None:
+            began = now  # the last one has just ended
+        else:
+            began = running[1]
+        if began + self.timeout > now:
+            return began + self.timeout
         self._overtime = position
         return None
 

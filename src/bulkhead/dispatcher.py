@@ -49,6 +49,17 @@ _log = logging.getLogger("bulkhead")
 
 _not_finalized: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
 
+# This process. Why kept: asking for it is a system call, on the way of every job.
+_here = os.getpid()
+
+
+def _note_copy() -> None:
+    global _here
+    _here = os.getpid()
+
+
+os.register_at_fork(after_in_child=_note_copy)
+
 # Bounds of the time that a cancelling finalize may take besides the kill ladder (seconds).
 _UNWIND = 5.0
 
@@ -90,7 +101,7 @@ class Dispatcher:
         configs = pools_from(pools)
         limit = validate.whole_number("max_history", max_history, at_least=0)
         self._history = History(validate.seconds("job_expiry", job_expiry), limit)
-        self._pid = os.getpid()
+        self._pid = _here
         self._pools: dict[int, ProcessPool] = {}
         _warn_of_threads(configs)
         setups = [packed_setup(config, niceness_step(rank)) for rank, config in enumerate(configs)]
@@ -379,7 +390,7 @@ class Dispatcher:
 
     def _prepared(self, job: Any) -> tuple[ProcessPool, Tracker]:
         """Check a job, pickle it and find its pool; nothing is claimed yet."""
-        if os.getpid() != self._pid:
+        if self._pid != _here:
             self._refuse_elsewhere()
         fn, args, kwargs = call_of(job)
         options = options_of(job)
@@ -387,7 +398,8 @@ class Dispatcher:
         if pool is None:
             pool = self._pool_of(None)
         config = pool.config
-        tracker = Tracker(pool, pool.pack(fn, args, kwargs), config.priority, config.timeout, config.retry)
+        payload = pool.pack(fn, args, kwargs, pool.segments)
+        tracker = Tracker(pool, payload, config.priority, config.timeout, config.retry)
         if options:
             self._apply(options, tracker)
         return pool, tracker
@@ -425,7 +437,7 @@ class Dispatcher:
             ) from None
 
     def _refuse_elsewhere(self) -> None:
-        if os.getpid() != self._pid:
+        if self._pid != _here:
             raise NestedDispatch(
                 "this Dispatcher belongs to another process: a job cannot dispatch, wait at a barrier or finalize; "
                 "return what is to be done next and let the caller dispatch it"

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from bulkhead.tracker import Tracker
 
-__all__ = ["Feedable", "Feeder", "Offers"]
+__all__ = ["Feeder", "Offers"]
 
 
 class Feedable(Protocol):

@@ -14,18 +14,18 @@ import operator
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from bulkhead import validate
 from bulkhead._kernel.lifecycle import SETTLED
 from bulkhead.chunk import Chunk, Outcomes
-from bulkhead.config import Pool
 from bulkhead.engines.processes.driving import Bell
 from bulkhead.engines.processes.interrupts import calm
+from bulkhead.engines.processes.pool import ProcessPool
 from bulkhead.errors import BulkheadError, ConfigError, ConfigTypeError
-from bulkhead.feeding import Feedable, Offers
+from bulkhead.feeding import Offers
 
-__all__ = ["MapOptions", "MapPool", "Results"]
+__all__ = ["MapOptions", "Results"]
 
 # What a chunk of automatic size should take (seconds), and bounds of its items and of its bytes.
 _CHUNK_SECONDS = 0.004
@@ -46,17 +46,6 @@ _LOOKAHEAD_BYTES = 256 << 20
 # Reading one chunk's items should not take longer (seconds): workers wait meanwhile. A source that takes longer for
 # one item is slow; then results that have come are given out first.
 _READ_SECONDS = 0.005
-
-
-class MapPool(Feedable, Protocol):
-    """What a map needs of a pool."""
-
-    config: Pool
-
-    def pack_items(self, fn: Callable[..., Any], items: list[Any]) -> Any: ...
-    def wait_for_bell(self, bell: Bell) -> None: ...
-    def abandon(self, chunks: Iterable[Chunk]) -> None: ...
-    def drop(self, chunks: Iterable[Chunk]) -> None: ...
 
 
 class MapOptions:
@@ -98,7 +87,11 @@ class Results(itertools.chain[Any]):
 
     @classmethod
     def of(
-        cls, pool: MapPool, fn: Callable[..., Any], iterables: tuple[Iterable[Any], ...], options: MapOptions
+        cls,
+        pool: ProcessPool,
+        fn: Callable[..., Any],
+        iterables: tuple[Iterable[Any], ...],
+        options: MapOptions,
     ) -> Results:
         """Make the iterator; nothing is read yet.
 
@@ -120,7 +113,7 @@ class _Source:
 
     def __init__(
         self,
-        pool: MapPool,
+        pool: ProcessPool,
         fn: Callable[..., Any],
         iterables: tuple[Iterable[Any], ...],
         options: MapOptions,
@@ -134,9 +127,13 @@ class _Source:
         self._input = _Input(_zipped(iterables))
         pool.pack_items(fn, [])  # so that a function that cannot be sent is refused at once
         self._sizing = _Sizing(options, pool.config.n_workers)
-        self._depth = 2 * pool.config.n_workers  # chunks that may be with the pool: running, and the next ones
+        self._depth = (
+            2 * pool.config.n_workers
+        )  # chunks that may be with the pool: running, and the next ones
         self._offers = Offers(_forget, self._depth)
-        self._ready: dict[Chunk, None] = {}  # those of the window that can be given out, in the order of their end
+        self._ready: dict[
+            Chunk, None
+        ] = {}  # those of the window that can be given out, in the order of their end
         self._unsent: deque[Chunk] = deque()  # those that have to be sent
         self._n_sent = 0  # those that are with the pool
         self._n_waiting = 0  # items that are read and not given out
@@ -257,7 +254,7 @@ class _Source:
     def _redone(self, chunk: Chunk, span: range) -> Chunk:
         if not chunk.is_unreadable:
             return self._part(chunk, span)
-        items, first = chunk.items[span.start : span.stop], chunk.first + span.start
+        items, first = list(chunk.items[span.start : span.stop]), chunk.first + span.start
         message, error = self._packed(items)
         part = self._chunk(message, items, first)
         if error is not None:
@@ -309,12 +306,12 @@ class _Source:
             items = self._input.items
         if not items:
             return False
-        message, error = self._packed(items)
+        message, refusal = self._packed(items)
         with calm():
             chunk = self._chunk(message, items, self._input.taken())
             self._n_waiting += len(items)
             self._window.append(chunk)
-            if error is None:
+            if refusal is None:
                 self._unsent.append(chunk)
             else:
                 # One of the items cannot be pickled, nobody knows which: they go one by one.

@@ -87,7 +87,7 @@ class Tracker(JobRecord):
     def __init__(
         self,
         home: JobHome,
-        payload: bytes,
+        payload: Any,
         priority: int,
         timeout: float | None = None,
         retry: RetryPolicy | None = None,

@@ -18,7 +18,7 @@ from bulkhead import (
     Unrecoverable,
     WorkerCrashed,
 )
-from bulkhead._kernel.records import JobRecord, Slot, SlotState
+from bulkhead._kernel.records import JobRecord, Loss, Slot, SlotState
 from bulkhead._kernel.scheduler import (
     AcceptOffer,
     EndWorker,

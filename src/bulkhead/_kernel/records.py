@@ -26,7 +26,7 @@ class Loss(Enum):
 
     ATTEMPT = "attempt"  # the attempt has failed
     UNREAD = "unread"  # the worker had not begun to read it
-    REST = "rest"  # a part of it is done, the rest is still to do
+    REST = "rest"  # a part of it is done, the rest is still to do (for jobs without a start deadline)
     NOTHING = "nothing"  # all of it is done
 
 

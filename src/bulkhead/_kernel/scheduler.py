@@ -120,7 +120,7 @@ class Scheduler:
         draw: Callable[[], float],
         on_accept: Callable[[JobRecord], None],
         expired: Callable[[JobRecord], BaseException],
-        extended: Callable[[JobRecord], float | None] = lambda job: None,
+        extended: Callable[[JobRecord], float | None],
     ) -> None:
         self.slots = [Slot(index) for index in range(n_workers)]
         self.phases = Phases(keep_failures)
@@ -412,30 +412,28 @@ class Scheduler:
     def _job_lost(
         self, job: JobRecord, verdict: Verdict | None, error: BaseException, now: float, loss: Loss
     ) -> None:
-        if loss is Loss.REST:
-            job.returns = 0  # Why no limit: each time there is less of it
         if verdict is Verdict.CANCEL:
             self._settle(job, lifecycle.CANCEL)
         elif loss is Loss.NOTHING:
             self._settle(job, lifecycle.SUCCEED)
         elif self.broken is None and (
-            loss is Loss.REST
-            or (loss is Loss.UNREAD and verdict is None and job.returns < _MAX_RETURNS)
+            loss is Loss.REST or (loss is Loss.UNREAD and verdict is None and job.returns < _MAX_RETURNS)
         ):
-            self._return(job)
+            self._return(job, loss)
         else:
             self._attempt_failed(job, error, now)
 
-    def _return(self, job: JobRecord) -> None:
+    def _return(self, job: JobRecord, loss: Loss) -> None:
         """Put an unread job, or the rest of one, back to the front, where such ones keep the order they had."""
-        job.returns += 1
+        # Why a rest is not counted: each time there is less of it.
+        job.returns = job.returns + 1 if loss is Loss.UNREAD else 0
         job.attempt -= 1
         job.state = lifecycle.RETURN[job.state]
-        before = [other for other in self._ready if other.returns and other.turn < job.turn]
+        before = [other for other in self._ready if other.turn < job.turn]
         self._ready[job] = None
         for one in [job, *reversed(before)]:
             self._ready.move_to_end(one, last=False)
-        if job.start_by is not None:
+        if job.start_by is not None and loss is Loss.UNREAD:
             self._deadlines.add(job.start_by, Alarm.START_DEADLINE, _handle(job))
 
     def _settle(self, job: JobRecord, event: lifecycle.Event) -> None:

@@ -68,8 +68,8 @@ def _noted(worker: Worker, number: int, body: Body) -> Answer:
         if position < 0:
             _, outcomes = _outcomes(records_in(memoryview(opened.body)))
         else:
-            value, error = _value(opened.body, opened.buffers)
-            outcomes = [(position, [value], error)]
+            value, failure = _value(opened.body, opened.buffers)
+            outcomes = [(position, [value], failure)]
         return worker, kind, number, size, Parts(outcomes, None), None
     return decoded(worker, kind, number, opened.body)
 

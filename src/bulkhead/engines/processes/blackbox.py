@@ -34,8 +34,8 @@ __all__ = [
 DUMP: int | None = signal.SIGRTMIN + 9 if hasattr(signal, "SIGRTMIN") else None
 
 # Layout in bytes: three counters (number of the message, bytes of output when it came, bytes of output so far), a ring
-# of output, the stacks, and far behind them how far a chunk has come (see progress.py). Pages that nobody writes to take
-# no memory.
+# of output, the stacks, and far behind them how far a chunk has come (see progress.py). Pages that nobody writes to
+# take no memory.
 _READ_AT = 0
 _WRITTEN_AT = 16
 _RING_AT = 24

@@ -24,14 +24,14 @@ from typing import Any, NamedTuple
 
 from bulkhead.engines.processes.segments import Borrowed, Segment, SegmentPool, spans_of
 
-__all__ = ["Exchange", "Opened", "Parcel", "Token", "is_large", "parcel_of", "socket_pair"]
+__all__ = ["LARGE_BODY", "Exchange", "Opened", "Parcel", "Token", "parcel_of", "socket_pair"]
 
 _PROTOCOL = 5
 
 # From this size on buffers go beside the pickled body, and the body itself beside the frame (bytes). Why: below it,
 # making and mapping a segment costs more than a copy through the pipe. See benchmarks/README.md.
 _LARGE_BUFFERS = 128 << 10
-_LARGE_BODY = 256 << 10
+LARGE_BODY = 256 << 10
 
 # Different shared objects in one job (arbitrary; each is a message in the socket's queue, which holds some 250).
 _MAX_SHARED = 128
@@ -65,7 +65,7 @@ class Parcel:
         body_size: Its length in the segment, or 0.
         segment: Its own large parts, if there are any.
         shared: The shared objects it refers to.
-        layout: For each buffer of the pickled value: which segment (its own first, then the shared ones), offset, length.
+        layout: For each buffer of the pickled value: which segment (its own, then the shared ones), offset, length.
     """
 
     __slots__ = ("body", "body_size", "layout", "segment", "shared")
@@ -99,11 +99,6 @@ class Opened(NamedTuple):
     size: int  # bytes in its own segment
 
 
-def is_large(body: bytes) -> bool:
-    """Tell whether a pickled value is better off in a segment."""
-    return len(body) >= _LARGE_BODY
-
-
 def parcel_of(
     body: bytes,
     buffers: list[pickle.PickleBuffer],
@@ -126,8 +121,8 @@ def parcel_of(
         )
     views = [b.raw() for b, token in zip(buffers, tokens, strict=True) if token is None]
     segment, body_size = None, 0
-    if sum(map(len, views)) >= _LARGE_BUFFERS or len(body) >= _LARGE_BODY:
-        if len(body) >= _LARGE_BODY:
+    if sum(map(len, views)) >= _LARGE_BUFFERS or len(body) >= LARGE_BODY:
+        if len(body) >= LARGE_BODY:
             views.insert(0, memoryview(body))
             body_size = len(body)
         try:
@@ -141,9 +136,7 @@ def parcel_of(
         return body
     spans = iter(spans_of(views)[1 if body_size else 0 :])
     places = {id(token): which for which, token in enumerate(shared, 1 if segment is not None else 0)}
-    layout = [
-        (0, *next(spans)) if token is None else (places[id(token)], 0, token.size) for token in tokens
-    ]
+    layout = [(0, *next(spans)) if token is None else (places[id(token)], 0, token.size) for token in tokens]
     return Parcel(b"" if body_size else body, body_size, segment, shared, layout)
 
 
@@ -158,7 +151,7 @@ class Exchange:
         borrowed: Maps what the other side lends.
 
     Attributes:
-        let_go: Loans of the other side that this side is done with, negative if they are spoilt. `wrap` sends them back.
+        let_go: Loans of the other side that this side is done with, negative if spoilt. `wrap` sends them back.
     """
 
     def __init__(self, line: socket.socket, borrowed: Borrowed) -> None:

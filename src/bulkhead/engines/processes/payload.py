@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
 
-from bulkhead.engines.processes.parcels import Callback, Parcel, is_large, parcel_of
+from bulkhead.engines.processes.parcels import LARGE_BODY, Callback, Parcel, parcel_of
 from bulkhead.engines.processes.segments import SegmentPool
 from bulkhead.errors import JobNotPicklable, RemoteError, RemoteTraceback
 
@@ -33,6 +33,12 @@ _PROTOCOL = 5
 _SIZE = struct.Struct("<I")
 _NO_FUNCTION = _SIZE.pack(0)
 
+# Types that have no buffers to send out of band.
+_PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
+
+# What most jobs return, pickled once.
+_NONE = pickle.dumps(None, _PROTOCOL)
+
 # Functions known here: in the caller their bytes, in a worker the functions. Why: a function that is pickled by name is
 # the same for ever, and finding the name is the larger part of pickling a small job. Emptied when it gets this large.
 _MAX_FUNCTIONS = 1024
@@ -46,7 +52,7 @@ def pack_call(
     fn: Callable[..., Any],
     args: Sequence[Any],
     kwargs: dict[str, Any],
-    segments: SegmentPool | None = None,
+    segments: SegmentPool | None,
     what: str = "job",
 ) -> bytes | Parcel:
     """Return a call, packed: the function and the arguments, pickled apart so that both sides know it again.
@@ -62,16 +68,11 @@ def pack_call(
         JobNotPicklable: With the reason, and with what to install where that would help.
     """
     try:
-        packed = _packed_function(fn) if type(fn) is FunctionType else b""
-        if packed and not args and not kwargs:
+        packed = _packed_function(fn) if type(fn) is FunctionType else _NO_FUNCTION
+        if packed is not _NO_FUNCTION and not args and not kwargs:
             return packed
-
-        def pickled(callback: Callback | None) -> bytes:
-            if packed:
-                return packed + pickle.dumps((args, kwargs), _PROTOCOL, buffer_callback=callback)
-            return _NO_FUNCTION + pickle.dumps((fn, args, kwargs), _PROTOCOL, buffer_callback=callback)
-
-        return _dumped(pickled, segments)
+        call = (fn, args, kwargs) if packed is _NO_FUNCTION else (args, kwargs)
+        return _packed_value(call, packed, segments, _are_plain(args) and not kwargs)
     except Exception as error:  # arbitrary code of the user's objects runs here
         return _pack_closure((fn, args, kwargs), segments, what, error)
 
@@ -80,7 +81,7 @@ def pack_without_main(
     fn: Callable[..., Any],
     args: Sequence[Any],
     kwargs: dict[str, Any],
-    segments: SegmentPool | None = None,
+    segments: SegmentPool | None,
     what: str = "job",
 ) -> bytes | Parcel:
     """As `pack_call`, for workers that cannot import the caller's main module: what that defines goes by value."""
@@ -113,8 +114,10 @@ def unpack_call(body: memoryview | bytes | bytearray, buffers: Sequence[memoryvi
 
 def pack_value(value: Any, segments: SegmentPool) -> bytes | Parcel:
     """Return a job's result, packed; raises whatever its pickling raises."""
+    if value is None:
+        return _NONE
     try:
-        return _dumped(lambda callback: pickle.dumps(value, _PROTOCOL, buffer_callback=callback), segments)
+        return _packed_value(value, b"", segments, type(value) in _PLAIN)
     except Exception as error:
         packed = _cloudpickled(value)
         if packed is None:
@@ -124,6 +127,8 @@ def pack_value(value: Any, segments: SegmentPool) -> bytes | Parcel:
 
 def unpack_value(body: memoryview | bytes | bytearray, buffers: Sequence[memoryview] = ()) -> Any:
     """Return a job's result; raises whatever its rebuilding raises."""
+    if body == _NONE:
+        return None
     return pickle.loads(body, buffers=buffers)
 
 
@@ -170,14 +175,39 @@ def message_of(error: BaseException) -> str:
         return "<its text could not be made>"
 
 
-def _dumped(pickled: Callable[[Callback | None], bytes], segments: SegmentPool | None) -> bytes | Parcel:
-    if segments is None:
-        return pickled(None)
+def _packed_value(value: Any, head: bytes, segments: SegmentPool | None, is_plain: bool) -> bytes | Parcel:
+    if is_plain:
+        # Why apart: a callback costs as much as the pickling of two numbers.
+        body = head + pickle.dumps(value, _PROTOCOL)
+        return _with_buffers(value, head, body, [], segments) if len(body) >= LARGE_BODY else body
     buffers: list[pickle.PickleBuffer] = []
-    body = pickled(buffers.append)
-    if buffers or is_large(body):
-        return parcel_of(body, buffers, pickled, segments)
+    body = head + pickle.dumps(value, _PROTOCOL, buffer_callback=buffers.append)
+    if buffers or len(body) >= LARGE_BODY:
+        return _with_buffers(value, head, body, buffers, segments)
     return body
+
+
+def _are_plain(values: Sequence[Any]) -> bool:
+    for value in values:  # noqa: SIM110 - a generator takes three times as long
+        if type(value) not in _PLAIN:
+            return False
+    return True
+
+
+def _with_buffers(
+    value: Any,
+    head: bytes,
+    body: bytes,
+    buffers: list[pickle.PickleBuffer],
+    segments: SegmentPool | None,
+    dumps: Callable[..., bytes] = pickle.dumps,
+) -> bytes | Parcel:
+    """Put the large parts of `value` into a segment; `body` is `head` and its pickle without `buffers`."""
+
+    def pickled(callback: Callback | None) -> bytes:
+        return head + dumps(value, protocol=_PROTOCOL, buffer_callback=callback)
+
+    return pickled(None) if segments is None else parcel_of(body, buffers, pickled, segments)
 
 
 def _packed_function(fn: Callable[..., Any]) -> bytes:
@@ -220,9 +250,7 @@ def _rebuildable(error: BaseException) -> bytes | None:
         return None
 
 
-def _pack_closure(
-    call: Any, segments: SegmentPool | None, what: str, error: Exception
-) -> bytes | Parcel:
+def _pack_closure(call: Any, segments: SegmentPool | None, what: str, error: Exception) -> bytes | Parcel:
     try:
         import cloudpickle
     except ImportError:
@@ -231,11 +259,10 @@ def _pack_closure(
             "and closures install the extra: pip install 'bulkhead-pool[closures]'"
         ) from error
 
-    def pickled(callback: Callback | None) -> bytes:
-        return _NO_FUNCTION + cloudpickle.dumps(call, protocol=_PROTOCOL, buffer_callback=callback)  # type: ignore[no-any-return]
-
     try:
-        return _dumped(pickled, segments)
+        buffers: list[pickle.PickleBuffer] = []
+        body = _NO_FUNCTION + cloudpickle.dumps(call, protocol=_PROTOCOL, buffer_callback=buffers.append)
+        return _with_buffers(call, _NO_FUNCTION, body, buffers, segments, cloudpickle.dumps)
     except Exception as second:
         raise JobNotPicklable(
             f"{what} cannot be pickled, not even by cloudpickle: {message_of(second)}"

@@ -24,7 +24,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from enum import Enum
-from functools import partial
 from typing import Any
 
 from bulkhead._kernel import lifecycle
@@ -44,7 +43,9 @@ from bulkhead.chunk import Chunk
 from bulkhead.config import Pool
 from bulkhead.engines.base import Ledger
 from bulkhead.engines.processes import deaths, main_module
+from bulkhead.engines.processes.answers import Answer, Parts, decoded, recorded
 from bulkhead.engines.processes.callbacks import CallbackThread, DoneCallback
+from bulkhead.engines.processes.chunk_runner import ChunkOrder
 from bulkhead.engines.processes.driving import Bell, Driving, Waiter, reentered
 from bulkhead.engines.processes.interrupts import calm, hold, release
 from bulkhead.engines.processes.launcher import Report, Says, Unsuitable
@@ -52,8 +53,6 @@ from bulkhead.engines.processes.launcher_link import LauncherLink
 from bulkhead.engines.processes.parcels import Parcel
 from bulkhead.engines.processes.payload import cannot, pack_call, pack_without_main
 from bulkhead.engines.processes.poller import READABLE, WRITABLE
-from bulkhead.engines.processes.answers import Answer, Parts, decoded, recorded
-from bulkhead.engines.processes.chunk_runner import ChunkOrder
 from bulkhead.engines.processes.segments import Borrowed, SegmentPool
 from bulkhead.engines.processes.worker import Worker
 from bulkhead.engines.processes.worker_main import Initializer, Kind, Setup
@@ -125,7 +124,9 @@ def packed_setup(config: Pool, nicer_by: int) -> bytes:
     is_fork = config.start_method == "fork"
     call = None
     if config.initializer is not None and not is_fork:
-        call = pack_call(config.initializer, config.initargs, {}, what="initializer")
+        packed = pack_call(config.initializer, config.initargs, {}, None, "initializer")
+        assert isinstance(packed, bytes)
+        call = packed
     main = None if is_fork else main_module.describe()
     return pickle.dumps(Setup(f"bulkhead-{config.label}", main, call, config.nice, nicer_by))
 
@@ -151,11 +152,10 @@ class ProcessPool:
         self.config = config
         self._method = config.start_method or "forkserver"
         # Where the large parts of jobs wait for their worker, and what workers have sent of their own.
-        self._segments = SegmentPool(_KEEP_BYTES)
+        self.segments = SegmentPool(_KEEP_BYTES)
         self._borrowed = Borrowed()
         knows_main = self._method == "fork" or main_module.is_importable()
-        pack = pack_call if knows_main else pack_without_main
-        self.pack = partial(pack, segments=self._segments)  # packs a call for this pool's workers
+        self.pack = pack_call if knows_main else pack_without_main  # packs a call for this pool's workers
         self._ledger = ledger
         self._inherited: Initializer | None = (
             (config.initializer, config.initargs, {}) if config.initializer else None
@@ -299,7 +299,7 @@ class ProcessPool:
         Raises:
             JobNotPicklable: With the reason.
         """
-        packed = self.pack(fn, items, {}, what="an item of the map" if items else "the function")
+        packed = self.pack(fn, items, {}, self.segments, "an item of the map" if items else "the function")
         return packed if isinstance(packed, Parcel) else Parcel(packed, 0, None, [], [])
 
     def wait_for_bell(self, bell: Bell) -> None:
@@ -477,7 +477,7 @@ class ProcessPool:
                 self._forget(worker)
             self._link.close(_STOP)
             self._fail_rest(PoolBroken(f"{self.config.label} was stopped"))
-            self._segments.close()
+            self.segments.close()
             self._driving.close()
         _live_pools.discard(self)
 
@@ -491,7 +491,7 @@ class ProcessPool:
             for worker in self._workers.values():
                 worker.close()
             self._link.abandon()
-            self._segments.close()
+            self.segments.close()
             self._driving.close()
 
     def _refuse_copy(self) -> None:
@@ -548,8 +548,8 @@ class ProcessPool:
         if self._overdue:
             overdue = min(instant for instant, _ in self._overdue.values())
             deadline = overdue if deadline is None else min(deadline, overdue)
-        if self._segments.is_used:
-            trim = self._segments.next_trim()
+        if self.segments.is_used:
+            trim = self.segments.next_trim()
             if trim is not None and (deadline is None or trim < deadline):
                 deadline = trim
         # Whoever polls until then finds that something is due.
@@ -776,7 +776,7 @@ class ProcessPool:
         worker = job.slot.worker if job.slot is not None else None
         if not isinstance(job, Chunk) or worker is None:
             return None
-        return job.late_since(worker.progress.running(worker.message), time.monotonic())
+        return job.time_left(worker.progress.running(worker.message), worker.began, time.monotonic())
 
     def _start_failure(self, worker: Worker, report: Report) -> BaseException:
         cause = worker.failure or deaths.crash(worker.pid, report, "getting ready")
@@ -876,8 +876,8 @@ class ProcessPool:
         sweep = self._ledger.next_sweep()
         if sweep is not None and sweep <= now:
             self._ledger.sweep()
-        if self._segments.is_used:
-            self._segments.trim(now)
+        if self.segments.is_used:
+            self.segments.trim(now)
         for worker, (instant, push) in list(self._overdue.items()):
             if now >= instant:
                 self._push(worker, push, now)

@@ -50,7 +50,7 @@ class Segment:
     """A filled segment. It goes back to its pool when the last reference to this object does.
 
     Attributes:
-        fd: Open as long as this object lives.
+        fd: Its descriptor, open as long as this object lives.
         size: Bytes in use.
     """
 
@@ -63,6 +63,7 @@ class Segment:
 
     @property
     def fd(self) -> int:
+        """Open as long as this object lives."""
         return self._file.fd
 
     def spoil(self) -> None:
@@ -138,7 +139,9 @@ class SegmentPool:
     def close(self) -> None:
         """Give everything back; segments that are lent go when their last reference does."""
         self._is_closed = True
-        self._lock = threading.Lock()  # Why: also called in a forked copy, where another thread may have held it
+        self._lock = (
+            threading.Lock()
+        )  # Why: also called in a forked copy, where another thread may have held it
         while self._returned:
             self._returned.popleft().close()
         while self._free:

@@ -68,7 +68,9 @@ class Worker:
             for fd in opened:
                 os.close(fd)
             raise
-        jobs_read, jobs_write, results_read, results_write, life_read, self._life, line, their_line, box = opened
+        jobs_read, jobs_write, results_read, results_write, life_read, self._life, line, their_line, box = (
+            opened
+        )
         self._theirs: tuple[int, ...] = (jobs_read, results_write, life_read, their_line, box)
         self.writer = FrameWriter(jobs_write)
         self.reader = FrameReader(results_read)

@@ -58,6 +58,9 @@ class Kind:
 
 _JOB = Kind.JOB
 
+# Whether this process is a fork of a worker, made by a job. Why not compare pids: that is a system call for each job.
+_is_copy = False
+
 
 class Ends(NamedTuple):
     """The worker's descriptors: jobs in, results out, life line, line for descriptors, black box."""
@@ -91,6 +94,7 @@ def main(ends: Ends) -> None:
 def run(ends: Ends, inherited: Initializer | None = None) -> None:
     """Run a worker in this process until its caller is done with it. Does not return."""
     code = 1
+    os.register_at_fork(after_in_child=_note_copy)
     try:
         box = _settle_in(ends)
         if _get_ready(ends, box, inherited):
@@ -104,6 +108,11 @@ def run(ends: Ends, inherited: Initializer | None = None) -> None:
         print(f"bulkhead: worker {os.getpid()} ends: {error!r}", file=sys.stderr)
     finally:
         _leave(code)
+
+
+def _note_copy() -> None:
+    global _is_copy
+    _is_copy = True
 
 
 def _settle_in(ends: Ends) -> BlackBox:
@@ -157,8 +166,6 @@ def _get_ready(ends: Ends, box: BlackBox, inherited: Initializer | None) -> bool
 
 
 def _serve(ends: Ends, box: BlackBox) -> None:
-    pid = os.getpid()
-    os.set_blocking(ends.jobs, False)
     sleeper = select.poll()
     sleeper.register(ends.jobs, select.POLLIN)
     desk = _Desk(ends)
@@ -173,7 +180,7 @@ def _serve(ends: Ends, box: BlackBox) -> None:
         del message, first
         outcome, packed = _attempt(body, desk.segments) if kind == _JOB else desk.attempt_noted(number, body)
         # Race: a job that forked and let its child return would answer twice; the copy has no business here.
-        if os.getpid() != pid:
+        if _is_copy:
             os._exit(0)
         if box.has_output:
             box.flush_output()
@@ -230,28 +237,24 @@ class _Desk:
 
 
 def _next_bytes(fd: int, sleeper: select.poll, segments: SegmentPool) -> bytes:
-    try:
-        return os.read(fd, CHUNK)
-    except BlockingIOError:
-        pass
+    look = sleeper.poll
     give_up = time.perf_counter() + _LOOK_FOR
-    while time.perf_counter() < give_up:
+    # Why first of all: the next job cannot be there before the caller has read the last answer.
+    _give_way()
+    while not look(0):
+        if time.perf_counter() > give_up:
+            _sleep(sleeper, segments)
+            break
         _give_way()
-        try:
-            return os.read(fd, CHUNK)
-        except BlockingIOError:
-            pass
+    return os.read(fd, CHUNK)
+
+
+def _sleep(sleeper: select.poll, segments: SegmentPool) -> None:
     while True:
         trim = segments.next_trim() if segments.is_used else None
-        if trim is None:
-            sleeper.poll()
-        elif not sleeper.poll(max(trim - time.monotonic(), 0) * 1000 + 1):
-            segments.trim(time.monotonic())
-            continue
-        try:
-            return os.read(fd, CHUNK)
-        except BlockingIOError:
-            pass
+        if sleeper.poll(None if trim is None else max(trim - time.monotonic(), 0) * 1000 + 1):
+            return
+        segments.trim(time.monotonic())
 
 
 def _begin_read(fd: int, first: bytes, box: BlackBox) -> Frame | None:
@@ -260,10 +263,7 @@ def _begin_read(fd: int, first: bytes, box: BlackBox) -> Frame | None:
         box.note_read(number)
         if len(first) == HEADER.size + length:
             return kind, number, memoryview(first)[HEADER.size :]
-    os.set_blocking(fd, True)
-    message = read_frame(fd, first)
-    os.set_blocking(fd, False)
-    return message
+    return read_frame(fd, first)
 
 
 def _attempt(
