@@ -17,8 +17,9 @@ from bulkhead.tracker import JobHome, Tracker
 
 __all__ = ["Chunk", "Outcomes"]
 
-# Position and start (monotonic seconds) of the item that a worker runs; None before the first has begun.
-Running = tuple[int, float] | None
+# What a worker runs: position of the first item of a group, number of its items, their start (monotonic seconds); None
+# before the first has begun.
+Running = tuple[int, int, float] | None
 
 _MISSING: Any = object()  # stands where no result has come (yet)
 
@@ -39,6 +40,7 @@ class Chunk(Tracker):
 
     Attributes:
         todo: Which items the current or next sending is for.
+        n_single: So many of the first of them are to be run one by one.
         is_unreadable: No worker could take its items apart; they have to be sent one by one.
         is_abandoned: Nobody wants its results any more.
         seconds: How long the last sending took; None before its end.
@@ -49,6 +51,7 @@ class Chunk(Tracker):
     __slots__ = (
         "_errors",
         "_failed_now",
+        "_last_errors",
         "_n_missing",
         "_overtime",
         "_values",
@@ -59,6 +62,7 @@ class Chunk(Tracker):
         "items",
         "may_stop",
         "message",
+        "n_single",
         "seconds",
         "span",
         "todo",
@@ -88,6 +92,7 @@ class Chunk(Tracker):
         self.is_star = is_star
         self.may_stop = may_stop
         self.todo: Sequence[int] = self.span
+        self.n_single = 0
         self.is_unreadable = False
         self.is_abandoned = False
         self.seconds: float | None = None
@@ -95,6 +100,7 @@ class Chunk(Tracker):
         self._n_missing = len(self.span)
         self._errors: dict[int, BaseException] = {}
         self._failed_now: list[int] = []
+        self._last_errors: dict[int, BaseException] = {}  # of items that are to run another time
         self._overtime: int | None = None  # position of the item whose time was up
 
     # For the engine
@@ -116,7 +122,7 @@ class Chunk(Tracker):
         self._errors[index] = error
         self._failed_now.append(index)
         if not isinstance(error, BulkheadError):  # those of ours name the item
-            error.add_note(f"while running item {self.first + index} of a map")
+            _note(error, f"while running item {self.first + index} of a map")
 
     def reject(self, error: BaseException) -> None:
         """Note that a worker could not take the items apart."""
@@ -141,7 +147,7 @@ class Chunk(Tracker):
         elif position is None:
             began = now  # the last one has just ended
         else:
-            began = running[1]
+            began = running[2]
         if began + self.timeout > now:
             return began + self.timeout
         self._overtime = position
@@ -158,7 +164,10 @@ class Chunk(Tracker):
             return False
         if running is None:
             position = 0
-        if position is not None and self._is_missing(self.todo[position]):
+        self.n_single = 0
+        if running is not None and running[1] > 1 and self.timeout is None:
+            self.n_single = running[1]  # one of a group, nobody knows which: they run again, one by one
+        elif position is not None and self._is_missing(self.todo[position]):
             self.take_error(position, error)
         rest = [index for index in self.todo if self._is_missing(index)]
         if rest:
@@ -178,9 +187,9 @@ class Chunk(Tracker):
         again = [index for index in failed if policy.allows(attempt, self._errors[index])]
         if not again:
             return None
-        errors = [self._errors.pop(index) for index in again]
+        self._last_errors = {index: self._errors.pop(index) for index in again}
         self._narrow(again)
-        return errors[0]
+        return self._last_errors[again[0]]
 
     # For the map
 
@@ -226,7 +235,7 @@ class Chunk(Tracker):
         value = self._values[index - self.span.start]
         if value is not _MISSING:
             return value, None
-        return None, self._errors.get(index) or self.error
+        return None, self._errors.get(index) or self._last_errors.get(index) or self.error
 
     def _is_missing(self, index: int) -> bool:
         return self._values[index - self.span.start] is _MISSING and index not in self._errors
@@ -242,6 +251,13 @@ class Chunk(Tracker):
         self.todo = range(indices[0], indices[-1] + 1) if is_run else indices
 
 
+def _note(error: BaseException, text: str) -> None:
+    try:
+        BaseException.add_note(error, text)
+    except Exception:
+        pass  # a class of the user's that has its own idea of notes
+
+
 class Outcomes(Iterator[Any]):
     """Iterates over results and errors, and goes on after it has raised one."""
 
@@ -253,6 +269,8 @@ class Outcomes(Iterator[Any]):
 
     def __next__(self) -> Any:
         value, error = next(self._outcomes)
+        if isinstance(error, StopIteration):
+            raise RuntimeError("an item of the map raised StopIteration") from error  # as a generator does
         if error is not None:
             raise error
         return value

@@ -19,7 +19,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
 
-from bulkhead import validate
+from bulkhead import forks, validate
 from bulkhead._kernel.lifecycle import JobState
 from bulkhead._kernel.phases import Phase
 from bulkhead.config import Pool, niceness_step, pools_from
@@ -48,17 +48,6 @@ __all__ = ["Dispatcher"]
 _log = logging.getLogger("bulkhead")
 
 _not_finalized: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
-
-# This process. Why kept: asking for it is a system call, on the way of every job.
-_here = os.getpid()
-
-
-def _note_copy() -> None:
-    global _here
-    _here = os.getpid()
-
-
-os.register_at_fork(after_in_child=_note_copy)
 
 # Bounds of the time that a cancelling finalize may take besides the kill ladder (seconds).
 _UNWIND = 5.0
@@ -101,7 +90,8 @@ class Dispatcher:
         configs = pools_from(pools)
         limit = validate.whole_number("max_history", max_history, at_least=0)
         self._history = History(validate.seconds("job_expiry", job_expiry), limit)
-        self._pid = _here
+        self._pid = os.getpid()
+        self._depth = forks.depth
         self._pools: dict[int, ProcessPool] = {}
         _warn_of_threads(configs)
         setups = [packed_setup(config, niceness_step(rank)) for rank, config in enumerate(configs)]
@@ -260,7 +250,8 @@ class Dispatcher:
 
         Returns:
             The handle, for any argument of any job, also inside lists and dicts. Sending it takes a few hundred bytes.
-            The memory is freed when the last handle is gone and no job is under way that was given it.
+            The memory is freed when the last handle is gone and no job is under way that was given it. A process that
+            was forked meanwhile (by the caller, or for a pool with start method "fork") has a handle of its own.
 
         Raises:
             NoSharedMemory: There is no memory for it.
@@ -390,7 +381,7 @@ class Dispatcher:
 
     def _prepared(self, job: Any) -> tuple[ProcessPool, Tracker]:
         """Check a job, pickle it and find its pool; nothing is claimed yet."""
-        if self._pid != _here:
+        if self._depth != forks.depth:
             self._refuse_elsewhere()
         fn, args, kwargs = call_of(job)
         options = options_of(job)
@@ -437,7 +428,7 @@ class Dispatcher:
             ) from None
 
     def _refuse_elsewhere(self) -> None:
-        if self._pid != _here:
+        if self._depth != forks.depth:
             raise NestedDispatch(
                 "this Dispatcher belongs to another process: a job cannot dispatch, wait at a barrier or finalize; "
                 "return what is to be done next and let the caller dispatch it"

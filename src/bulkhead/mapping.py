@@ -33,7 +33,7 @@ _MAX_ITEMS = 16384
 _CHUNK_BYTES = 4 << 20
 
 # A chunk is at most so many times as long as the last one: the first items may not be typical.
-_GROWTH = 8
+_GROWTH = 64
 
 # How much of the measurements so far counts when another one comes in.
 _MEMORY = 0.7
@@ -118,8 +118,8 @@ class _Source:
         iterables: tuple[Iterable[Any], ...],
         options: MapOptions,
     ) -> None:
-        validate.function("fn", fn)
         self._window: deque[Chunk] = deque()  # chunks that are not given out, in the order of their items
+        validate.function("fn", fn)
         self._pool = pool
         self._fn = fn
         self._options = options
@@ -182,12 +182,15 @@ class _Source:
             # Race: Ctrl-C may have struck before the chain got it.
             if operator.length_hint(self._current):
                 return self._current
-            self._news.bell.is_rung = False
+            with calm():
+                self._n_waiting -= self._n_given
+                self._n_given = 0
+                self._news.bell.is_rung = False
             self._feed()
             with calm():
                 chunk = self._next_ready()
                 if chunk is not None:
-                    self._current = chunk.outcomes()
+                    self._give(chunk)
                     continue
                 self._is_over = not self._window
             if not self._is_over:
@@ -217,20 +220,16 @@ class _Source:
                 self._give_up(error)
 
     def _next_ready(self) -> Chunk | None:
-        self._n_waiting -= self._n_given
-        self._n_given = 0
-        chunk = next(iter(self._ready), None)
-        if chunk is None:
-            return None
-        if self._options.is_ordered:
-            chunk = self._window[0]
-            if chunk not in self._ready:
-                return None
+        if not self._options.is_ordered:
+            return next(iter(self._ready), None)
+        return self._window[0] if self._window and self._window[0] in self._ready else None
+
+    def _give(self, chunk: Chunk) -> None:
+        self._current = chunk.outcomes()
         self._window.remove(chunk)
         del self._ready[chunk]
         self._n_given = len(chunk.span)
         self._bytes -= chunk.size
-        return chunk
 
     def _split(self, chunk: Chunk) -> None:
         """Put parts in a chunk's place: those that are done, and those that have to be sent (again)."""
@@ -286,7 +285,9 @@ class _Source:
             return False
         if self._unsent:
             return True
-        if self._failure is not None or (self._ready and self._input.is_slow):
+        if self._failure is not None or self._input.is_at_end:
+            return False
+        if self._input.is_slow and self._next_ready() is not None:
             return False
         limit = self._options.buffersize
         if limit is not None:
@@ -390,6 +391,7 @@ class _Input:
     Attributes:
         items: Those.
         is_slow: The last item took long to come.
+        is_at_end: There will be no more; it is not asked again.
     """
 
     def __init__(self, source: Iterator[Any]) -> None:
@@ -397,6 +399,7 @@ class _Input:
         self._n_taken = 0
         self.items: list[Any] = []
         self.is_slow = False
+        self.is_at_end = False
 
     def read(self, size: int) -> list[Any]:
         """Read up to `size` items, fewer when the source ends or is slow, and return them.
@@ -413,7 +416,8 @@ class _Input:
             self.items.extend(itertools.islice(self._source, step))
             took = clock() - began
             self.is_slow = took > _READ_SECONDS
-            if self.is_slow or len(self.items) < before + step:
+            self.is_at_end = len(self.items) < before + step
+            if self.is_slow or self.is_at_end:
                 break
             step *= 2
         return self.items

@@ -32,12 +32,16 @@ class NaiveJob:
     timeout: float | None = None
     due: float | None = None
     start_by: float | None = None
+    has_items: bool = (
+        False  # a chunk of a map: its timeout counts for each item, and a part of it may be done
+    )
     stage: str = "new"  # offered, gone (withdrawn, refused or turned away), a JobState otherwise
     attempt: int = 0
     times_out_at: float | None = None
+    item_began: float | None = None  # None before the first item of this sending
     is_cancelling: bool = False
     is_timed_out: bool = False
-    returns: int = 0
+    returns: int = 0  # in a row, unread
     turn: int = 0  # place in the line of ready jobs
     phase: int = -1
 
@@ -180,11 +184,17 @@ class NaivePool:
             self._fail_attempt(job, error, now)
         self._go_on(now)
 
-    def died(self, worker: int, now: float, *, unread: bool, was_killed: bool) -> None:
+    def item_begins(self, job: NaiveJob, now: float) -> None:
+        assert job.has_items
+        assert job.stage == "running"
+        job.item_began = now
+
+    def died(self, worker: int, now: float, *, loss: str, was_killed: bool) -> None:
+        """Learn of a death; `loss` is a word of `Loss` for what its job has lost by it."""
         was, job = self.workers[worker], self.has[worker]
         self.workers[worker], self.has[worker] = "missing", None
         if job is not None:
-            self._lose(job, now, unread=unread)
+            self._lose(job, now, loss)
         if was == "starting":
             self.failed_starts += not was_killed
             if self.failed_starts >= max(FAILED_STARTS, len(self.workers)):
@@ -204,6 +214,10 @@ class NaivePool:
         for job in self.staged("running"):
             is_ending = job.is_timed_out or job.is_cancelling
             if job.times_out_at is not None and job.times_out_at <= now and not is_ending:
+                until = self._until(job)
+                if until > now:
+                    job.times_out_at = until
+                    continue
                 job.is_timed_out = True
                 self.out.ended.append(job)
                 self.workers[self.has.index(job)] = "ending"
@@ -218,6 +232,12 @@ class NaivePool:
             self._settle(job, "failed")
 
     # What follows
+
+    def _until(self, job: NaiveJob) -> float:
+        """Return up to when a job may run whose time seems to be up."""
+        assert job.timeout is not None
+        assert job.times_out_at is not None
+        return job.times_out_at if job.item_began is None else job.item_began + job.timeout
 
     def _go_on(self, now: float) -> None:
         """Use every free worker and all free room, the longest waiting first."""
@@ -239,6 +259,7 @@ class NaivePool:
         job.stage = "running"
         job.attempt += 1
         job.times_out_at = None if job.timeout is None else now + job.timeout
+        job.item_began = None
         self.to_place.append(job)
         self.out.started.append(job)
 
@@ -284,17 +305,25 @@ class NaivePool:
         self._take_turn(job)
         self.retried += 1
 
-    def _lose(self, job: NaiveJob, now: float, *, unread: bool) -> None:
+    def _lose(self, job: NaiveJob, now: float, loss: str) -> None:
         if job.is_cancelling:
             self._settle(job, "cancelled")
+        elif loss == "nothing":
+            self._settle(job, "succeeded")
+        elif loss == "rest" and not self.is_broken:
+            self._give_back(job, returns=0)
         elif job.is_timed_out:
             self._fail_attempt(job, "timeout", now)
-        elif unread and job.returns < UNREAD_RETURNS and not self.is_broken:
-            job.returns += 1
-            job.attempt -= 1
-            job.stage = "queued"  # with its old turn
+        elif loss == "unread" and job.returns < UNREAD_RETURNS and not self.is_broken:
+            self._give_back(job, returns=job.returns + 1)
         else:
             self._fail_attempt(job, "crash", now)
+
+    def _give_back(self, job: NaiveJob, returns: int) -> None:
+        job.returns = returns
+        job.attempt -= 1
+        job.is_timed_out = False
+        job.stage = "queued"  # with its old turn
 
     def _refuse_offers(self) -> None:
         for job in self.offers:

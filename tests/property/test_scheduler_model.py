@@ -18,7 +18,7 @@ from bulkhead import (
     WorkerCrashed,
 )
 from bulkhead._kernel.phases import Phase
-from bulkhead._kernel.records import JobRecord, SlotState
+from bulkhead._kernel.records import JobRecord, Loss, SlotState
 from bulkhead._kernel.scheduler import (
     AcceptOffer,
     EndWorker,
@@ -50,6 +50,7 @@ STATES = {
 picks = st.integers(0, 11)
 moments = st.sampled_from([0.25, 0.5, 1.0, 2.0])
 sometimes = st.one_of(st.none(), moments)
+losses = st.sampled_from(Loss)
 
 
 class Barrier:
@@ -80,6 +81,7 @@ class KernelAgainstModel(RuleBasedStateMachine):
             draw=lambda: 0.5,
             on_accept=self.entered.append,
             expired=lambda job: StartDeadlineExceeded("too late"),
+            extended=self.extended,
         )
         self.kernel.begin()
         assert self.kernel.instructions == [StartWorker(slot) for slot in self.kernel.slots]
@@ -93,6 +95,7 @@ class KernelAgainstModel(RuleBasedStateMachine):
         delay=st.one_of(st.none(), st.none(), moments),
         start_within=st.one_of(st.none(), st.none(), moments),
         timeout=sometimes,
+        has_items=st.booleans(),
         retried_on=st.sampled_from([(), *RETRY_ON]),
         max_attempts=st.integers(1, 3),
         initial=st.sampled_from([0.0, 0.5, 1.0]),
@@ -104,6 +107,7 @@ class KernelAgainstModel(RuleBasedStateMachine):
         delay: float | None,
         start_within: float | None,
         timeout: float | None,
+        has_items: bool,
         retried_on: tuple[str, ...],
         max_attempts: int,
         initial: float,
@@ -120,7 +124,8 @@ class KernelAgainstModel(RuleBasedStateMachine):
             )
         record = JobRecord(b"", 0, timeout, policy)
         record.due = None if delay is None else self.now + delay
-        record.start_by = None if start_within is None else self.now + start_within
+        # A map has no start deadline, so of a job that has one no part can be done.
+        record.start_by = None if start_within is None or has_items else self.now + start_within
         job = NaiveJob(
             len(self.records),
             max_attempts=max_attempts,
@@ -131,6 +136,7 @@ class KernelAgainstModel(RuleBasedStateMachine):
             timeout=timeout,
             due=record.due,
             start_by=record.start_by,
+            has_items=has_items,
         )
         self.records[record] = job
         had_room = self.kernel.has_room()
@@ -185,14 +191,21 @@ class KernelAgainstModel(RuleBasedStateMachine):
         self.answer(self.pick_worker(pick, "ending"), error)
 
     @precondition(lambda self: self.workers("starting", "idle", "busy"))
-    @rule(pick=picks, unread=st.booleans(), was_killed=st.booleans())
-    def worker_dies(self, pick: int, unread: bool, was_killed: bool) -> None:
-        self.die(self.pick_worker(pick, "starting", "idle", "busy"), unread=unread, was_killed=was_killed)
+    @rule(pick=picks, loss=losses, was_killed=st.booleans())
+    def worker_dies(self, pick: int, loss: Loss, was_killed: bool) -> None:
+        self.die(self.pick_worker(pick, "starting", "idle", "busy"), loss, was_killed=was_killed)
 
     @precondition(lambda self: self.workers("ending"))
-    @rule(pick=picks, unread=st.booleans())
-    def worker_ends_as_told(self, pick: int, unread: bool) -> None:
-        self.die(self.pick_worker(pick, "ending"), unread=unread)
+    @rule(pick=picks, loss=losses)
+    def worker_ends_as_told(self, pick: int, loss: Loss) -> None:
+        self.die(self.pick_worker(pick, "ending"), loss)
+
+    @precondition(lambda self: self.chunks_under_way())
+    @rule(pick=picks)
+    def next_item_begins(self, pick: int) -> None:
+        """The pool is not told; it finds out when the chunk's time seems to be up."""
+        chunks = self.chunks_under_way()
+        self.model.item_begins(chunks[pick % len(chunks)], self.now)
 
     # Time
 
@@ -331,7 +344,7 @@ class KernelAgainstModel(RuleBasedStateMachine):
             return
         for _ in range(1000):
             for worker in self.workers("ending"):
-                self.die(worker, unread=False)
+                self.die(worker, Loss.ATTEMPT)
             for worker in self.workers("starting"):
                 self.kernel.worker_ready(self.kernel.slots[worker], self.now)
                 self.model.came_up(worker, self.now)
@@ -399,18 +412,33 @@ class KernelAgainstModel(RuleBasedStateMachine):
         self.model.answered(worker, error, self.now)
         self.compare()
 
-    def die(self, worker: int, *, unread: bool, was_killed: bool = False) -> None:
+    def die(self, worker: int, loss: Loss, *, was_killed: bool = False) -> None:
         slot = self.kernel.slots[worker]
         job = self.model.has[worker]
         error = JobTimeout("too long") if job is not None and job.is_timed_out else WorkerCrashed("gone")
-        self.kernel.worker_gone(slot, error, self.now, unread=unread, was_killed=was_killed)
-        self.model.died(worker, self.now, unread=unread, was_killed=was_killed)
+        if job is not None and not job.has_items and loss in (Loss.REST, Loss.NOTHING):
+            loss = Loss.ATTEMPT
+        self.kernel.worker_gone(slot, error, self.now, loss=loss, was_killed=was_killed)
+        self.model.died(worker, self.now, loss=loss.value, was_killed=was_killed)
         self.compare()
+
+    def extended(self, record: JobRecord) -> float | None:
+        """Answer the kernel's question as an engine would, which sees how far the worker is."""
+        job = self.records[record]
+        assert self.model.workers[self.model.has.index(job)] == "busy", "asked as long as it matters"
+        assert job.timeout is not None
+        assert job.times_out_at is not None
+        assert job.times_out_at <= self.now, "asked when the time is up"
+        until = 0.0 if job.item_began is None else job.item_began + job.timeout
+        return until if until > self.now else None
 
     def tick(self) -> None:
         self.kernel.tick(self.now)
         self.model.tick(self.now)
         self.compare()
+
+    def chunks_under_way(self) -> list[NaiveJob]:
+        return [job for job in self.model.staged("running") if job.has_items]
 
     def known(self) -> list[NaiveJob]:
         return [job for job in self.model.jobs if job.is_accepted]

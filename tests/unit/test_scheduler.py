@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from bulkhead import (
     Unrecoverable,
     WorkerCrashed,
 )
-from bulkhead._kernel.records import JobRecord, Loss, Slot, SlotState
+from bulkhead._kernel.records import JobRecord, Loss, Slot, SlotState, Verdict
 from bulkhead._kernel.scheduler import (
     AcceptOffer,
     EndWorker,
@@ -32,9 +34,19 @@ from bulkhead._kernel.scheduler import (
 CRASH = WorkerCrashed("gone")
 TWICE = RetryPolicy(2, initial=1.0, jitter=0.0)
 
+GOES_BACK = pytest.mark.parametrize("loss", [Loss.UNREAD, Loss.REST])
+
+
+def never(job: JobRecord) -> None:
+    """Give no job more time."""
+
 
 def unstaffed(
-    n_workers: int = 1, backlog: int | None = 0, draw: float = 0.5, keep_failures: int = 100
+    n_workers: int = 1,
+    backlog: int | None = 0,
+    draw: float = 0.5,
+    keep_failures: int = 100,
+    extended: Callable[[JobRecord], float | None] = never,
 ) -> Scheduler:
     kernel = Scheduler(
         n_workers,
@@ -43,6 +55,7 @@ def unstaffed(
         draw=lambda: draw,
         on_accept=lambda job: None,
         expired=lambda job: StartDeadlineExceeded("too late"),
+        extended=extended,
     )
     kernel.begin()
     return kernel
@@ -369,6 +382,124 @@ def test_the_slot_of_a_timed_out_job_counts_as_taken_until_the_process_is_gone()
     assert kernel.has_room()
 
 
+# Timeouts that are extended
+
+
+class Extensions:
+    """Answers when a job's time is up, one after the other, then None; notes which jobs it was asked about."""
+
+    def __init__(self, *instants: float) -> None:
+        self._instants = list(instants)
+        self.asked: list[JobRecord] = []
+
+    def __call__(self, job: JobRecord) -> float | None:
+        self.asked.append(job)
+        return self._instants.pop(0) if self._instants else None
+
+
+def test_a_job_whose_time_is_extended_runs_on_until_that_is_over_too() -> None:
+    extensions = Extensions(5.0, 6.5)
+    kernel = staffed(1, extended=extensions)
+    job = offered_one(kernel, timeout=2.0)
+    kernel.arm_timeout(job, 1.0)
+    kernel.instructions.clear()
+    for asked, (now, until) in enumerate([(3.0, 5.0), (5.0, 6.5)], 1):
+        kernel.tick(now - 0.1)
+        assert len(extensions.asked) == asked - 1, "nobody is asked before the time is up"
+        kernel.tick(now)
+        assert extensions.asked == [job] * asked
+        assert kernel.next_deadline == until
+        assert kernel.instructions == []
+        assert slot_of(job).verdict is None
+    kernel.tick(6.5)
+    assert kernel.instructions == [EndWorker(slot_of(job))]
+    assert slot_of(job).verdict is Verdict.TIMEOUT
+    assert kernel.next_deadline is None
+    kernel.worker_gone(slot_of(job), JobTimeout("too long"), 7.0)
+    assert job.state is JobState.FAILED
+    assert isinstance(job.error, JobTimeout)
+
+
+def test_the_answer_of_a_job_whose_time_was_extended_counts() -> None:
+    kernel = staffed(1, extended=Extensions(5.0))
+    job = offered_one(kernel, timeout=2.0)
+    kernel.arm_timeout(job, 0.0)
+    kernel.tick(2.0)
+    kernel.attempt_ended(slot_of(job), None, 4.9)
+    assert job.state is JobState.SUCCEEDED
+    assert kernel.next_deadline is None
+
+
+def test_an_extension_that_is_over_already_is_asked_for_again_at_once() -> None:
+    extensions = Extensions(3.0, 9.9, 11.0)
+    kernel = staffed(1, extended=extensions)
+    job = offered_one(kernel, timeout=2.0)
+    kernel.arm_timeout(job, 0.0)
+    kernel.tick(10.0)
+    assert extensions.asked == [job] * 3
+    assert kernel.next_deadline == 11.0
+    assert job.state is JobState.RUNNING
+
+
+def test_nobody_is_asked_to_extend_the_time_of_a_job_that_has_none_is_over_or_is_to_be_ended() -> None:
+    extensions = Extensions()
+    kernel = staffed(4, extended=extensions)
+    endless = offered_one(kernel)
+    over, cancelled, late = offered(kernel, 3, timeout=2.0)
+    for job in (endless, over, cancelled, late):
+        kernel.arm_timeout(job, 0.0)
+    kernel.attempt_ended(slot_of(over), None, 1.0)
+    kernel.cancel(cancelled, JobCancelled("cancelled"), 1.0)
+    for now in (2.0, 3.0, 100.0):
+        kernel.tick(now)
+    assert extensions.asked == [late]
+
+
+def test_an_extension_does_not_hit_the_next_job_of_its_worker() -> None:
+    extensions = Extensions(5.0)
+    kernel = staffed(1, extended=extensions)
+    first = offered_one(kernel, timeout=2.0)
+    kernel.arm_timeout(first, 0.0)
+    kernel.tick(2.0)
+    kernel.attempt_ended(slot_of(first), None, 3.0)
+    second = offered_one(kernel, 3.0, timeout=9.0)
+    kernel.arm_timeout(second, 3.0)
+    assert kernel.next_deadline == 12.0
+    kernel.tick(5.0)
+    assert extensions.asked == [first]
+    assert second.state is JobState.RUNNING
+
+
+@pytest.mark.parametrize("is_extended", [False, True])
+def test_the_time_of_a_job_whose_worker_died_does_not_run_on_when_its_rest_is_with_the_same_worker(
+    is_extended: bool,
+) -> None:
+    extensions = Extensions(*([5.0] if is_extended else []))
+    kernel = staffed(1, extended=extensions)
+    job = offered_one(kernel, timeout=4.0)
+    kernel.arm_timeout(job, 0.0)
+    kernel.tick(4.0 if is_extended else 3.0)
+    kernel.worker_gone(kernel.slots[0], CRASH, 4.1, loss=Loss.REST)
+    kernel.worker_ready(kernel.slots[0], 4.2)
+    assert kernel.next_deadline is None, "it counts from the sending"
+    kernel.arm_timeout(job, 4.3)
+    assert kernel.next_deadline == 8.3
+    kernel.tick(5.0)
+    assert extensions.asked == [job] * is_extended
+    kernel.tick(8.3)
+    assert slot_of(job).verdict is Verdict.TIMEOUT
+
+
+def test_a_time_that_is_extended_again_and_again_does_not_fill_the_heap() -> None:
+    kernel = staffed(1, extended=Extensions(*(float(instant) for instant in range(2, 2000))))
+    job = offered_one(kernel, timeout=1.0)
+    kernel.arm_timeout(job, 0.0)
+    for now in range(1, 1000):
+        kernel.tick(float(now))
+        assert len(kernel._deadlines) == 1
+    assert job.state is JobState.RUNNING
+
+
 # Cancellation
 
 
@@ -534,34 +665,126 @@ def test_a_death_while_idle_costs_no_job() -> None:
     assert jobs[1].state is JobState.RUNNING
 
 
-def test_a_job_that_was_not_read_goes_back_to_the_front_and_the_attempt_does_not_count() -> None:
+@GOES_BACK
+def test_a_job_that_was_not_read_or_has_a_rest_goes_back_to_the_front_and_the_attempt_does_not_count(
+    loss: Loss,
+) -> None:
     kernel = staffed(1, None)
-    unread, next_one = offered(kernel, 2)
-    kernel.worker_gone(kernel.slots[0], CRASH, 1.0, loss=Loss.UNREAD)
-    assert unread.state is JobState.QUEUED
-    assert unread.attempt == 0
-    kernel.worker_ready(kernel.slots[0], 2.0)
-    assert unread.state is JobState.RUNNING
+    back, next_one = offered(kernel, 2)
+    slot = slot_of(back)
+    kernel.instructions.clear()
+    kernel.worker_gone(slot, CRASH, 1.0, loss=loss)
+    assert kernel.instructions == [StartWorker(slot)]
+    assert back.state is JobState.QUEUED
+    assert back.attempt == 0
+    assert back.error is None
+    assert back.slot is None
+    assert (kernel.running, kernel.waiting, kernel.failed, kernel.retried) == (0, 2, 0, 0)
+    kernel.worker_ready(slot, 2.0)
+    assert back.state is JobState.RUNNING
+    assert back.attempt == 1
     assert next_one.state is JobState.QUEUED
 
 
-def test_jobs_that_were_not_read_keep_their_order() -> None:
+@GOES_BACK
+def test_jobs_that_go_back_keep_their_order(loss: Loss) -> None:
     kernel = staffed(3, None)
     jobs = offered(kernel, 5)
     for index in (1, 0, 2):
-        kernel.worker_gone(slot_of(jobs[index]), CRASH, 1.0, loss=Loss.UNREAD)
+        kernel.worker_gone(slot_of(jobs[index]), CRASH, 1.0, loss=loss)
     assert kernel.unsettled_jobs() == jobs
 
 
-def test_jobs_that_were_not_read_keep_their_order_when_one_of_them_has_been_started_again() -> None:
+@pytest.mark.parametrize("losses", list(itertools.product([Loss.UNREAD, Loss.REST], repeat=3)))
+def test_jobs_that_were_not_read_and_rests_keep_their_order_among_each_other(
+    losses: tuple[Loss, ...],
+) -> None:
+    for deaths in itertools.permutations(range(3)):
+        kernel = staffed(3, None)
+        jobs = offered(kernel, 5)
+        for index in deaths:
+            kernel.worker_gone(slot_of(jobs[index]), CRASH, 1.0, loss=losses[index])
+        assert kernel.unsettled_jobs() == jobs
+
+
+@GOES_BACK
+def test_jobs_that_go_back_keep_their_order_when_one_of_them_has_been_started_again(loss: Loss) -> None:
     kernel = staffed(2, None)
     first, second = offered(kernel, 2)
     slots = [slot_of(first), slot_of(second)]
-    kernel.worker_gone(slots[0], CRASH, 1.0, loss=Loss.UNREAD)
+    kernel.worker_gone(slots[0], CRASH, 1.0, loss=loss)
     kernel.worker_ready(slots[0], 2.0)
-    kernel.worker_gone(slots[1], CRASH, 3.0, loss=Loss.UNREAD)
-    kernel.worker_gone(slots[0], CRASH, 3.0, loss=Loss.UNREAD)
+    kernel.worker_gone(slots[1], CRASH, 3.0, loss=loss)
+    kernel.worker_gone(slots[0], CRASH, 3.0, loss=loss)
     assert kernel.unsettled_jobs() == [first, second]
+
+
+@GOES_BACK
+def test_a_job_that_goes_back_moves_to_another_worker_that_is_idle(loss: Loss) -> None:
+    kernel = staffed(2)
+    job = offered_one(kernel)
+    dying = slot_of(job)
+    kernel.instructions.clear()
+    kernel.worker_gone(dying, CRASH, 1.0, loss=loss)
+    assert slot_of(job) is not dying
+    assert kernel.instructions == [StartWorker(dying), StartJob(slot_of(job), job)]
+
+
+@GOES_BACK
+def test_a_job_that_goes_back_is_not_passed_by_a_caller_that_waits_for_room(loss: Loss) -> None:
+    kernel = staffed(1)
+    back, offer = offered(kernel, 2)
+    kernel.worker_gone(kernel.slots[0], CRASH, 1.0, loss=loss)
+    assert not kernel.has_room()
+    kernel.worker_ready(kernel.slots[0], 2.0)
+    assert back.state is JobState.RUNNING
+    assert offer.state is None
+
+
+@GOES_BACK
+def test_a_barrier_waits_for_a_job_that_has_gone_back(loss: Loss) -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel)
+    (phase,) = kernel.phases.close()
+    kernel.instructions.clear()
+    kernel.worker_gone(kernel.slots[0], CRASH, 1.0, loss=loss)
+    assert settled(kernel) == []
+    assert phase.unsettled == 1
+    kernel.worker_ready(kernel.slots[0], 2.0)
+    kernel.instructions.clear()
+    kernel.attempt_ended(kernel.slots[0], None, 3.0)
+    assert kernel.instructions == [SettleJob(job, True)]
+    assert (phase.unsettled, phase.succeeded, phase.failed) == (0, 1, 0)
+
+
+@GOES_BACK
+def test_going_back_gives_no_attempt_of_a_retried_job_away(loss: Loss) -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel, retry=TWICE)
+    kernel.attempt_ended(kernel.slots[0], ValueError(), 0.0)
+    kernel.tick(1.0)
+    for _ in range(3):
+        assert job.attempt == 2
+        kernel.worker_gone(kernel.slots[0], CRASH, 1.0, loss=loss)
+        assert job.attempt == 1
+        kernel.worker_ready(kernel.slots[0], 1.0)
+    kernel.worker_gone(kernel.slots[0], CRASH, 2.0)
+    assert job.state is JobState.FAILED
+    assert job.attempt == 2
+    assert kernel.retried == 1
+
+
+def test_the_rest_of_a_job_goes_back_as_often_as_it_takes() -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel, retry=TWICE)
+    for number in range(100):
+        kernel.worker_gone(slot_of(job), CRASH, float(number), loss=Loss.REST)
+        assert job.state is JobState.QUEUED
+        kernel.worker_ready(kernel.slots[0], float(number))
+    assert job.attempt == 1
+    assert kernel.restarts == 100
+    kernel.attempt_ended(slot_of(job), None, 100.0)
+    assert (kernel.succeeded, kernel.retried) == (1, 0)
 
 
 def test_a_job_that_goes_back_unread_again_and_again_counts_as_crashed() -> None:
@@ -590,6 +813,112 @@ def test_unread_returns_are_counted_anew_after_an_attempt_that_was_read() -> Non
         kernel.tick(1.0)
     assert attempt == 2
     assert isinstance(job.error, ValueError)
+
+
+def test_unread_returns_are_counted_anew_after_a_part_was_done() -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel)
+    for loss in [*[Loss.UNREAD] * 3, Loss.REST, *[Loss.UNREAD] * 3, Loss.REST, *[Loss.UNREAD] * 3]:
+        kernel.worker_gone(slot_of(job), CRASH, 1.0, loss=loss)
+        assert job.state is JobState.QUEUED
+        kernel.worker_ready(kernel.slots[0], 1.0)
+    kernel.worker_gone(slot_of(job), CRASH, 1.0, loss=Loss.UNREAD)
+    assert job.state is JobState.FAILED
+
+
+def test_a_job_whose_worker_dies_when_all_of_it_is_done_has_succeeded() -> None:
+    kernel = staffed(1)
+    job, offer = offered(kernel, 2, retry=TWICE)
+    slot = slot_of(job)
+    (phase,) = kernel.phases.close()
+    kernel.instructions.clear()
+    kernel.worker_gone(slot, CRASH, 1.0, loss=Loss.NOTHING)
+    assert kernel.instructions == [SettleJob(job, True), StartWorker(slot), AcceptOffer(offer)]
+    assert job.state is JobState.SUCCEEDED
+    assert job.error is None
+    assert job.slot is None
+    assert (kernel.succeeded, kernel.failed, kernel.retried) == (1, 0, 0)
+    assert (phase.succeeded, phase.failed, phase.failures) == (1, 0, [])
+    assert slot.state is SlotState.STARTING
+    kernel.worker_ready(slot, 2.0)
+    assert offer.state is JobState.RUNNING
+
+
+def test_a_retried_job_that_is_done_when_its_worker_dies_forgets_the_error_of_its_first_attempt() -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel, retry=TWICE)
+    kernel.attempt_ended(kernel.slots[0], ValueError(), 0.0)
+    kernel.tick(1.0)
+    assert isinstance(job.error, ValueError)
+    kernel.worker_gone(kernel.slots[0], CRASH, 2.0, loss=Loss.NOTHING)
+    assert job.state is JobState.SUCCEEDED
+    assert job.error is None
+    assert job.attempt == 2
+
+
+def test_the_rest_of_a_timed_out_job_goes_back_without_an_error() -> None:
+    kernel = staffed(1, None)
+    job, other = offered(kernel, 2, timeout=1.0, retry=TWICE)
+    kernel.arm_timeout(job, 0.0)
+    kernel.tick(1.0)
+    kernel.worker_gone(kernel.slots[0], JobTimeout("too long"), 1.5, loss=Loss.REST)
+    assert kernel.unsettled_jobs() == [job, other]
+    assert (job.state, job.attempt, job.error) == (JobState.QUEUED, 0, None)
+    assert (kernel.failed, kernel.retried) == (0, 0)
+    kernel.worker_ready(kernel.slots[0], 2.0)
+    kernel.attempt_ended(kernel.slots[0], None, 3.0)
+    assert job.state is JobState.SUCCEEDED, "a worker's verdict ends with the worker"
+
+
+def test_a_timed_out_job_of_which_nothing_is_left_has_succeeded() -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel, timeout=1.0, retry=TWICE)
+    kernel.arm_timeout(job, 0.0)
+    kernel.tick(1.0)
+    kernel.worker_gone(kernel.slots[0], JobTimeout("too long"), 1.5, loss=Loss.NOTHING)
+    assert job.state is JobState.SUCCEEDED
+    assert job.error is None
+
+
+def test_a_timed_out_job_that_was_not_read_has_run_too_long() -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel, timeout=1.0)
+    kernel.arm_timeout(job, 0.0)
+    kernel.tick(1.0)
+    kernel.worker_gone(kernel.slots[0], JobTimeout("too long"), 1.5, loss=Loss.UNREAD)
+    assert job.state is JobState.FAILED
+    assert isinstance(job.error, JobTimeout)
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+@pytest.mark.parametrize("loss", Loss)
+def test_a_job_that_was_cancelled_while_it_ran_is_cancelled_however_much_of_it_is_done(
+    loss: Loss, is_late: bool
+) -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel, timeout=1.0, retry=TWICE)
+    kernel.arm_timeout(job, 0.0)
+    if is_late:
+        kernel.tick(1.0)
+    error = JobCancelled("cancelled")
+    kernel.cancel(job, error, 1.1)
+    kernel.instructions.clear()
+    kernel.worker_gone(kernel.slots[0], CRASH, 2.0, loss=loss)
+    assert kernel.instructions == [SettleJob(job, True), StartWorker(kernel.slots[0])]
+    assert job.state is JobState.CANCELLED
+    assert job.error is error
+    assert kernel.waiting == kernel.delayed == kernel.unsettled == 0
+
+
+def test_the_rest_of_a_job_can_be_cancelled_while_it_waits() -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel)
+    kernel.worker_gone(kernel.slots[0], CRASH, 1.0, loss=Loss.REST)
+    kernel.instructions.clear()
+    assert kernel.cancel(job, JobCancelled("cancelled"), 1.5)
+    assert settled(kernel) == [job]
+    kernel.worker_ready(kernel.slots[0], 2.0)
+    assert started(kernel) == []
 
 
 # Pools that break
@@ -713,12 +1042,46 @@ def test_each_job_of_a_broken_pool_gets_an_error_of_its_own() -> None:
         assert job.error.__cause__ is cause.__cause__
 
 
-def test_a_broken_pool_does_not_take_an_unread_job_back() -> None:
+@GOES_BACK
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_broken_pool_takes_no_job_back(loss: Loss, is_late: bool) -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel, timeout=1.0, retry=RetryPolicy(9))
+    kernel.arm_timeout(job, 0.0)
+    if is_late:
+        kernel.tick(1.0)
+    kernel.break_down(PoolBroken("given up"))
+    kernel.instructions.clear()
+    kernel.worker_gone(slot_of(job), CRASH, 1.0, loss=loss)
+    assert kernel.instructions == [SettleJob(job, True)]
+    assert job.state is JobState.FAILED
+    assert job.error is CRASH
+    assert kernel.unsettled == 0
+
+
+def test_the_rest_of_a_job_that_waits_when_the_pool_breaks_fails_with_it() -> None:
     kernel = staffed(1)
     job = offered_one(kernel)
+    kernel.worker_gone(slot_of(job), CRASH, 1.0, loss=Loss.REST)
+    kernel.instructions.clear()
     kernel.break_down(PoolBroken("given up"))
-    kernel.worker_gone(slot_of(job), CRASH, 1.0, loss=Loss.UNREAD)
-    assert job.state is JobState.FAILED
+    assert settled(kernel) == [job]
+    assert isinstance(job.error, PoolBroken)
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_job_that_is_done_when_its_worker_dies_has_succeeded_in_a_broken_pool_too(is_late: bool) -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel, timeout=1.0)
+    kernel.arm_timeout(job, 0.0)
+    if is_late:
+        kernel.tick(1.0)
+    kernel.break_down(PoolBroken("given up"))
+    kernel.instructions.clear()
+    kernel.worker_gone(slot_of(job), CRASH, 1.0, loss=Loss.NOTHING)
+    assert kernel.instructions == [SettleJob(job, True)]
+    assert job.state is JobState.SUCCEEDED
+    assert job.error is None
 
 
 def test_ruin_forgets_everything_and_names_the_callers_that_wait() -> None:
@@ -748,6 +1111,17 @@ def test_a_refusing_pool_sends_waiting_callers_away_and_finishes_what_it_accepte
         kernel.tick(now)
         kernel.attempt_ended(kernel.slots[0], None, now)
     assert running.state is delayed.state is JobState.SUCCEEDED
+
+
+@GOES_BACK
+def test_a_refusing_pool_takes_back_what_it_has_accepted(loss: Loss) -> None:
+    kernel = staffed(1)
+    job = offered_one(kernel)
+    kernel.refuse()
+    kernel.worker_gone(slot_of(job), CRASH, 1.0, loss=loss)
+    kernel.worker_ready(kernel.slots[0], 2.0)
+    kernel.attempt_ended(slot_of(job), None, 3.0)
+    assert job.state is JobState.SUCCEEDED
 
 
 def test_a_stopped_pool_replaces_no_worker() -> None:
@@ -839,12 +1213,12 @@ def test_alarms_of_a_million_ended_jobs_would_not_pile_up() -> None:
     assert len(kernel._deadlines) <= 512
 
 
-@pytest.mark.parametrize("fate", ["answered", "withdrawn", "missed", "cancelled"])
+@pytest.mark.parametrize("fate", ["answered", "withdrawn", "missed", "cancelled", "came back", "done"])
 def test_the_kernel_keeps_no_job_alive_that_is_over(fate: str) -> None:
-    kernel = staffed(1, 1)
+    kernel = staffed(1, 1, extended=Extensions(50.0))
     blocking = offered(kernel, 2) if fate == "withdrawn" else []
     job = Record(b"", 0, 1e6, RetryPolicy(3))
-    job.start_by = 1e6
+    job.start_by = None if fate in ("came back", "done") else 1e6
     job.due = 5.0 if fate in ("missed", "cancelled") else None
     kernel.offer(job, 0.0)
     if fate == "answered":
@@ -853,6 +1227,16 @@ def test_the_kernel_keeps_no_job_alive_that_is_over(fate: str) -> None:
         kernel.tick(kernel.next_deadline)
         kernel.arm_timeout(job, 2.0)
         kernel.attempt_ended(slot_of(job), None, 3.0)
+    elif fate in ("came back", "done"):
+        kernel.arm_timeout(job, 0.0)
+        for loss in (Loss.REST, Loss.UNREAD):
+            kernel.worker_gone(slot_of(job), CRASH, 1.0, loss=loss)
+            kernel.worker_ready(kernel.slots[0], 1.0)
+            kernel.arm_timeout(job, 1.0)
+        if fate == "done":
+            kernel.worker_gone(slot_of(job), CRASH, 2.0, loss=Loss.NOTHING)
+        else:
+            kernel.attempt_ended(slot_of(job), None, 2.0)
     elif fate == "withdrawn":
         assert kernel.withdraw(job)
     elif fate == "missed":

@@ -1,24 +1,37 @@
 """Running a chunk of a map in a worker: many small calls in one message, each with an end of its own.
 
-Each item is noted before it is called, and results are put where they outlive the worker (see progress.py). Why in
-groups: a record costs about a microsecond. A group is as long as takes some 50 microseconds, so an item that takes
-longer is recorded at once, and what a dying worker can take with it are results that cost next to nothing; those items
-run again.
+Items are noted before they are called, and results are put where they outlive the worker (see progress.py). Why in
+groups: that costs about a microsecond, and many items take less. A group is as long as takes some 50 microseconds, so
+an item that takes longer is noted and recorded alone. What a dying worker can take with it are results of one group,
+which cost next to nothing: its items run again, one by one, so that the one that kills is found.
 """
 
 from __future__ import annotations
 
+import os
 import pickle
 import time
 from collections.abc import Callable, Sequence
+from itertools import starmap
 from typing import Any, NamedTuple
 
+from bulkhead import forks
 from bulkhead.engines.processes.parcels import Parcel
 from bulkhead.engines.processes.payload import cannot, pack_error, pack_value
-from bulkhead.engines.processes.progress import ERROR, NOBODY, VALUE, VALUES, Progress, record
+from bulkhead.engines.processes.progress import (
+    BEGAN,
+    ERROR,
+    N_RUNNING,
+    NOBODY,
+    RUNNING,
+    VALUE,
+    VALUES,
+    Progress,
+    record,
+)
 from bulkhead.engines.processes.segments import SegmentPool
 
-__all__ = ["ChunkOrder", "run_chunk"]
+__all__ = ["ChunkOrder", "leave_copy", "run_chunk"]
 
 # How long a group of items takes (seconds), and how many it may have.
 _GROUP = 50e-6
@@ -34,8 +47,6 @@ _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
 
 _PROTOCOL = 5
 
-_RUNNING, _BEGAN = 1, 4  # of the counters in progress.py
-
 
 class ChunkOrder(NamedTuple):
     """What is to be done with the items of a message.
@@ -45,12 +56,14 @@ class ChunkOrder(NamedTuple):
         is_star: Each item is a tuple of arguments.
         is_timed: Note when each item begins.
         may_stop: Give the rest back when it takes long.
+        n_single: So many items at the beginning are not run in groups.
     """
 
     todo: Sequence[int]
     is_star: bool
     is_timed: bool
     may_stop: bool
+    n_single: int
 
 
 def run_chunk(
@@ -78,6 +91,16 @@ def run_chunk(
     return time.perf_counter() - chunk.began
 
 
+def leave_copy(depth: int) -> None:
+    """End this process if it is a copy that a job has forked: it would answer a second time, into the same memory.
+
+    Args:
+        depth: `forks.depth` before the job.
+    """
+    if forks.depth != depth:
+        os._exit(0)
+
+
 class _Chunk:
     def __init__(
         self,
@@ -98,11 +121,10 @@ class _Chunk:
         self._send = send
         self._segments = segments
         self._marks = progress.begin(message)
+        self._depth = forks.depth
 
     def run(self) -> None:
-        run_group = self._run_starred if self._order.is_star else self._run_plain
-        if self._order.is_timed:
-            run_group = self._run_timed
+        run_group = self._run_timed if self._order.is_timed else self._run_group
         position, size = 0, 1
         total = len(self._batch)
         now = self.began
@@ -111,6 +133,7 @@ class _Chunk:
                 break
             values: list[Any] = []
             error = run_group(position, self._batch[position : position + size], values)
+            leave_copy(self._depth)
             self._put(position, values)
             position += len(values)
             del values
@@ -120,28 +143,19 @@ class _Chunk:
             before, now = now, time.perf_counter()
             took = max(now - before, 1e-9)
             size = max(1, min(int(size * _GROUP / took), _GROWTH * size, _MAX_GROUP))
-        self._marks[_RUNNING] = NOBODY
+            if position < self._order.n_single:
+                size = 1
+        self._marks[RUNNING] = NOBODY
 
-    # Every item of a map goes through one of these loops.
+    # Every item of a map goes through one of these.
 
-    def _run_plain(self, position: int, group: list[Any], values: list[Any]) -> BaseException | None:
-        marks, call, append = self._marks, self._fn, values.append
+    def _run_group(self, position: int, group: list[Any], values: list[Any]) -> BaseException | None:
+        # Why the number first: whoever dies between the two has its items run one by one, which is never wrong.
+        self._marks[N_RUNNING] = len(group)
+        self._marks[RUNNING] = position
         try:
-            for item in group:
-                marks[1] = position  # Why not _RUNNING: looking it up takes longer than the rest of the line
-                position += 1
-                append(call(item))
-        except BaseException as error:
-            return error
-        return None
-
-    def _run_starred(self, position: int, group: list[Any], values: list[Any]) -> BaseException | None:
-        marks, call, append = self._marks, self._fn, values.append
-        try:
-            for item in group:
-                marks[1] = position
-                position += 1
-                append(call(*item))
+            # What was returned before an exception is in the list then.
+            values.extend(starmap(self._fn, group) if self._order.is_star else map(self._fn, group))
         except BaseException as error:
             return error
         return None
@@ -149,11 +163,12 @@ class _Chunk:
     def _run_timed(self, position: int, group: list[Any], values: list[Any]) -> BaseException | None:
         marks, call, append = self._marks, self._fn, values.append
         clock = time.monotonic_ns
+        marks[N_RUNNING] = 1
         try:
             for item in group:
                 # Why the time first: whoever looks between the two sees an item that has just begun.
-                marks[_BEGAN] = clock()
-                marks[_RUNNING] = position
+                marks[BEGAN] = clock()
+                marks[RUNNING] = position
                 position += 1
                 append(call(*item))
         except BaseException as error:

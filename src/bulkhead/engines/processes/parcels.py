@@ -31,7 +31,7 @@ _PROTOCOL = 5
 # From this size on buffers go beside the pickled body, and the body itself beside the frame (bytes). Why: below it,
 # making and mapping a segment costs more than a copy through the pipe. See benchmarks/README.md.
 _LARGE_BUFFERS = 128 << 10
-LARGE_BODY = 256 << 10
+LARGE_BODY = 160 << 10
 
 # Different shared objects in one job (arbitrary; each is a message in the socket's queue, which holds some 250).
 _MAX_SHARED = 128
@@ -209,7 +209,12 @@ class Exchange:
         body = view[start:]
         if not sizes:
             return Opened(body, [], extra, 0)
-        mapped = self._map_all(sizes, _receive(self._line, message, len(sizes)))
+        try:
+            fds = _receive(self._line, message, len(sizes))
+        except BaseException:
+            self.let_go.extend(loan for loan, _ in sizes if loan)
+            raise
+        mapped = self._map_all(sizes, fds)
         buffers = [mapped[which][offset : offset + n] for which, offset, n in layout]
         if body_size:
             body = mapped[0][:body_size]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
 
-from bulkhead.engines.processes.parcels import LARGE_BODY, Callback, Parcel, parcel_of
+from bulkhead.engines.processes.parcels import LARGE_BODY, Callback, Parcel, Token, parcel_of
 from bulkhead.engines.processes.segments import SegmentPool
 from bulkhead.errors import JobNotPicklable, RemoteError, RemoteTraceback
 
@@ -32,6 +32,9 @@ __all__ = [
 _PROTOCOL = 5
 _SIZE = struct.Struct("<I")
 _NO_FUNCTION = _SIZE.pack(0)
+
+# Looking at the types of more arguments than this takes longer than a callback (and a map has thousands).
+_FEW = 8
 
 # Types that have no buffers to send out of band.
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
@@ -188,6 +191,8 @@ def _packed_value(value: Any, head: bytes, segments: SegmentPool | None, is_plai
 
 
 def _are_plain(values: Sequence[Any]) -> bool:
+    if len(values) > _FEW:
+        return False
     for value in values:  # noqa: SIM110 - a generator takes three times as long
         if type(value) not in _PLAIN:
             return False
@@ -207,7 +212,11 @@ def _with_buffers(
     def pickled(callback: Callback | None) -> bytes:
         return head + dumps(value, protocol=_PROTOCOL, buffer_callback=callback)
 
-    return pickled(None) if segments is None else parcel_of(body, buffers, pickled, segments)
+    if segments is not None:
+        return parcel_of(body, buffers, pickled, segments)
+    if any(isinstance(memoryview(buffer).obj, Token) for buffer in buffers):
+        raise TypeError("it holds a Shared, which only jobs can be given")
+    return pickled(None)
 
 
 def _packed_function(fn: Callable[..., Any]) -> bytes:

@@ -83,6 +83,9 @@ _STOP = 3.0
 # Free segments for the data of jobs that a pool keeps for the next ones, together (bytes).
 _KEEP_BYTES = 1 << 30
 
+# How often a pool that holds segments sees whether they are needed (seconds).
+_TIDY = 5.0
+
 # How often deadlines are looked at while one answer follows the other (seconds).
 _TICK = 0.001
 
@@ -183,6 +186,7 @@ class ProcessPool:
         self._blocked: dict[int, Worker] = {}  # by descriptor of the job pipe, while it takes no more
         self._overdue: dict[Worker, tuple[float, _Push]] = {}  # workers that should be gone by then
         self._tick_at = 0.0  # when to look at deadlines again
+        self._tidy_at: float | None = None  # when to see whether memory can be given back
         self._workers_made = 0
         self._busy_seconds = 0.0  # of workers that are gone
         self._launchers_lost = 0
@@ -548,10 +552,10 @@ class ProcessPool:
         if self._overdue:
             overdue = min(instant for instant, _ in self._overdue.values())
             deadline = overdue if deadline is None else min(deadline, overdue)
-        if self.segments.is_used:
-            trim = self.segments.next_trim()
-            if trim is not None and (deadline is None or trim < deadline):
-                deadline = trim
+        if self.segments.is_used or self._borrowed.is_used:
+            tidying = self._next_tidying()
+            if tidying is not None and (deadline is None or tidying < deadline):
+                deadline = tidying
         # Whoever polls until then finds that something is due.
         self._tick_at = 0.0
         return deadline
@@ -751,7 +755,7 @@ class ProcessPool:
         if job is not None:
             worker.busy_seconds += now - worker.began
             if isinstance(job, Chunk) and loss is Loss.ATTEMPT:
-                loss = self._lose_chunk(worker, job, error)
+                loss, error = self._lose_chunk(worker, job, error)
         self._forget(worker)
         was_killed = report.signal == signal.SIGKILL and worker.failure is None
         self._scheduler.worker_gone(slot, error, now, loss=loss, was_killed=was_killed)
@@ -766,10 +770,12 @@ class ProcessPool:
             return job.describe(worker.progress.running(worker.message))
         return f"job {job.id!r}"
 
-    def _lose_chunk(self, worker: Worker, chunk: Chunk, error: BaseException) -> Loss:
+    def _lose_chunk(self, worker: Worker, chunk: Chunk, error: BaseException) -> tuple[Loss, BaseException]:
+        """Return what the worker's death means for a chunk, and the error that may be retried."""
         if chunk.lose(worker.progress.running(worker.message), error):
-            return Loss.REST
-        return Loss.NOTHING if chunk.end_round(chunk.attempt) is None else Loss.ATTEMPT
+            return Loss.REST, error
+        failure = chunk.end_round(chunk.attempt)
+        return (Loss.NOTHING, error) if failure is None else (Loss.ATTEMPT, failure)
 
     def _extended(self, job: JobRecord) -> float | None:
         """Return up to when a job has time whose time is up: one whose timeout counts for each of its items."""
@@ -876,11 +882,27 @@ class ProcessPool:
         sweep = self._ledger.next_sweep()
         if sweep is not None and sweep <= now:
             self._ledger.sweep()
-        if self.segments.is_used:
-            self.segments.trim(now)
+        if self._tidy_at is not None and self._tidy_at <= now:
+            self._tidy(now)
         for worker, (instant, push) in list(self._overdue.items()):
             if now >= instant:
                 self._push(worker, push, now)
+
+    def _next_tidying(self) -> float | None:
+        is_holding = self.segments.has_files or self._borrowed.has_mapped
+        if is_holding or any(worker.let_go for worker in self._workers.values()):
+            self._tidy_at = self._tidy_at or time.monotonic() + _TIDY
+        return self._tidy_at
+
+    def _tidy(self, now: float) -> None:
+        """Give memory back that nobody needs: what came free is told by no event."""
+        self._tidy_at = None
+        self.segments.trim(now)
+        for worker in self._workers.values():
+            if worker.let_go and worker.slot.state is SlotState.IDLE:
+                notes = worker.exchange.wrap(b"", worker.message, Kind.NOTHING)
+                if not worker.writer.write(Kind.NOTED, worker.message, notes):
+                    self._block(worker)
 
     def _push(self, worker: Worker, push: _Push, now: float) -> None:
         """Do more about a worker that should have been reported gone: the launcher may be stopped or stuck."""
@@ -929,7 +951,7 @@ class ProcessPool:
     def _start_noted(self, worker: Worker, job: JobRecord, now: float) -> None:
         order = None
         if isinstance(job, Chunk):
-            order = ChunkOrder(job.todo, job.is_star, job.timeout is not None, job.may_stop)
+            order = ChunkOrder(job.todo, job.is_star, job.timeout is not None, job.may_stop, job.n_single)
         try:
             body = worker.exchange.wrap(job.payload, worker.message, order)
         except OSError as error:

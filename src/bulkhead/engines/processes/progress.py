@@ -14,7 +14,19 @@ from collections.abc import Iterator
 
 from bulkhead.engines.processes.blackbox import PROGRESS_AT, PROGRESS_SIZE
 
-__all__ = ["ERROR", "NOBODY", "VALUE", "VALUES", "Progress", "Record", "record", "records_in"]
+__all__ = [
+    "BEGAN",
+    "ERROR",
+    "NOBODY",
+    "N_RUNNING",
+    "RUNNING",
+    "VALUE",
+    "VALUES",
+    "Progress",
+    "Record",
+    "record",
+    "records_in",
+]
 
 # Kinds of records: a pickled list of results, one pickled result, one packed error.
 VALUES = 1
@@ -26,9 +38,10 @@ NOBODY = (1 << 64) - 1  # no item runs
 _HEAD = struct.Struct("<QQBQ")  # first position, number of items, kind, length of the body
 _RECORDS_AT = 64
 
-# Counters of eight bytes: message, position of the running item, bytes of records, message whose chunk is to stop,
-# when the running item began (ns of the monotonic clock, which all processes share; only for chunks with a timeout).
-_MESSAGE, _RUNNING, _USED, _STOP, _BEGAN = range(5)
+# Counters of eight bytes: message, position of the running group of items and how many it has, bytes of records,
+# message whose chunk is to stop, when the running item began (ns of the monotonic clock, which all processes share;
+# only for chunks with a timeout, whose groups have one item).
+_MESSAGE, RUNNING, N_RUNNING, _USED, _STOP, BEGAN = range(6)
 
 Record = tuple[int, int, int, memoryview]
 
@@ -50,10 +63,10 @@ class Progress:
     # The worker's side
 
     def begin(self, message: int) -> memoryview:
-        """Note that the chunk of a message begins; return the counters, of which [1] is the running position."""
+        """Note that the chunk of a message begins; return the counters."""
         marks = self._marks
         marks[_MESSAGE] = 0
-        marks[_RUNNING] = NOBODY
+        marks[RUNNING] = NOBODY
         marks[_USED] = 0
         marks[_MESSAGE] = message
         return marks
@@ -77,15 +90,16 @@ class Progress:
         """Let no more items of this message's chunk begin."""
         self._marks[_STOP] = message
 
-    def running(self, message: int) -> tuple[int, float] | None:
-        """Return the position of the item that runs, or did when the worker died, and its start in monotonic seconds.
+    def running(self, message: int) -> tuple[int, int, float] | None:
+        """Return what runs, or did when the worker died; None when the chunk has not begun.
 
-        None when the chunk has not begun.
+        Returns:
+            Position of the first item of the group, number of its items, its start in monotonic seconds.
         """
         marks = self._marks
         if marks[_MESSAGE] != message:
             return None
-        return marks[_RUNNING], marks[_BEGAN] / 1e9
+        return marks[RUNNING], marks[N_RUNNING], marks[BEGAN] / 1e9
 
     def records(self, message: int) -> list[Record]:
         """Return the records of a message's chunk. They refer to this memory, which the next chunk overwrites."""

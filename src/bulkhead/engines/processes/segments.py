@@ -13,8 +13,10 @@ borrower died (what that had forked may live on) or forked while it had it mappe
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
+import resource
 import tempfile
 import threading
 import time
@@ -23,7 +25,9 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import count
 
-__all__ = ["Borrowed", "Segment", "SegmentPool", "create_file", "spans_of"]
+from bulkhead import forks
+
+__all__ = ["Borrowed", "Segment", "SegmentPool", "create_file", "seal", "spans_of"]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -40,8 +44,10 @@ _SMALL = 1 << 20
 # Free segments that nobody has needed for so long are given back to the system (seconds).
 _KEEP_FOR = 10.0
 
-# Segments that a receiver has mapped at once, after which it copies the next ones out (each costs a descriptor).
+# Segments that a receiver has mapped at once, after which it copies the next ones out (each costs a descriptor); and
+# the largest share of the descriptors that the process may open.
 _MAX_MAPPED = 64
+_SHARE_OF_DESCRIPTORS = 8
 
 _POPULATE = getattr(mmap, "MAP_POPULATE", 0)
 
@@ -91,6 +97,7 @@ class SegmentPool:
         self._lock = threading.Lock()  # guards `_free`; nothing else is acquired while it is held
         self._free: list[_File] = []  # the one used last comes last
         self._is_closed = False
+        self._open: set[int] = set()  # keys of files that are lent or kept
         self.is_used = False
 
     def place(self, buffers: Iterable[Buffer]) -> Segment:
@@ -106,7 +113,7 @@ class SegmentPool:
         parts = [memoryview(buffer) for buffer in buffers]
         spans = spans_of(parts)
         size = spans[-1][0] + spans[-1][1] if spans else 0
-        file = self._suitable(size) or _File()
+        file = self._suitable(size) or _File(self._open)
         try:
             for part, (offset, _) in zip(parts, spans, strict=True):
                 file.fill(part, offset)
@@ -117,14 +124,24 @@ class SegmentPool:
 
     def take_back(self, file: _File) -> None:
         """Note that nobody refers to a segment any more. Safe inside the garbage collector."""
-        if self._is_closed or file.is_spoilt:
+        if self._is_closed or file.is_spoilt or file.depth != forks.depth:
             file.close()
-        else:
-            file.freed_at = time.monotonic()
-            self._returned.append(file)
+            return
+        file.freed_at = time.monotonic()
+        self._returned.append(file)
+        # Race: `close` may have come to its end just before the append.
+        if self._is_closed:
+            file.close()
+
+    @property
+    def has_files(self) -> bool:
+        """Whether there is a segment, lent or kept."""
+        return bool(self._open)
 
     def next_trim(self) -> float | None:
         """Return when `trim` should be called next, in monotonic seconds; None while nothing is kept."""
+        if self._is_closed:
+            return None
         with self._lock:
             self._sort_in()
             return self._free[0].freed_at + _KEEP_FOR if self._free else None
@@ -167,6 +184,10 @@ class SegmentPool:
     def _sort_in(self) -> None:
         while self._returned:
             self._free.append(self._returned.popleft())
+        if self._free and self._free[0].depth != forks.depth:
+            # This is a copy of the process that filled them, which may fill them again.
+            while self._free:
+                self._free.pop().close()
         excess = sum(file.filled for file in self._free) - self._keep_bytes
         while excess > 0:
             oldest = self._free.pop(0)
@@ -179,11 +200,17 @@ class Borrowed:
 
     Why weak references: a mapping ends when the last array, view or slice inside it does, and only the interpreter
     knows when that is.
+
+    Attributes:
+        is_used: Something has been mapped.
     """
 
     def __init__(self) -> None:
         self._mapped: dict[int, weakref.ref[mmap.mmap]] = {}
         self._keys = count()
+        self.is_used = False
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._limit = min(_MAX_MAPPED, soft // _SHARE_OF_DESCRIPTORS) if soft > 0 else _MAX_MAPPED
 
     def map(self, fd: int, size: int, done: Callable[[bool], object] | None) -> memoryview:
         """Return the segment's bytes, and close `fd`.
@@ -198,10 +225,14 @@ class Borrowed:
         Raises:
             OSError, MemoryError: The system has no memory left for it; `done` has been called.
         """
+        self.is_used = True
+        # What is mapped when this process forks is mapped by the copy as well. Race: another thread may fork at any
+        # line from here on.
+        made = forks.made
         try:
             if done is None:
                 return memoryview(mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
-            mapping = self._map_privately(fd, size) if len(self._mapped) < _MAX_MAPPED else None
+            mapping = self._map_privately(fd, size) if len(self._mapped) < self._limit else None
             if mapping is None:
                 copied = _read_all(fd, size)
                 done(True)
@@ -212,15 +243,19 @@ class Borrowed:
             raise
         finally:
             os.close(fd)
-        # What is mapped when this process forks is mapped by the copy as well.
-        key, forks = next(self._keys), _forks
+        key = next(self._keys)
 
         def gone(_: object) -> None:
             self._mapped.pop(key, None)
-            done(forks == _forks)
+            done(made == forks.made)
 
         self._mapped[key] = weakref.ref(mapping, gone)
         return memoryview(mapping)
+
+    @property
+    def has_mapped(self) -> bool:
+        """Whether something that was mapped is still referred to."""
+        return bool(self._mapped)
 
     def _map_privately(self, fd: int, size: int) -> mmap.mmap | None:
         try:
@@ -232,13 +267,17 @@ class Borrowed:
 class _File:
     """The memory of a segment. Owner: who places into it, then the pool's lock."""
 
-    __slots__ = ("_map", "fd", "filled", "freed_at", "is_spoilt")
+    __slots__ = ("_map", "_open", "depth", "fd", "filled", "freed_at", "is_spoilt")
 
-    def __init__(self) -> None:
+    def __init__(self, opened: set[int]) -> None:
+        self.fd = -1
+        self._map: mmap.mmap | None = None
+        self._open = opened
+        opened.add(id(self))
+        self.depth = forks.depth
         self.filled = 0  # bytes that have pages
         self.freed_at = 0.0
         self.is_spoilt = False
-        self._map: mmap.mmap | None = None
         self.fd = create_file("bulkhead-segment")
 
     def fill(self, data: memoryview, offset: int) -> None:
@@ -262,6 +301,11 @@ class _File:
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
             os.close(fd)
+        self._open.discard(id(self))
+
+    def __del__(self) -> None:
+        # For what a Ctrl-C has left without an owner.
+        self.close()
 
     def _mapping(self) -> mmap.mmap:
         if self._map is None or len(self._map) < self.filled:
@@ -274,9 +318,16 @@ class _File:
 def create_file(name: str) -> int:
     """Return the descriptor of a new, empty file in memory that has no name in any folder."""
     if hasattr(os, "memfd_create"):
-        return os.memfd_create(name)
+        return os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
+
+
+def seal(fd: int) -> None:
+    """Let nobody write into a file of `create_file` any more, where the system can."""
+    if hasattr(fcntl, "F_ADD_SEALS"):
+        seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
 
 
 def spans_of(buffers: Iterable[Buffer]) -> list[tuple[int, int]]:
@@ -299,15 +350,3 @@ def _read_all(fd: int, size: int) -> bytearray:
             raise OSError(f"a segment ends after {got} of {size} bytes")
         got += n
     return data
-
-
-# How often this process has forked.
-_forks = 0
-
-
-def _note_fork() -> None:
-    global _forks
-    _forks += 1
-
-
-os.register_at_fork(before=_note_fork)

@@ -8,18 +8,21 @@ with the large buffers inside it mapped read only and not copied.
 from __future__ import annotations
 
 import mmap
+import operator
 import pickle
 import struct
-from typing import Any
+from typing import Any, SupportsIndex
 
 from bulkhead.engines.processes.parcels import Token
-from bulkhead.engines.processes.segments import Segment, SegmentPool, spans_of
+from bulkhead.engines.processes.segments import Segment, SegmentPool, seal, spans_of
 from bulkhead.errors import BulkheadError, JobNotPicklable, NoSharedMemory
 
 __all__ = ["Shared"]
 
 _PROTOCOL = 5
 _LENGTH = struct.Struct("<Q")
+
+_ALONE = "a Shared can be sent to jobs of a Dispatcher alone, not pickled or copied in other ways"
 
 
 class Shared:
@@ -62,7 +65,9 @@ class Shared:
         mapped = mmap.mmap(self._token.fd, self._token.size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
         return _attached(memoryview(mapped))
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        if operator.index(protocol) < _PROTOCOL:
+            raise JobNotPicklable(_ALONE)
         return _attached, (pickle.PickleBuffer(self._token),)
 
     def __repr__(self) -> str:
@@ -73,7 +78,9 @@ def _placed(body: bytes, views: list[memoryview]) -> Segment:
     head = pickle.dumps(spans_of([body, *views]), _PROTOCOL)
     segments = SegmentPool(0)
     try:
-        return segments.place([_LENGTH.pack(len(head)) + head, body, *views])
+        segment = segments.place([_LENGTH.pack(len(head)) + head, body, *views])
+        seal(segment.fd)  # or a job that writes into a wrong descriptor would change it for all
+        return segment
     finally:
         segments.close()  # so that the segment goes with its last reference instead of being kept
 
@@ -82,7 +89,7 @@ def _attached(segment: memoryview | bytearray | bytes) -> Any:
     """Return the object in a segment. Called by the unpickling of a job in a worker."""
     view = memoryview(segment)
     if not view:
-        raise BulkheadError("a Shared can be sent to jobs of a Dispatcher alone, not pickled in other ways")
+        raise BulkheadError(_ALONE)
     (length,) = _LENGTH.unpack_from(view)
     head = view[: _LENGTH.size + length]
     spans = pickle.loads(head[_LENGTH.size :])

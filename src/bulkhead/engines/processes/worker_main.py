@@ -18,10 +18,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from bulkhead import forks
 from bulkhead.engines.processes import lifeline, main_module
 from bulkhead.engines.processes.blackbox import BlackBox
 from bulkhead.engines.processes.channel import CHUNK, HEADER, Frame, read_frame, write_all
-from bulkhead.engines.processes.chunk_runner import run_chunk
+from bulkhead.engines.processes.chunk_runner import leave_copy, run_chunk
 from bulkhead.engines.processes.parcels import Exchange, Opened, Parcel
 from bulkhead.engines.processes.payload import cannot, pack_error, pack_value, unpack_call
 from bulkhead.engines.processes.progress import Progress
@@ -54,12 +55,10 @@ class Kind:
     CHUNK = 8  # many jobs in one (see chunk_runner.py)
     PART = 9  # results of a chunk that do not fit elsewhere
     CHUNK_DONE = 10
+    NOTHING = 11  # only notes: there is no job and no answer
 
 
 _JOB = Kind.JOB
-
-# Whether this process is a fork of a worker, made by a job. Why not compare pids: that is a system call for each job.
-_is_copy = False
 
 
 class Ends(NamedTuple):
@@ -94,7 +93,6 @@ def main(ends: Ends) -> None:
 def run(ends: Ends, inherited: Initializer | None = None) -> None:
     """Run a worker in this process until its caller is done with it. Does not return."""
     code = 1
-    os.register_at_fork(after_in_child=_note_copy)
     try:
         box = _settle_in(ends)
         if _get_ready(ends, box, inherited):
@@ -108,11 +106,6 @@ def run(ends: Ends, inherited: Initializer | None = None) -> None:
         print(f"bulkhead: worker {os.getpid()} ends: {error!r}", file=sys.stderr)
     finally:
         _leave(code)
-
-
-def _note_copy() -> None:
-    global _is_copy
-    _is_copy = True
 
 
 def _settle_in(ends: Ends) -> BlackBox:
@@ -169,19 +162,19 @@ def _serve(ends: Ends, box: BlackBox) -> None:
     sleeper = select.poll()
     sleeper.register(ends.jobs, select.POLLIN)
     desk = _Desk(ends)
+    rest = b""
     while True:
-        first = _next_bytes(ends.jobs, sleeper, desk.segments)
+        first = rest or _next_bytes(ends.jobs, sleeper, desk.segments)
         if not first:
             return
-        message = _begin_read(ends.jobs, first, box)
+        message, rest = _begin_read(ends.jobs, first, box)
         if message is None:
             return
         kind, number, body = message
         del message, first
         outcome, packed = _attempt(body, desk.segments) if kind == _JOB else desk.attempt_noted(number, body)
-        # Race: a job that forked and let its child return would answer twice; the copy has no business here.
-        if _is_copy:
-            os._exit(0)
+        if outcome == Kind.NOTHING:
+            continue
         if box.has_output:
             box.flush_output()
         del body
@@ -208,6 +201,8 @@ class _Desk:
         except BaseException as error:
             return Kind.ERROR, pack_error(cannot("the job's data could not be mapped in the worker", error))
         del body
+        if opened.extra == Kind.NOTHING:
+            return Kind.NOTHING, b""
         if opened.extra is None:
             return _attempt(opened.body, self.segments, opened.buffers)
         return self._attempt_chunk(number, opened)
@@ -257,13 +252,16 @@ def _sleep(sleeper: select.poll, segments: SegmentPool) -> None:
         segments.trim(time.monotonic())
 
 
-def _begin_read(fd: int, first: bytes, box: BlackBox) -> Frame | None:
+def _begin_read(fd: int, first: bytes, box: BlackBox) -> tuple[Frame | None, bytes]:
+    """Return the message that `first` begins with, and what follows it."""
     if len(first) >= HEADER.size:
         _, kind, number, length = HEADER.unpack_from(first)
         box.note_read(number)
-        if len(first) == HEADER.size + length:
-            return kind, number, memoryview(first)[HEADER.size :]
-    return read_frame(fd, first)
+        end = HEADER.size + length
+        if len(first) >= end:
+            # Only a frame without a job can have another one behind it.
+            return (kind, number, memoryview(first)[HEADER.size : end]), first[end:]
+    return read_frame(fd, first), b""
 
 
 def _attempt(
@@ -273,10 +271,13 @@ def _attempt(
         fn, args, kwargs = unpack_call(body, buffers)
     except BaseException as error:
         return Kind.ERROR, pack_error(cannot("the job could not be unpickled in the worker", error))
+    depth = forks.depth
     try:
         value = fn(*args, **kwargs)
     except BaseException as error:
+        leave_copy(depth)
         return Kind.ERROR, pack_error(error)
+    leave_copy(depth)
     try:
         return Kind.VALUE, pack_value(value, segments)
     except BaseException as error:
