@@ -6,6 +6,7 @@ those that the retry policy allows another attempt. The sending after which noth
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,9 +18,8 @@ from bulkhead.tracker import JobHome, Tracker
 
 __all__ = ["Chunk", "Outcomes"]
 
-# What a worker runs: position of the first item of a group, number of its items, their start (monotonic seconds); None
-# before the first has begun.
-Running = tuple[int, int, float] | None
+# Position and start (monotonic seconds) of the item that a worker runs; None before the first has begun.
+Running = tuple[int, float] | None
 
 _MISSING: Any = object()  # stands where no result has come (yet)
 
@@ -40,7 +40,6 @@ class Chunk(Tracker):
 
     Attributes:
         todo: Which items the current or next sending is for.
-        n_single: So many of the first of them are to be run one by one.
         is_unreadable: No worker could take its items apart; they have to be sent one by one.
         is_abandoned: Nobody wants its results any more.
         seconds: How long the last sending took; None before its end.
@@ -62,7 +61,6 @@ class Chunk(Tracker):
         "items",
         "may_stop",
         "message",
-        "n_single",
         "seconds",
         "span",
         "todo",
@@ -92,7 +90,6 @@ class Chunk(Tracker):
         self.is_star = is_star
         self.may_stop = may_stop
         self.todo: Sequence[int] = self.span
-        self.n_single = 0
         self.is_unreadable = False
         self.is_abandoned = False
         self.seconds: float | None = None
@@ -108,6 +105,9 @@ class Chunk(Tracker):
     def take(self, position: int, values: list[Any]) -> None:
         """Note the results of items that follow each other in `todo`."""
         todo, base = self.todo, self.span.start
+        # Race: a worker that is being ended may tell twice, in its answer and by what it has recorded.
+        if not values or not self._is_missing(todo[position]):
+            return
         self._n_missing -= len(values)
         if isinstance(todo, range):
             start = todo.start + position - base
@@ -119,6 +119,8 @@ class Chunk(Tracker):
     def take_error(self, position: int, error: BaseException) -> None:
         """Note that an item has failed."""
         index = self.todo[position]
+        if not self._is_missing(index):
+            return
         self._errors[index] = error
         self._failed_now.append(index)
         if not isinstance(error, BulkheadError):  # those of ours name the item
@@ -147,7 +149,7 @@ class Chunk(Tracker):
         elif position is None:
             began = now  # the last one has just ended
         else:
-            began = running[2]
+            began = running[1]
         if began + self.timeout > now:
             return began + self.timeout
         self._overtime = position
@@ -164,10 +166,7 @@ class Chunk(Tracker):
             return False
         if running is None:
             position = 0
-        self.n_single = 0
-        if running is not None and running[1] > 1 and self.timeout is None:
-            self.n_single = running[1]  # one of a group, nobody knows which: they run again, one by one
-        elif position is not None and self._is_missing(self.todo[position]):
+        if position is not None:
             self.take_error(position, error)
         rest = [index for index in self.todo if self._is_missing(index)]
         if rest:
@@ -228,8 +227,14 @@ class Chunk(Tracker):
     def fail(self, error: BaseException) -> None:
         """Settle it without a sending: its items cannot be sent."""
         for position in range(len(self.span)):
-            self.take_error(position, error)
+            # Why copies: each raise adds to an error's traceback.
+            self.take_error(position, copy.copy(error).with_traceback(None))
         self.state = JobState.SUCCEEDED
+
+    def forget_items(self) -> None:
+        """Let go of what is needed for another sending alone."""
+        self.items = ()
+        self.message = None
 
     def _outcome(self, index: int) -> tuple[Any, BaseException | None]:
         value = self._values[index - self.span.start]

@@ -227,7 +227,8 @@ class Dispatcher:
 
         Blocking: each step until a result is there, without limit.
         Concurrency: one thread at a time.
-        Not guaranteed: after the death of a worker, items that had ended in the last 0.1 ms may run again.
+        Not guaranteed: when a worker dies, items that had ended before the one it ran and took less than some 50
+            microseconds may run again.
 
         Example:
             >>> with Dispatcher([(0, 2)]) as disp:

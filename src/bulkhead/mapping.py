@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from bulkhead import validate
 from bulkhead._kernel.lifecycle import SETTLED
-from bulkhead.chunk import Chunk, Outcomes
+from bulkhead.chunk import Chunk
 from bulkhead.engines.processes.driving import Bell
 from bulkhead.engines.processes.interrupts import calm
 from bulkhead.engines.processes.pool import ProcessPool
@@ -99,7 +99,7 @@ class Results(itertools.chain[Any]):
             ConfigTypeError, JobNotPicklable: `fn` or an iterable cannot be used.
         """
         source = _Source(pool, fn, iterables, options)
-        results: Results = cls.from_iterable(source)  # type: ignore[assignment]
+        results: Results = cls.from_iterable(_Links(source))  # type: ignore[assignment]
         results._source = source
         return results
 
@@ -109,6 +109,9 @@ class _Source:
 
     Race: Ctrl-C may strike anywhere, and the consumer may go on afterwards. So the fields change while it is held off;
     it is let through where the user's iterables are read, items are pickled, and where we wait.
+
+    Attributes:
+        is_over: Nothing more will be given out.
     """
 
     def __init__(
@@ -142,23 +145,14 @@ class _Source:
         self._failure: BaseException | None = None  # raised when all before it is given out
         self._news = _News()
         self._current: Iterator[Any] = iter(())  # the results that are being given out
-        self._is_over = False
+        self.is_over = False
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
-    def __next__(self) -> Any:
-        try:
-            return self._next()
-        except StopIteration:
-            raise
-        except BaseException as error:
-            # Why: an exception out of its source ends a chain for good, one out of a link of it does not.
-            return Outcomes([(None, error)])
-
     def close(self) -> None:
         """Let nothing more begin, and give nothing out."""
-        self._is_over = True
+        self.is_over = True
         while operator.length_hint(self._current):
             try:
                 deque(self._current, maxlen=0)
@@ -177,8 +171,8 @@ class _Source:
         self._window.clear()
         return chunks
 
-    def _next(self) -> Iterator[Any]:
-        while not self._is_over:
+    def __next__(self) -> Iterator[Any]:
+        while not self.is_over:
             # Race: Ctrl-C may have struck before the chain got it.
             if operator.length_hint(self._current):
                 return self._current
@@ -192,8 +186,8 @@ class _Source:
                 if chunk is not None:
                     self._give(chunk)
                     continue
-                self._is_over = not self._window
-            if not self._is_over:
+                self.is_over = not self._window
+            if not self.is_over:
                 self._pool.wait_for_bell(self._news.bell)
             elif self._failure is not None:
                 raise self._failure
@@ -209,6 +203,7 @@ class _Source:
             self._n_sent -= 1
             self._sizing.learn(chunk)
             if chunk.is_complete:
+                chunk.forget_items()
                 self._bytes += chunk.size
                 self._ready[chunk] = None
             else:
@@ -242,6 +237,7 @@ class _Source:
             else:
                 part = self._part(chunk, span)
                 part.fill_from(chunk)
+                part.forget_items()
                 parts.append(part)
         place = self._window.index(chunk)
         del self._window[place]
@@ -263,7 +259,13 @@ class _Source:
     def _give_up(self, error: BaseException) -> None:
         """The pool takes no more jobs: what it has accepted is given out, then its refusal."""
         self._unsent.clear()
-        self._window = deque(chunk for chunk in self._window if chunk.state is not None)
+        while self._window and self._window[-1].state is None:
+            self._window.pop()
+        for chunk in self._window:
+            if chunk.state is None:
+                # There are results behind it, and each has its place.
+                chunk.fail(error)
+                self._ready[chunk] = None
         self._failure = error
         self._news.is_refused = False
 
@@ -351,6 +353,25 @@ class _Source:
             is_star=self._is_star,
             may_stop=self._options.chunksize is None,
         )
+
+
+class _Links:
+    """Gives out a chain over the source, and another one after an error.
+
+    Why: an exception out of its source ends a chain for good, one out of a link of it does not. Such exceptions are
+    those of the user's iterables, and a Ctrl-C, after which the user may go on.
+    """
+
+    def __init__(self, source: _Source) -> None:
+        self._source = source
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Iterator[Any]:
+        if self._source.is_over:
+            raise StopIteration
+        return itertools.chain.from_iterable(self._source)
 
 
 class _News:

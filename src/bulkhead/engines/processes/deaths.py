@@ -15,7 +15,7 @@ UNKNOWN = Report(None, None, 0, "", "", None, False)
 _OUTPUT_LINES = 20
 
 # The innermost functions of ours that call a job or an item.
-_OUR_FRAMES = (" in _attempt", " in _run_group", " in _run_timed")
+_OUR_FRAMES = (" in _attempt", " in _run_plain", " in _run_starred", " in _run_timed")
 
 
 def crash(pid: int | None, report: Report, doing: str) -> WorkerCrashed:

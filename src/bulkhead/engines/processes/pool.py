@@ -271,6 +271,7 @@ class ProcessPool:
             job: The job.
             waiter: Fired once when it is worth trying again; for callers that wait for several pools.
         """
+        self._refuse_copy()
         with calm(), self.lock:
             self._check_open()
             with self._guard:
@@ -318,13 +319,15 @@ class ProcessPool:
 
     def abandon(self, chunks: Iterable[Chunk]) -> None:
         """See to it that no more items of these chunks begin; those that run run to their end."""
+        self._refuse_copy()
         with calm(), self.lock, self._guard:
             self._abandon(chunks, time.monotonic())
 
     def drop(self, chunks: Iterable[Chunk]) -> None:
         """As `abandon`, soon. Safe inside the garbage collector, which may run under any lock."""
-        self._dropped.extend(chunks)
-        self._driving.wake()
+        if not self._is_stopped:
+            self._dropped.extend(chunks)
+            self._driving.wake()
 
     def _abandon(self, chunks: Iterable[Chunk], now: float) -> None:
         for chunk in chunks:
@@ -672,7 +675,6 @@ class ProcessPool:
         if kind == Kind.READY or kind == Kind.NOT_READY:
             self._came_up(worker, number, error, now)
             return
-        # Race: a copy of the worker that a job forked may answer a second time; only the first answer counts.
         if slot.worker is not worker or number != worker.message:
             return
         job = slot.job
@@ -684,6 +686,8 @@ class ProcessPool:
                 return
         if slot.state is not SlotState.BUSY:
             return
+        # Race: whatever else comes under this number, perhaps in the same breath, belongs to no job any more.
+        worker.message += 1
         worker.jobs += 1
         worker.busy_seconds += now - worker.began
         assert job is not None
@@ -951,7 +955,7 @@ class ProcessPool:
     def _start_noted(self, worker: Worker, job: JobRecord, now: float) -> None:
         order = None
         if isinstance(job, Chunk):
-            order = ChunkOrder(job.todo, job.is_star, job.timeout is not None, job.may_stop, job.n_single)
+            order = ChunkOrder(job.todo, job.is_star, job.timeout is not None, job.may_stop)
         try:
             body = worker.exchange.wrap(job.payload, worker.message, order)
         except OSError as error:

@@ -18,7 +18,6 @@ __all__ = [
     "BEGAN",
     "ERROR",
     "NOBODY",
-    "N_RUNNING",
     "RUNNING",
     "VALUE",
     "VALUES",
@@ -38,10 +37,9 @@ NOBODY = (1 << 64) - 1  # no item runs
 _HEAD = struct.Struct("<QQBQ")  # first position, number of items, kind, length of the body
 _RECORDS_AT = 64
 
-# Counters of eight bytes: message, position of the running group of items and how many it has, bytes of records,
-# message whose chunk is to stop, when the running item began (ns of the monotonic clock, which all processes share;
-# only for chunks with a timeout, whose groups have one item).
-_MESSAGE, RUNNING, N_RUNNING, _USED, _STOP, BEGAN = range(6)
+# Counters of eight bytes: message, position of the running item, bytes of records, message whose chunk is to stop, when
+# the running item began (ns of the monotonic clock, which all processes share; only for chunks with a timeout).
+_MESSAGE, RUNNING, _USED, _STOP, BEGAN = range(5)
 
 Record = tuple[int, int, int, memoryview]
 
@@ -90,16 +88,16 @@ class Progress:
         """Let no more items of this message's chunk begin."""
         self._marks[_STOP] = message
 
-    def running(self, message: int) -> tuple[int, int, float] | None:
-        """Return what runs, or did when the worker died; None when the chunk has not begun.
+    def running(self, message: int) -> tuple[int, float] | None:
+        """Return which item runs, or did when the worker died; None when the chunk has not begun.
 
         Returns:
-            Position of the first item of the group, number of its items, its start in monotonic seconds.
+            Its position, and its start in monotonic seconds.
         """
         marks = self._marks
         if marks[_MESSAGE] != message:
             return None
-        return marks[RUNNING], marks[N_RUNNING], marks[BEGAN] / 1e9
+        return marks[RUNNING], marks[BEGAN] / 1e9
 
     def records(self, message: int) -> list[Record]:
         """Return the records of a message's chunk. They refer to this memory, which the next chunk overwrites."""

@@ -237,9 +237,13 @@ class Borrowed:
                 copied = _read_all(fd, size)
                 done(True)
                 return memoryview(copied)
-        except BaseException:
+        except BaseException as error:
             if done is not None:
                 done(True)
+            if isinstance(error, ValueError):
+                raise OSError(
+                    f"a segment of {size} bytes cannot be mapped: {error}"
+                ) from error  # it is shorter
             raise
         finally:
             os.close(fd)
