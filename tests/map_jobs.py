@@ -1,4 +1,4 @@
-"""What the items of the tests' maps do, and reading a map to its end."""
+"""What the items of the tests' maps do; a source that is watched; reading a map to its end."""
 
 from __future__ import annotations
 
@@ -12,22 +12,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from faulty_jobs import _die_after_next_write, _writes
+import faulty_jobs
 from jobs import lines, note
 
 from bulkhead import Unrecoverable
 
 __all__ = [
-    "BreaksInWorker",
+    "BreaksElsewhere",
     "Counted",
-    "Hanging",
-    "KillsPickler",
-    "KillsReader",
+    "HangsElsewhere",
     "Unpicklable",
-    "die_at",
     "do",
-    "fails_at_first",
+    "fail_at_first",
     "held",
+    "identity",
     "outcomes",
     "square",
     "where",
@@ -35,7 +33,7 @@ __all__ = [
 
 
 def outcomes(results: Iterator[Any]) -> list[Any]:
-    """Read a map to its end; return values, and where an item has failed its exception."""
+    """Read a map to its end; return its values, and the exception where an item has failed."""
     found: list[Any] = []
     while True:
         try:
@@ -47,7 +45,7 @@ def outcomes(results: Iterator[Any]) -> list[Any]:
 
 
 class Counted:
-    """Counts up, to `stop` or for ever, and knows how far it was read, and how often after its end."""
+    """Counts from 0, up to `stop` or for ever; knows how far it was read, and how often beyond its end."""
 
     def __init__(self, stop: int | None = None, pause: float = 0.0) -> None:
         self._numbers = itertools.count() if stop is None else iter(range(stop))
@@ -59,8 +57,7 @@ class Counted:
         return self
 
     def __next__(self) -> int:
-        if self._pause:
-            time.sleep(self._pause)
+        time.sleep(self._pause)
         try:
             number = next(self._numbers)
         except StopIteration:
@@ -70,7 +67,45 @@ class Counted:
         return number
 
 
-# Items that behave
+# Items that cannot travel
+
+
+class Unpicklable:
+    def __reduce__(self) -> NoReturn:
+        raise ZeroDivisionError("the pickling breaks")
+
+
+class BreaksElsewhere:
+    """Can be rebuilt in the process that made it, and in no other."""
+
+    def __reduce__(self) -> Any:
+        return _break_elsewhere, (os.getpid(),)
+
+
+class HangsElsewhere:
+    """Takes a minute to be rebuilt."""
+
+    def __reduce__(self) -> Any:
+        return time.sleep, (60,)
+
+
+class KillsItsPickler:
+    def __reduce__(self) -> NoReturn:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+def _break_elsewhere(home: int) -> BreaksElsewhere:
+    if os.getpid() != home:
+        raise ZeroDivisionError("the unpickling breaks")
+    return BreaksElsewhere()
+
+
+# What items do
+
+
+def identity(value: Any) -> Any:
+    return value
 
 
 def square(number: int) -> int:
@@ -78,48 +113,42 @@ def square(number: int) -> int:
 
 
 def where(seconds: float = 0.0) -> tuple[int, float, float]:
-    """Sleep; return the process, and when the item began and ended."""
+    """Sleep; return the process, and when that began and ended."""
     began = time.monotonic()
     time.sleep(seconds)
     return os.getpid(), began, time.monotonic()
 
 
-def held(folder: Path, first: int, number: int) -> int:
-    """Note the number; from `first` on wait until the file "go" is there."""
+def held(folder: Path, number: int) -> int:
+    """Note the number. From 1000 on, wait until the file "go" is there."""
     note(folder / "begun", number)
     give_up = time.monotonic() + 60
-    while number >= first and not (folder / "go").exists():
+    while number >= 1000 and not (folder / "go").exists():
         if time.monotonic() > give_up:
             raise TimeoutError(f"nobody lets {number} go")
         time.sleep(0.002)
     return number
 
 
-# Items that do not
+def do(what: str, number: int = 0) -> Any:
+    """Let something happen, by its name; with "" return the number."""
+    return _HAPPENS[what]() if what else number
 
 
-def die_at(number: int, at: int) -> int:
-    if number == at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return number
+def fail_at_first(folder: Path, what: str, times: int, number: int) -> int:
+    """Note the run of this number; let something happen in so many of its first ones, then return the number.
 
-
-def fails_at_first(folder: Path, number: int, what: str, times: int) -> int:
-    """Note the number; `what` happens in so many of its first runs. Take a millisecond, so that no group is formed."""
+    Takes a millisecond, since shorter items may run again when another one kills their worker.
+    """
     note(folder / f"runs-{number}", os.getpid())
     time.sleep(0.001)
     if len(lines(folder / f"runs-{number}")) <= times:
-        _HAPPENS[what](number)
+        do(what)
     return number
 
 
-def do(what: str, *args: Any) -> Any:
-    """Let something happen, by its name; "" is nothing."""
-    return _HAPPENS[what](*args) if what else None
-
-
 class Named(Exception):
-    """Has an idea of its own of what a note is."""
+    """Has a meaning of its own for what a note is."""
 
     def add_note(self, customer: str, text: str) -> None:
         raise NotImplementedError
@@ -131,22 +160,12 @@ class Noteless(Exception):
     __notes__ = ()
 
 
-class Sealed(Exception):
-    """Cannot be changed once it is made."""
-
-    def __setattr__(self, name: str, value: object) -> NoReturn:
-        raise AttributeError("sealed")
-
-
 def _raise(error: BaseException) -> NoReturn:
     raise error
 
 
-def _daemonize() -> None:
-    os.setsid()
-
-
-def _fork_and_return_twice(is_waiting: bool) -> str:
+def _fork(*, is_waiting: bool) -> str:
+    """Return in the worker and in a forked copy of it."""
     child = os.fork()
     if not child:
         return "child"
@@ -155,39 +174,36 @@ def _fork_and_return_twice(is_waiting: bool) -> str:
     return "parent"
 
 
-def _overrun_sigterm(*_: object) -> str:
-    """Run until SIGTERM comes, and return a value then."""
+def _overrun() -> str:
+    """Return a value when told to end."""
     told = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: told.set())
-    told.wait()
-    return "told"
+    told.wait(60)
+    return "too late"
 
 
-def _answer_and_die(*_: object) -> None:
-    """Raise, in a process that dies as soon as the answer is in the pipe."""
-    threading.Thread(target=_die_after_next_write, args=(_writes(),), daemon=True).start()
-    raise LookupError("the last words")
-
-
-_HAPPENS: dict[str, Callable[..., Any]] = {
-    "ValueError": lambda *_: _raise(ValueError("no luck")),
-    "Unrecoverable": lambda *_: _raise(Unrecoverable("never")),
-    "StopIteration": lambda *_: _raise(StopIteration("not the end")),
-    "SystemExit": lambda *_: _raise(SystemExit(3)),
-    "sys.exit": lambda *_: sys.exit("gone"),
-    "KeyboardInterrupt": lambda *_: _raise(KeyboardInterrupt()),
-    "GeneratorExit": lambda *_: _raise(GeneratorExit()),
-    "Named": lambda *_: _raise(Named("named")),
-    "Noteless": lambda *_: _raise(Noteless("noteless")),
-    "Sealed": lambda *_: _raise(Sealed("sealed")),
-    "os._exit": lambda *_: os._exit(0),
-    "SIGKILL": lambda *_: os.kill(os.getpid(), signal.SIGKILL),
-    "hang": lambda *_: time.sleep(60),
-    "lock": lambda *_: threading.Lock(),
-    "value that breaks here": lambda *_: BreaksInWorker(os.getpid()),
-    "value that kills its pickler": lambda *_: KillsPickler(),
-    "fork": lambda *_: _fork_and_return_twice(False),
-    "fork and wait": lambda *_: _fork_and_return_twice(True),
-    "overrun": _overrun_sigterm,
-    "answer and die": _answer_and_die,
+_HAPPENS: dict[str, Callable[[], Any]] = {
+    "ValueError": lambda: _raise(ValueError("no luck")),
+    "LookupError": lambda: _raise(LookupError("not there")),
+    "Unrecoverable": lambda: _raise(Unrecoverable("never")),
+    "StopIteration": lambda: _raise(StopIteration("not the end")),
+    "SystemExit": lambda: _raise(SystemExit(3)),
+    "KeyboardInterrupt": lambda: _raise(KeyboardInterrupt()),
+    "GeneratorExit": lambda: _raise(GeneratorExit()),
+    "Named": lambda: _raise(Named("named")),
+    "Noteless": lambda: _raise(Noteless("noteless")),
+    "sys.exit": lambda: sys.exit("gone"),
+    "os._exit": lambda: os._exit(0),
+    "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "segfault": faulty_jobs.segfault,
+    "hang": lambda: time.sleep(60),
+    "ignore SIGTERM": faulty_jobs.ignore_sigterm,
+    "overrun": _overrun,
+    "lock": threading.Lock,
+    "breaks elsewhere": BreaksElsewhere,
+    "kills its pickler": KillsItsPickler,
+    "fork": lambda: _fork(is_waiting=False),
+    "fork and wait": lambda: _fork(is_waiting=True),
+    "close descriptors": lambda: faulty_jobs.close_descriptors(3),
+    "write everywhere": lambda: faulty_jobs.write_everywhere(b"\xff" * 3_000_000),
 }

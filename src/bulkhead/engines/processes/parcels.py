@@ -147,7 +147,7 @@ class Exchange:
     the garbage collector goes through `let_go`, in any thread.
 
     Args:
-        line: The socket for descriptors.
+        line: The socket for descriptors; what it does not take at once is an error if it does not block.
         borrowed: Maps what the other side lends.
 
     Attributes:
@@ -209,12 +209,7 @@ class Exchange:
         body = view[start:]
         if not sizes:
             return Opened(body, [], extra, 0)
-        try:
-            fds = _receive(self._line, message, len(sizes))
-        except BaseException:
-            self.let_go.extend(loan for loan, _ in sizes if loan)
-            raise
-        mapped = self._map_all(sizes, fds)
+        mapped = self._map_all(sizes, message)
         buffers = [mapped[which][offset : offset + n] for which, offset, n in layout]
         if body_size:
             body = mapped[0][:body_size]
@@ -238,14 +233,19 @@ class Exchange:
             loans.append(self.let_go.popleft())
         return loans
 
-    def _map_all(self, sizes: list[tuple[int, int]], fds: list[int]) -> list[memoryview]:
-        mapped = []
+    def _map_all(self, sizes: list[tuple[int, int]], message: int) -> list[memoryview]:
+        mapped: list[memoryview] = []
+        fds: list[int] = []
+        waiting = list(sizes)
         try:
-            for loan, size in sizes:
+            fds = _receive(self._line, message, len(sizes))
+            while waiting:
+                loan, size = waiting.pop(0)
                 done = partial(_return, self.let_go, loan) if loan else None
                 mapped.append(self._borrowed.map(fds.pop(0), size, done))
         finally:
             _close(fds)
+            self.let_go.extend(loan for loan, _ in waiting if loan)
         return mapped
 
 

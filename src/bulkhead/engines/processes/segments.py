@@ -77,7 +77,10 @@ class Segment:
         self._file.is_spoilt = True
 
     def __del__(self) -> None:
-        self._home.take_back(self._file)
+        # Race: a Ctrl-C may have struck before the fields were set; then the file closes itself.
+        file = getattr(self, "_file", None)
+        if file is not None:
+            self._home.take_back(file)
 
 
 class SegmentPool:

@@ -74,7 +74,9 @@ class Worker:
         self._theirs: tuple[int, ...] = (jobs_read, results_write, life_read, their_line, box)
         self.writer = FrameWriter(jobs_write)
         self.reader = FrameReader(results_read)
-        self.exchange = Exchange(socket.socket(fileno=line), borrowed)
+        line_of_ours = socket.socket(fileno=line)
+        line_of_ours.setblocking(False)
+        self.exchange = Exchange(line_of_ours, borrowed)
         self.let_go = self.exchange.let_go
         self.progress = Progress(self._box.progress)
 
