@@ -86,6 +86,19 @@ def array(size: int, value: int = 7) -> np.ndarray:
     return np.full(size, value, np.uint8)
 
 
+def is_same(one: Any, other: Any) -> bool:
+    """Tell whether two values are equal, of the same type, all the way down."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(is_same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(is_same(one[key], other[key]) for key in one)
+    return bool(one == other)
+
+
 # What goes beside the body
 
 
@@ -103,7 +116,7 @@ def test_buffers_go_beside_the_body_from_128_kib_on(sides: tuple[Side, Side], si
     assert np.array_equal(there.read(data), array(size))
 
 
-@pytest.mark.parametrize("size", [256 * KIB - 100, 256 * KIB, 256 * KIB + 1])
+@pytest.mark.parametrize("size", [255 * KIB, 256 * KIB, 256 * KIB + 1])
 def test_a_body_without_buffers_goes_beside_the_frame_from_256_kib_on(
     sides: tuple[Side, Side], size: int
 ) -> None:
@@ -124,9 +137,7 @@ def test_many_small_buffers_together_are_large(sides: tuple[Side, Side]) -> None
 def test_a_small_value_is_bytes_and_nothing_more(sides: tuple[Side, Side]) -> None:
     here, _ = sides
     for value in (None, 1, "text", array(10), [array(0), bytearray(100)]):
-        packed = here.pack(value)
-        assert type(packed) is bytes
-        assert pickle.loads(packed) is not NotImplemented
+        assert type(here.pack(value)) is bytes
 
 
 _SIZES = st.sampled_from([0, 1, 5, 100, 64 * KIB, 128 * KIB - 1, 128 * KIB, 300 * KIB, 2 * MIB])
@@ -152,12 +163,12 @@ def test_whatever_is_sent_arrives_as_it_was(values: list[Any], keeps: int) -> No
     try:
         for message, value in enumerate(values, 1):
             arrived = there.read(here.send(value, message), message)
-            assert pickle.dumps(arrived, 5) == pickle.dumps(value, 5)
+            assert is_same(arrived, value)
             if message % 4 == keeps:
-                held.append((arrived, pickle.dumps(value, 5)))
+                held.append((arrived, value))
             del arrived
             here.read(there.send(None, message), message)  # what has come back
-        assert [pickle.dumps(arrived, 5) for arrived, _ in held] == [pickled for _, pickled in held]
+        assert all(is_same(arrived, value) for arrived, value in held)
     finally:
         held.clear()
         here.close()
@@ -211,7 +222,7 @@ def test_without_memory_for_a_segment_everything_goes_through_the_pipe(
     packed = here.pack(value)
     assert type(packed) is bytes
     arrived = there.read(here.exchange.wrap(packed, 1))
-    assert pickle.dumps(arrived, 5) == pickle.dumps(value, 5)
+    assert is_same(arrived, value)
     if isinstance(value, np.ndarray):
         assert arrived.flags.writeable
 
@@ -226,15 +237,12 @@ def test_without_memory_for_a_segment_shared_objects_still_go_beside(
         raise OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr(here.segments, "place", fail)
-    for value in ([shared, array(MIB, 5), shared], [b"x" * MIB, shared]):
-        data = here.send(value)
-        arrived = there.read(data)
-        assert len(data) < 1.1 * MIB
-        found = [one for one in arrived if isinstance(one, np.ndarray) and one[0] == 3]
-        assert len(found) == value.count(shared)
-        assert not any(one.flags.writeable for one in found)
-        assert [int(one[-1]) for one in arrived if len(one) and one is not found[0]] in ([5], [120], [5, 3])
-        del arrived, found
+    data = here.send([shared, array(MIB, 5), shared, b"x" * MIB])
+    assert 2 * MIB < len(data) < 2.1 * MIB
+    arrived = there.read(data)
+    assert is_same(arrived, [array(MIB, 3), array(MIB, 5), array(MIB, 3), b"x" * MIB])
+    assert arrived[0] is arrived[2]
+    assert [one.flags.writeable for one in arrived[:2]] == [False, True]
 
 
 def test_no_descriptor_for_a_segment_means_the_pipe(sides: tuple[Side, Side]) -> None:
@@ -511,8 +519,9 @@ def test_a_buffer_whose_bytes_lie_apart_cannot_be_sent(sides: tuple[Side, Side])
     apart = pickle.PickleBuffer(memoryview(bytes(MIB))[::2])
     with pytest.raises(JobNotPicklable, match="contiguous"):
         pack_call(len, (apart,), {}, here.segments)
-    with pytest.raises(BufferError, match="contiguous"):
+    with pytest.raises((BufferError, pickle.PicklingError), match="contiguous"):
         here.pack([array(MIB), apart])
+    gc.collect()
     assert here.lent() == 0
 
 

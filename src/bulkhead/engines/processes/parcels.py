@@ -39,6 +39,9 @@ _MAX_SHARED = 128
 _LENGTH = struct.Struct("<I")
 _TAG = struct.Struct("<Q")  # number of the message a descriptor belongs to
 
+_DESCRIPTOR = struct.Struct("@i")
+_DESCRIPTOR_SPACE = socket.CMSG_LEN(_DESCRIPTOR.size)
+
 _RECEIVE = socket.MSG_DONTWAIT | getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
 Callback = Callable[[pickle.PickleBuffer], Any]
@@ -271,7 +274,9 @@ def _receive(line: socket.socket, message: int, n: int) -> list[int]:
     found: list[int] = []
     try:
         while len(found) < n:
-            tag, fds, flags, _ = socket.recv_fds(line, _TAG.size, 1, _RECEIVE)
+            # Why not `socket.recv_fds`: it ignores the flags that it is given.
+            tag, ancillary, flags, _ = line.recvmsg(_TAG.size, _DESCRIPTOR_SPACE, _RECEIVE)
+            fds = [fd for _, _, data in ancillary for (fd,) in _DESCRIPTOR.iter_unpack(data)]
             if len(tag) == _TAG.size and _TAG.unpack(tag)[0] != message:
                 _close(fds)  # of a message that was never read
             elif fds:
