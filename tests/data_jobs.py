@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import os
 import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Self
 
 import numpy as np
 from jobs import note
 
-__all__ = [
-    "MEGABYTE",
-    "Place",
-    "Waits",
-    "anonymous_bytes",
-    "filled",
-    "place_of",
-    "refuses",
-    "segments_of",
-    "shared_memory_bytes",
-]
+from bulkhead import Dispatcher
 
 MEGABYTE = 1 << 20
 
@@ -56,7 +48,7 @@ def segments_of(*pids: int) -> dict[int, int]:
     for pid in pids:
         for entry in _entries(Path(f"/proc/{pid}/fd")):
             try:
-                if _NAME in os.readlink(entry):
+                if _NAME in str(entry.readlink()):
                     status = entry.stat()
                     found[status.st_ino] = status.st_blocks * 512
             except OSError:  # closed meanwhile
@@ -118,6 +110,13 @@ def _kilobytes(path: str, key: str) -> int:
     return next(int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(key))
 
 
+def give_back(*disps: Dispatcher) -> None:
+    """Have the caller give its free segments to the system now, instead of keeping them for the next jobs."""
+    for disp in disps:
+        for pool in disp._pools.values():
+            pool.segments.trim(math.inf)
+
+
 # Jobs
 
 
@@ -141,20 +140,57 @@ def where(buffer: Any) -> Place | None:
     return place_of(buffer)
 
 
-def where_is_it_and_is_it_mine(array: np.ndarray) -> tuple[Place | None, bool, int, int]:
-    """Return where the array lies, whether it can be written to, and by how many bytes of own memory a sum and a write
-    of one byte make the process larger."""
+def where_and_total(array: np.ndarray) -> tuple[Place | None, int]:
+    return place_of(array), total(array)
+
+
+def measured(array: np.ndarray) -> tuple[Place | None, bool, int, int]:
+    """Return where the array lies, whether it can be written to, and how many bytes of memory of its own the process
+    takes to read all of it and to write one byte of it.
+    """
     before = anonymous_bytes()
     array.sum()
     summed = anonymous_bytes()
     array[0] += 1
-    return place_of(array), array.flags.writeable, summed - before, anonymous_bytes() - summed
+    return place_of(array), bool(array.flags.writeable), summed - before, anonymous_bytes() - summed
 
 
 def raise_by_one(array: np.ndarray) -> list[int]:
     """Write into the whole array."""
     array += 1
     return values_in(array)
+
+
+def raised_by_one(array: np.ndarray) -> np.ndarray:
+    return array + 1
+
+
+def totals(arrays: list[np.ndarray]) -> list[int]:
+    return list(map(total, arrays))
+
+
+def total_of_buffer(buffer: Any) -> int:
+    return sum(memoryview(buffer).cast("B"))
+
+
+def are_writable(arrays: list[np.ndarray]) -> list[bool]:
+    return [bool(array.flags.writeable) for array in arrays]
+
+
+def are_one(first: Any, second: Any) -> bool:
+    return first is second
+
+
+def place_of_column(frame: Any, name: str) -> Place | None:
+    return place_of(frame[name].to_numpy())
+
+
+def sum_of_column(frames: list[Any], name: str) -> int:
+    return int(frames[0][name].sum())
+
+
+def place_of_chunk(table: Any) -> Place | None:
+    return place_of(table.column(0).chunks[0].buffers()[1])
 
 
 def write_and_fail_at_first(marks: str, array: np.ndarray) -> tuple[int, list[int]]:
@@ -183,6 +219,23 @@ def keep(value: Any) -> Place | None:
     return place_of(value)
 
 
+def keep_slice(array: np.ndarray) -> None:
+    _kept.append(array[1000:2000])
+
+
+def make_cycle(array: np.ndarray) -> list[int]:
+    """Leave the array in a cycle that only the garbage collector finds."""
+    gc.disable()
+    cycle: list[Any] = [array]
+    cycle.append(cycle)
+    return values_in(array)
+
+
+def collect() -> None:
+    gc.enable()
+    gc.collect()
+
+
 def kept() -> list[list[int]]:
     return [values_in(one) for one in _kept]
 
@@ -191,14 +244,19 @@ def drop_kept() -> None:
     _kept.clear()
 
 
+def note_values(array: np.ndarray, gate: Path, found: Path) -> None:
+    """Write down what is in the array when the gate opens."""
+    wait_for(gate)
+    note(found, values_in(array))
+
+
 def fork_and_leave_reader(array: np.ndarray, gate: str, found: str) -> int:
     """Return, and leave a child behind that looks at the array when the gate opens and writes down what is in it."""
     child = os.fork()
     if child:
         return child
     try:
-        wait_for(Path(gate))
-        note(found, values_in(array))
+        note_values(array, Path(gate), Path(found))
     finally:
         os._exit(0)
 
@@ -224,6 +282,10 @@ def wait_for(gate: Path, longest: float = 60.0) -> None:
 def note_and_wait(mark: str, gate: str) -> None:
     note(mark, os.getpid())
     wait_for(Path(gate))
+
+
+def note_and_wait_with(mark: str, array: np.ndarray) -> None:
+    note_and_wait(mark, mark + " never")
 
 
 def fail_with_array(value: int, size: int) -> NoReturn:
@@ -255,7 +317,7 @@ def write_into_descriptors(garbage: bytes, value: Any) -> int:
     taken = 0
     for fd in map(int, os.listdir("/proc/self/fd")):
         try:
-            if _NAME in os.readlink(f"/proc/self/fd/{fd}"):
+            if _NAME in str(Path(f"/proc/self/fd/{fd}").readlink()):
                 os.pwrite(fd, garbage, 0)
                 taken += 1
         except OSError:
@@ -300,14 +362,14 @@ def note_and_return(mark: str, value: int, size: int) -> np.ndarray:
     return filled(value, size)
 
 
-def refuses() -> Refuses:
+def refusing() -> Refuses:
     return Refuses()
 
 
 class Refuses(np.ndarray):
     """An array that cannot be pickled."""
 
-    def __new__(cls) -> Refuses:
+    def __new__(cls) -> Self:
         return np.zeros(MEGABYTE, np.uint8).view(cls)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -318,7 +380,7 @@ class Scattered:
     """Is pickled as a buffer whose bytes do not lie side by side."""
 
     def __reduce__(self) -> Any:
-        return bytes, (pickle.PickleBuffer(memoryview(bytes(2 * MEGABYTE))[::2]),)
+        return bytes, (pickle.PickleBuffer(np.zeros(2 * MEGABYTE, np.uint8)[::2]),)
 
 
 def scattered() -> Scattered:

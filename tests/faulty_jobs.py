@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import subprocess
@@ -10,13 +11,17 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from bulkhead.engines.processes.segments import SegmentPool
 
 MEGABYTE = 1_000_000
 
 # A process that lives until it is killed, and one that also ignores SIGTERM.
 _FOREVER = "import time; time.sleep(10**6)"
 _STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {_FOREVER}"
+
+_place = SegmentPool.place
 
 
 # Jobs that behave
@@ -44,6 +49,27 @@ def instant_of_start() -> float:
 
 def zeros(size: int) -> bytes:
     return bytes(size)
+
+
+def zeros_through_the_pipe(size: int) -> bytes:
+    """Return so many bytes from a worker that gets no shared memory from now on."""
+    withhold_room()
+    return bytes(size)
+
+
+def withhold_room() -> None:
+    """Give this process no shared memory from now on."""
+    SegmentPool.place = no_room
+
+
+def grant_room() -> None:
+    """Give this process shared memory again."""
+    SegmentPool.place = _place
+
+
+def no_room(segments: SegmentPool, buffers: object) -> NoReturn:
+    """Refuse to place anything, as when the machine has no shared memory left."""
+    raise OSError(errno.ENOSPC, "no room")
 
 
 def size_of(data: bytes) -> int:

@@ -8,25 +8,38 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import faulty_jobs
 from jobs import lines, note
+from watching import wait_until
 
 from bulkhead import Unrecoverable
 
 __all__ = [
+    "Adder",
     "BreaksElsewhere",
     "Counted",
     "HangsElsewhere",
+    "Large",
     "Unpicklable",
+    "add_up",
+    "die_after_the_answer",
     "do",
     "fail_at_first",
     "held",
+    "held_bytes",
+    "held_from_1000",
     "identity",
+    "large",
+    "note_and_do",
+    "number_of",
+    "odd_ones_fail",
     "outcomes",
+    "pid_of_worker",
     "square",
     "where",
 ]
@@ -67,7 +80,22 @@ class Counted:
         return number
 
 
-# Items that cannot travel
+# Items and results of their own kind
+
+
+class Large:
+    """Half a megabyte; those that are alive in this process are known."""
+
+    alive: ClassVar[weakref.WeakSet[Large]] = weakref.WeakSet()
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.content = bytes(500_000)
+        Large.alive.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        Large.alive.add(self)
 
 
 class Unpicklable:
@@ -87,6 +115,16 @@ class HangsElsewhere:
 
     def __reduce__(self) -> Any:
         return time.sleep, (60,)
+
+
+class RebuiltSlowly:
+    def __reduce__(self) -> Any:
+        return _rebuild_slowly, ()
+
+
+def _rebuild_slowly() -> int:
+    time.sleep(0.8)
+    return 1
 
 
 class KillsItsPickler:
@@ -119,9 +157,36 @@ def where(seconds: float = 0.0) -> tuple[int, float, float]:
     return os.getpid(), began, time.monotonic()
 
 
+def pid_of_worker(_: object) -> int:
+    return os.getpid()
+
+
+def add_up(number: int, table: Sequence[int], more: bytes) -> int:
+    return number + int(table[number]) + len(more)
+
+
+def large(number: int) -> Large:
+    return Large(number)
+
+
+class Adder:
+    def __init__(self, base: int) -> None:
+        self.base = base
+
+    def __call__(self, number: int) -> int:
+        return self.base + number
+
+    def add(self, number: int) -> int:
+        return self.base + number
+
+
 def held(folder: Path, number: int) -> int:
-    """Note the number. From 1000 on, wait until the file "go" is there."""
+    """Note the number and take a millisecond. From 1000 on, wait until the file "go" is there.
+
+    Why the millisecond: shorter items may run again when one after them kills their worker.
+    """
     note(folder / "begun", number)
+    time.sleep(0.001)
     give_up = time.monotonic() + 60
     while number >= 1000 and not (folder / "go").exists():
         if time.monotonic() > give_up:
@@ -130,20 +195,57 @@ def held(folder: Path, number: int) -> int:
     return number
 
 
+def held_from_1000(folder: Path, number: int) -> int:
+    """As `held`, but take no time before."""
+    return held(folder, number) if number >= 1000 else number
+
+
+def held_bytes(folder: Path, number: int) -> bytes:
+    held(folder, number)
+    return bytes(102_400)
+
+
+def number_of(folder: Path, large: Large) -> int:
+    return held(folder, large.number)
+
+
 def do(what: str, number: int = 0) -> Any:
     """Let something happen, by its name; with "" return the number."""
     return _HAPPENS[what]() if what else number
 
 
-def fail_at_first(folder: Path, what: str, times: int, number: int) -> int:
-    """Note the run of this number; let something happen in so many of its first ones, then return the number.
+def odd_ones_fail(number: int) -> int:
+    if number % 2:
+        raise ValueError(number)
+    return number
 
-    Takes a millisecond, since shorter items may run again when another one kills their worker.
-    """
-    note(folder / f"runs-{number}", os.getpid())
+
+def note_and_do(folder: Path, what: str, number: int) -> Any:
+    held(folder, number)
+    return do(what, number)
+
+
+def fail_at_first(folder: Path, what: str, times: int, number: int) -> int:
+    """As `held`, but let something happen in so many of the first runs of this number."""
+    note(folder / "begun", number)
     time.sleep(0.001)
-    if len(lines(folder / f"runs-{number}")) <= times:
+    if lines(folder / "begun").count(str(number)) <= times:
         do(what)
+    return number
+
+
+def die_after_the_answer(folder: Path, number: int) -> Any:
+    """Item 1 takes the caller long to rebuild; meanwhile the worker of item 0 answers and dies."""
+    note(folder / "begun", number)
+    if number == 0:
+        wait_until((folder / "answered").exists)
+        time.sleep(0.2)  # until the caller is at it
+        faulty_jobs.answer_and_die()
+        raise LookupError("the last words")
+    if number == 1:
+        wait_until(lambda: len(lines(folder / "begun")) >= 2)
+        (folder / "answered").touch()
+        return RebuiltSlowly()
     return number
 
 

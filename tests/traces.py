@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import uuid
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from bulkhead.engines.processes.segments import SegmentPool
 
 __all__ = ["Traces"]
 
@@ -87,13 +90,24 @@ def _threads() -> tuple[str, ...]:
 def _descriptors() -> tuple[str, ...]:
     if not _PROC.is_dir():
         return ("?",) * psutil.Process().num_fds()
-    found = []
+    found, segments = [], []
     for entry in Path("/proc/self/fd").iterdir():
         try:
-            found.append(f"{entry.name} {entry.readlink()}")
+            named = f"{entry.name} {entry.readlink()}"
         except OSError:  # the descriptor of the listing itself
             continue
+        (segments if "bulkhead-segment" in named else found).append(named)
+    if segments:
+        kept = _kept_segments()
+        found += [named for named in segments if _inode(Path("/proc/self/fd", named.split()[0])) not in kept]
     return tuple(found)
+
+
+def _kept_segments() -> set[int]:
+    """Return the segments that pools which are open keep for their next message, for a while and on purpose."""
+    pools = [thing for thing in gc.get_objects() if type(thing) is SegmentPool]
+    files = [file for pool in pools for file in (*pool._free, *pool._returned)]
+    return {os.fstat(file.fd).st_ino for file in files if file.fd >= 0}
 
 
 def _segments() -> tuple[str, ...]:

@@ -7,12 +7,11 @@ those that the retry policy allows another attempt. The sending after which noth
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bulkhead._kernel.lifecycle import JobState
-from bulkhead.errors import BulkheadError
+from bulkhead.errors import JobTimeout, WorkerCrashed
 from bulkhead.retry import RetryPolicy
 from bulkhead.tracker import JobHome, Tracker
 
@@ -123,7 +122,7 @@ class Chunk(Tracker):
             return
         self._errors[index] = error
         self._failed_now.append(index)
-        if not isinstance(error, BulkheadError):  # those of ours name the item
+        if not isinstance(error, (JobTimeout, WorkerCrashed)):  # these name the item
             _note(error, f"while running item {self.first + index} of a map")
 
     def reject(self, error: BaseException) -> None:
@@ -267,15 +266,20 @@ class Outcomes(Iterator[Any]):
     """Iterates over results and errors, and goes on after it has raised one."""
 
     def __init__(self, outcomes: list[tuple[Any, BaseException | None]]) -> None:
-        self._outcomes = iter(outcomes)
+        self._outcomes = outcomes
+        self._at = 0
 
     def __length_hint__(self) -> int:
-        return operator.length_hint(self._outcomes)
+        return len(self._outcomes) - self._at
 
     def __next__(self) -> Any:
-        value, error = next(self._outcomes)
+        if self._at == len(self._outcomes):
+            raise StopIteration
+        # Race: Ctrl-C strikes after a call. There is none between this step and the return, so no value is lost.
+        value, error = self._outcomes[self._at]
+        self._at += 1
+        if error is None:
+            return value
         if isinstance(error, StopIteration):
             raise RuntimeError("an item of the map raised StopIteration") from error  # as a generator does
-        if error is not None:
-            raise error
-        return value
+        raise error

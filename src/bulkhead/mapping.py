@@ -130,13 +130,11 @@ class _Source:
         self._input = _Input(_zipped(iterables))
         pool.pack_items(fn, [])  # so that a function that cannot be sent is refused at once
         self._sizing = _Sizing(options, pool.config.n_workers)
-        self._depth = (
-            2 * pool.config.n_workers
-        )  # chunks that may be with the pool: running, and the next ones
+        # Chunks that may be with the pool: those that run, and the next ones.
+        self._depth = 2 * pool.config.n_workers
         self._offers = Offers(_forget, self._depth)
-        self._ready: dict[
-            Chunk, None
-        ] = {}  # those of the window that can be given out, in the order of their end
+        # Those of the window that can be given out, in the order of their end.
+        self._ready: dict[Chunk, None] = {}
         self._unsent: deque[Chunk] = deque()  # those that have to be sent
         self._n_sent = 0  # those that are with the pool
         self._n_waiting = 0  # items that are read and not given out

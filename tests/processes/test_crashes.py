@@ -25,6 +25,7 @@ from watching import (
 )
 
 from bulkhead import Dispatcher, Job, JobTimeout, Pool, PoolBroken, RemoteError, WorkerCrashed
+from bulkhead.engines.processes.segments import SegmentPool
 
 LARGE = 100 * faulty_jobs.MEGABYTE
 
@@ -128,7 +129,11 @@ def test_an_argument_that_kills_its_reader_fails_its_job_alone(disp: Dispatcher)
     assert error.signal == "SIGKILL"
 
 
-def test_a_worker_killed_in_the_middle_of_a_100_mb_argument_fails_its_job_alone(single: Dispatcher) -> None:
+def test_a_worker_killed_in_the_middle_of_a_100_mb_argument_fails_its_job_alone(
+    single: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the pipe, as it goes when there is no shared memory for it."""
+    monkeypatch.setattr(SegmentPool, "place", faulty_jobs.no_room)
     (pid,) = worker_pids(single)
     before = bytes_moved()
     tracker = single.dispatch(Job(faulty_jobs.size_of, bytes(LARGE)))
@@ -144,9 +149,10 @@ def test_a_worker_killed_in_the_middle_of_a_100_mb_argument_fails_its_job_alone(
 
 
 def test_a_worker_killed_in_the_middle_of_a_100_mb_result_fails_its_job_alone(single: Dispatcher) -> None:
+    """Through the pipe, as it goes when there is no shared memory for it."""
     (pid,) = worker_pids(single)
     before = bytes_moved()
-    tracker = single.dispatch(Job(faulty_jobs.zeros, LARGE))
+    tracker = single.dispatch(Job(faulty_jobs.zeros_through_the_pipe, LARGE))
     waiting = single.dispatch(Job(faulty_jobs.double, 4))
     wait_until(lambda: bytes_moved() > before + LARGE // 10)
     os.kill(pid, signal.SIGKILL)
@@ -154,7 +160,7 @@ def test_a_worker_killed_in_the_middle_of_a_100_mb_result_fails_its_job_alone(si
     assert isinstance(tracker.exception(PATIENCE), WorkerCrashed)
     assert moved < LARGE, "the result was through already; the test proves nothing"
     assert waiting.result(PATIENCE) == 8
-    assert len(single.dispatch(Job(faulty_jobs.zeros, LARGE)).result(PATIENCE)) == LARGE
+    assert len(single.dispatch(Job(faulty_jobs.zeros_through_the_pipe, LARGE)).result(PATIENCE)) == LARGE
     assert_whole(single)
 
 

@@ -7,7 +7,6 @@ import itertools
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,22 @@ import numpy as np
 import pytest
 from calling import Call
 from jobs import echo, lines, nothing
-from map_jobs import Counted, held, identity, outcomes, square, where
+from map_jobs import (
+    Adder,
+    Counted,
+    Large,
+    add_up,
+    held,
+    held_bytes,
+    identity,
+    large,
+    number_of,
+    odd_ones_fail,
+    outcomes,
+    pid_of_worker,
+    square,
+    where,
+)
 from staffing import staffed
 from watching import wait_until, wait_until_whole
 
@@ -102,19 +116,8 @@ class OfOldStyle:
     "items", ["abc", {1: 2, 3: 4}, OfOldStyle(), (n for n in range(3)), np.arange(3), b"\1\2"]
 )
 def test_anything_that_can_be_iterated_is_taken(disp: Dispatcher, items: Any) -> None:
-    expected = [n for n in range(3)] if hasattr(items, "send") else list(items)
+    expected = list(range(3)) if isinstance(items, Iterator) else list(items)
     assert list(disp.map(identity, items)) == expected
-
-
-class Adder:
-    def __init__(self, base: int) -> None:
-        self.base = base
-
-    def __call__(self, number: int) -> int:
-        return self.base + number
-
-    def add(self, number: int) -> int:
-        return self.base + number
 
 
 @pytest.mark.parametrize(
@@ -149,10 +152,6 @@ def test_results_of_every_size_come_back_as_they_were_from_one_chunk(roomy: Disp
             assert (result == item).all()
         else:
             assert result == item
-
-
-def add_up(number: int, table: np.ndarray, more: bytes) -> int:
-    return number + int(table[number]) + len(more)
 
 
 def test_a_large_common_argument_is_given_to_every_item(roomy: Dispatcher) -> None:
@@ -206,9 +205,7 @@ def test_no_more_is_read_ahead_than_the_buffersize(
             yield number
 
     results = []
-    for result in disp.map(
-        identity, watched(), buffersize=buffersize, chunksize=chunksize, ordered=ordered
-    ):
+    for result in disp.map(identity, watched(), buffersize=buffersize, chunksize=chunksize, ordered=ordered):
         results.append(result)
         n_given += 1
     assert sorted(results) == list(range(600))
@@ -237,7 +234,7 @@ def test_nothing_is_read_while_results_wait_that_are_too_many_bytes(
 ) -> None:
     monkeypatch.setattr(mapping, "_LOOKAHEAD_BYTES", 1 << 20)
     source = Counted()
-    results = disp.map(_kilobytes, itertools.repeat(tmp_path), itertools.chain([1000], source), chunksize=1)
+    results = disp.map(held_bytes, itertools.repeat(tmp_path), itertools.chain([1000], source), chunksize=1)
     reader = Call(next, results)
     wait_until(lambda: source.n_read >= 10)
     reader.until_waiting()
@@ -248,38 +245,12 @@ def test_nothing_is_read_while_results_wait_that_are_too_many_bytes(
     assert len(list(itertools.islice(results, 100))) == 100
 
 
-def _kilobytes(folder: Path, number: int) -> bytes:
-    held(folder, number)
-    return bytes(102_400)
-
-
-class Large:
-    """Half a megabyte that the caller's garbage collector can be asked for."""
-
-    alive: weakref.WeakSet[Large] = weakref.WeakSet()
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.content = bytes(500_000)
-        Large.alive.add(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        Large.alive.add(self)
-
-
-def _number_of(folder: Path, large: Large) -> int:
-    return held(folder, large.number)
-
-
-def _large(number: int) -> Large:
-    return Large(number)
-
-
-def test_items_that_have_run_are_let_go_although_their_results_wait(roomy: Dispatcher, tmp_path: Path) -> None:
+def test_items_that_have_run_are_let_go_although_their_results_wait(
+    roomy: Dispatcher, tmp_path: Path
+) -> None:
     descriptors = len(os.listdir("/proc/self/fd"))
     source = map(Large, [1000, *range(100)])
-    results = roomy.map(_number_of, itertools.repeat(tmp_path), source, chunksize=1)
+    results = roomy.map(number_of, itertools.repeat(tmp_path), source, chunksize=1)
     reader = Call(next, results)
     wait_until(lambda: len(begun(tmp_path)) == 101)
     reader.until_waiting()
@@ -294,7 +265,7 @@ def test_items_that_have_run_are_let_go_although_their_results_wait(roomy: Dispa
 
 def test_results_that_were_given_out_are_let_go(disp: Dispatcher) -> None:
     most = 0
-    for result in disp.map(_large, range(60), chunksize=2, buffersize=8):
+    for result in disp.map(large, range(60), chunksize=2, buffersize=8):
         most = max(most, len(Large.alive))
         assert result.number >= 0
     assert most <= 14
@@ -316,8 +287,7 @@ def test_a_source_may_wait_for_the_result_before(disp: Dispatcher) -> None:
             assert len(answers) == number
             yield number
 
-    for answer in disp.map(square, questions(), buffersize=1):
-        answers.append(answer)
+    answers.extend(disp.map(square, questions(), buffersize=1))
     assert answers == [n * n for n in range(50)]
 
 
@@ -402,14 +372,12 @@ def test_without_order_results_come_as_their_chunks_are_done(disp: Dispatcher, t
 
 
 def test_a_priority_names_the_pool(disp: Dispatcher) -> None:
-    both = [set(disp.map(_pid, range(8), priority=priority, chunksize=1)) for priority in (PAIR, ONE)]
+    both = [
+        set(disp.map(pid_of_worker, range(8), priority=priority, chunksize=1)) for priority in (PAIR, ONE)
+    ]
     assert both[0].isdisjoint(both[1])
     assert len(both[1]) == 1
-    assert set(disp.map(_pid, range(8), chunksize=1)) <= both[0] | both[1] - both[1]
-
-
-def _pid(_: object) -> int:
-    return os.getpid()
+    assert set(disp.map(pid_of_worker, range(8), chunksize=1)) <= both[0] | both[1] - both[1]
 
 
 def test_without_a_priority_it_is_the_only_pool_or_pool_0() -> None:
@@ -446,13 +414,11 @@ def test_maps_in_several_threads_do_not_mix(disp: Dispatcher) -> None:
 def test_a_map_does_not_starve_the_dispatches_of_other_threads(disp: Dispatcher) -> None:
     is_over = threading.Event()
 
-    def read() -> int:
-        n = -1
-        for n, result in enumerate(disp.map(where, itertools.repeat(0.001), chunksize=5)):
+    def read() -> None:
+        for result in disp.map(where, itertools.repeat(0.001), chunksize=5):
             assert result
             if is_over.is_set():
                 break
-        return n
 
     reader = Call(read)
     wait_until(lambda: disp.stats()[PAIR].running == 2)
@@ -460,7 +426,7 @@ def test_a_map_does_not_starve_the_dispatches_of_other_threads(disp: Dispatcher)
     assert [tracker.result(20) for tracker in trackers] == list(range(50))
     assert not reader.has_returned
     is_over.set()
-    assert reader.value() > 0
+    reader.value()
 
 
 def test_a_barrier_meanwhile_waits_for_the_chunks_under_way(disp: Dispatcher, tmp_path: Path) -> None:
@@ -600,10 +566,13 @@ def leave_by_break(results: Any, first: Callable[[], None]) -> None:
 
 
 def leave_by_exception(results: Any, first: Callable[[], None]) -> None:
-    with pytest.raises(LookupError, match="of the reader"):
+    def read() -> None:
         for _ in results:
             first()
             raise LookupError("of the reader")
+
+    with pytest.raises(LookupError, match="of the reader"):
+        read()
 
 
 def leave_by_dropping_a_cycle(results: Any, first: Callable[[], None]) -> None:
@@ -611,8 +580,6 @@ def leave_by_dropping_a_cycle(results: Any, first: Callable[[], None]) -> None:
     first()
     cycle: list[Any] = [results]
     cycle.append(cycle)
-    del results, cycle
-    gc.collect()
 
 
 def leave_by_close(results: Any, first: Callable[[], None]) -> None:
@@ -639,6 +606,7 @@ def test_leaving_early_lets_the_running_item_end_and_no_other_begin(
     leave(
         disp.map(held, itertools.repeat(tmp_path), items, priority=ONE, chunksize=1), wait_until_others_wait
     )
+    gc.collect()
     wait_until(lambda: disp.stats()[ONE].waiting == 0)
     assert disp.stats()[ONE].running == 1
     (tmp_path / "go").touch()
@@ -660,7 +628,7 @@ def test_leaving_early_ends_a_chunk_in_its_middle(disp: Dispatcher, tmp_path: Pa
 
 def test_close_gives_nothing_out_any_more_wherever_the_reader_is(disp: Dispatcher) -> None:
     for n_taken in (0, 1, 5, 10, 20):
-        results = disp.map(_odd_ones_fail, range(20), chunksize=10)
+        results = disp.map(odd_ones_fail, range(20), chunksize=10)
         for _ in range(n_taken):
             try:
                 next(results)
@@ -669,12 +637,6 @@ def test_close_gives_nothing_out_any_more_wherever_the_reader_is(disp: Dispatche
         results.close()
         results.close()
         assert list(results) == []
-
-
-def _odd_ones_fail(number: int) -> int:
-    if number % 2:
-        raise ValueError(number)
-    return number
 
 
 def test_dropping_a_map_lets_its_source_go(disp: Dispatcher) -> None:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import pytest
+from faulty_jobs import grant_room, no_room, withhold_room
 from jobs import echo, fail, pid
 from staffing import staffed
 
 from bulkhead import Dispatcher, Job, Pool, RemoteError, Tracker
+from bulkhead.engines.processes.segments import SegmentPool
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,17 @@ def test_a_result_comes_back_as_it_was(disp: Dispatcher, value: object) -> None:
 def test_arguments_and_results_of_any_size_come_through(disp: Dispatcher, size: int) -> None:
     text = bytes(range(256)) * (size // 256) + b"\xff" * (size % 256)
     assert disp.dispatch(Job(echo, text)).result(30) == text
+
+
+def test_they_come_through_the_pipe_when_there_is_no_shared_memory_for_them(
+    disp: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SegmentPool, "place", no_room)
+    disp.dispatch(Job(withhold_room)).result(10)
+    for size in (300_000, 1_000_000, 30_000_000):
+        text = bytes(range(256)) * (size // 256)
+        assert disp.dispatch(Job(echo, text)).result(30) == text
+    disp.dispatch(Job(grant_room)).result(10)
 
 
 def test_an_exception_comes_back_with_type_arguments_and_remote_traceback(disp: Dispatcher) -> None:

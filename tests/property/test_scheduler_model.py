@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -47,10 +47,34 @@ STATES = {
     "ending": SlotState.ENDING,
 }
 
+
+class Wish(NamedTuple):
+    """What a caller asks for; instants are given in seconds from now."""
+
+    patient: bool
+    delay: float | None
+    start_within: float | None
+    timeout: float | None
+    has_items: bool
+    retried_on: tuple[str, ...]
+    max_attempts: int
+    initial: float
+
+
 picks = st.integers(0, 11)
 moments = st.sampled_from([0.25, 0.5, 1.0, 2.0])
-sometimes = st.one_of(st.none(), moments)
 losses = st.sampled_from(Loss)
+wishes = st.builds(
+    Wish,
+    patient=st.booleans(),
+    delay=st.one_of(st.none(), st.none(), moments),
+    start_within=st.one_of(st.none(), st.none(), moments),
+    timeout=st.one_of(st.none(), moments),
+    has_items=st.booleans(),
+    retried_on=st.sampled_from([(), *RETRY_ON]),
+    max_attempts=st.integers(1, 3),
+    initial=st.sampled_from([0.0, 0.5, 1.0]),
+)
 
 
 class Barrier:
@@ -64,8 +88,13 @@ class Barrier:
 class KernelAgainstModel(RuleBasedStateMachine):
     """Every stimulus goes to both; every instruction is compared with what the model says must follow."""
 
-    @initialize(n_workers=st.integers(1, 3), backlog=st.sampled_from([0, 0, 1, 2, None]))
-    def make(self, n_workers: int, backlog: int | None) -> None:
+    @initialize(
+        n_workers=st.integers(1, 3),
+        backlog=st.sampled_from([0, 0, 1, 2, None]),
+        is_up=st.booleans(),
+        wishes=st.lists(wishes, max_size=6),
+    )
+    def make(self, n_workers: int, backlog: int | None, is_up: bool, wishes: list[Wish]) -> None:
         self.now = 100.0
         self.records: dict[JobRecord, NaiveJob] = {}
         self.model = NaivePool(n_workers, backlog)
@@ -86,65 +115,18 @@ class KernelAgainstModel(RuleBasedStateMachine):
         self.kernel.begin()
         assert self.kernel.instructions == [StartWorker(slot) for slot in self.kernel.slots]
         self.kernel.instructions.clear()
+        if is_up:
+            self.all_come_up()
+        for wish in wishes:
+            self.offer_one(wish)
 
     # Stimuli from callers
 
     @precondition(lambda self: not (self.model.is_broken or self.model.is_refusing))
-    @rule(
-        patient=st.booleans(),
-        delay=st.one_of(st.none(), st.none(), moments),
-        start_within=st.one_of(st.none(), st.none(), moments),
-        timeout=sometimes,
-        has_items=st.booleans(),
-        retried_on=st.sampled_from([(), *RETRY_ON]),
-        max_attempts=st.integers(1, 3),
-        initial=st.sampled_from([0.0, 0.5, 1.0]),
-    )
-    def offer(
-        self,
-        *,
-        patient: bool,
-        delay: float | None,
-        start_within: float | None,
-        timeout: float | None,
-        has_items: bool,
-        retried_on: tuple[str, ...],
-        max_attempts: int,
-        initial: float,
-    ) -> None:
-        policy = None
-        if retried_on:
-            policy = RetryPolicy(
-                max_attempts,
-                initial=initial,
-                factor=2.0,
-                jitter=0.0,
-                maximum=1.0,
-                retry_on=RETRY_ON[retried_on],
-            )
-        record = JobRecord(b"", 0, timeout, policy)
-        record.due = None if delay is None else self.now + delay
-        # A map has no start deadline, so of a job that has one no part can be done.
-        record.start_by = None if start_within is None or has_items else self.now + start_within
-        job = NaiveJob(
-            len(self.records),
-            max_attempts=max_attempts,
-            initial=initial,
-            factor=2.0,
-            maximum=1.0,
-            retried_on=retried_on,
-            timeout=timeout,
-            due=record.due,
-            start_by=record.start_by,
-            has_items=has_items,
-        )
-        self.records[record] = job
-        had_room = self.kernel.has_room()
-        taken = self.kernel.offer(record, self.now, patient=patient)
-        assert taken == self.model.offer(job, self.now, patient=patient)
-        if delay is None:
-            assert taken == had_room
-        self.compare()
+    @rule(wishes=st.lists(wishes, min_size=1, max_size=4))
+    def offer(self, wishes: list[Wish]) -> None:
+        for wish in wishes:
+            self.offer_one(wish)
 
     @precondition(lambda self: self.model.offers)
     @rule(pick=picks)
@@ -175,10 +157,7 @@ class KernelAgainstModel(RuleBasedStateMachine):
     @precondition(lambda self: self.workers("starting"))
     @rule(pick=picks)
     def worker_comes_up(self, pick: int) -> None:
-        worker = self.pick_worker(pick, "starting")
-        self.kernel.worker_ready(self.kernel.slots[worker], self.now)
-        self.model.came_up(worker, self.now)
-        self.compare()
+        self.come_up(self.pick_worker(pick, "starting"))
 
     @precondition(lambda self: self.workers("busy"))
     @rule(pick=picks, error=st.sampled_from([None, None, None, *ERRORS]))
@@ -194,6 +173,17 @@ class KernelAgainstModel(RuleBasedStateMachine):
     @rule(pick=picks, loss=losses, was_killed=st.booleans())
     def worker_dies(self, pick: int, loss: Loss, was_killed: bool) -> None:
         self.die(self.pick_worker(pick, "starting", "idle", "busy"), loss, was_killed=was_killed)
+
+    @precondition(lambda self: self.workers("busy"))
+    @rule(pick=picks, losses=st.lists(losses, min_size=2, max_size=8))
+    def job_loses_one_worker_after_the_other(self, pick: int, losses: list[Loss]) -> None:
+        job = self.model.has[self.pick_worker(pick, "busy")]
+        assert job is not None
+        for loss in losses:
+            self.die(self.model.has.index(job), loss)
+            self.all_come_up()
+            if job not in self.model.has:
+                break
 
     @precondition(lambda self: self.workers("ending"))
     @rule(pick=picks, loss=losses)
@@ -247,7 +237,7 @@ class KernelAgainstModel(RuleBasedStateMachine):
         self.reported += reported
         assert all(phase in self.reported for phase in barrier.phases)
 
-    @precondition(lambda self: len(self.records) > 10 and not self.model.is_refusing)
+    @precondition(lambda self: len(self.records) > 5 and not self.model.is_refusing)
     @rule(really=st.sampled_from([False, False, False, True]))
     def refuse(self, really: bool) -> None:
         if really:
@@ -255,7 +245,7 @@ class KernelAgainstModel(RuleBasedStateMachine):
             self.model.refuse()
             self.compare()
 
-    @precondition(lambda self: len(self.records) > 10)
+    @precondition(lambda self: len(self.records) > 5)
     @rule(really=st.sampled_from([False, False, False, True]))
     def break_down(self, really: bool) -> None:
         if really:
@@ -345,10 +335,7 @@ class KernelAgainstModel(RuleBasedStateMachine):
         for _ in range(1000):
             for worker in self.workers("ending"):
                 self.die(worker, Loss.ATTEMPT)
-            for worker in self.workers("starting"):
-                self.kernel.worker_ready(self.kernel.slots[worker], self.now)
-                self.model.came_up(worker, self.now)
-                self.compare()
+            self.all_come_up()
             for worker in self.workers("busy"):
                 self.answer(worker, None)
             if not (
@@ -405,6 +392,51 @@ class KernelAgainstModel(RuleBasedStateMachine):
                 later = [other for other in jobs[position + 1 :] if other.phase == job.phase]
                 assert phase_is_over == (not later and not self.model.unsettled(job.phase))
         self.settled += jobs
+
+    def offer_one(self, wish: Wish) -> None:
+        policy = None
+        if wish.retried_on:
+            policy = RetryPolicy(
+                wish.max_attempts,
+                initial=wish.initial,
+                factor=2.0,
+                jitter=0.0,
+                maximum=1.0,
+                retry_on=RETRY_ON[wish.retried_on],
+            )
+        record = JobRecord(b"", 0, wish.timeout, policy)
+        record.due = None if wish.delay is None else self.now + wish.delay
+        # A map has no start deadline, so of a job that has one no part can be done.
+        if wish.start_within is not None and not wish.has_items:
+            record.start_by = self.now + wish.start_within
+        job = NaiveJob(
+            len(self.records),
+            max_attempts=wish.max_attempts,
+            initial=wish.initial,
+            factor=2.0,
+            maximum=1.0,
+            retried_on=wish.retried_on,
+            timeout=wish.timeout,
+            due=record.due,
+            start_by=record.start_by,
+            has_items=wish.has_items,
+        )
+        self.records[record] = job
+        had_room = self.kernel.has_room()
+        taken = self.kernel.offer(record, self.now, patient=wish.patient)
+        assert taken == self.model.offer(job, self.now, patient=wish.patient)
+        if wish.delay is None:
+            assert taken == had_room
+        self.compare()
+
+    def come_up(self, worker: int) -> None:
+        self.kernel.worker_ready(self.kernel.slots[worker], self.now)
+        self.model.came_up(worker, self.now)
+        self.compare()
+
+    def all_come_up(self) -> None:
+        for worker in self.workers("starting"):
+            self.come_up(worker)
 
     def answer(self, worker: int, error: str | None) -> None:
         raised = None if error is None else ERRORS[error](error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import pytest
@@ -20,7 +20,17 @@ from bulkhead.engines.processes.payload import (
     unpack_error,
     unpack_value,
 )
+from bulkhead.engines.processes.segments import SegmentPool
 from bulkhead.errors import RemoteTraceback
+
+
+class Buffer(bytearray):
+    """Leaves its bytes beside its pickle where it may, as an array does."""
+
+    __slots__ = ()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return Buffer, (pickle.PickleBuffer(self),)
 
 
 class Mute(Exception):
@@ -155,6 +165,14 @@ def raised(error: BaseException) -> BaseException:
 
 
 @pytest.fixture
+def segments() -> Iterator[SegmentPool]:
+    """Where large parts would go; what is packed here is too small for it, but where a test says otherwise."""
+    pool = SegmentPool(0)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
 def no_cloudpickle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cloudpickle", None)
 
@@ -176,26 +194,58 @@ def cloudpickle() -> Any:
         (len, ("abc",), {}),
         (str.upper, ("abc",), {}),
         (dict, (), {"fn": 1, "args": 2, "kwargs": 3}),
+        (doubled, tuple(range(50)), {}),
+        (doubled, (None, True, 1, 1.5, 2j, "text", b"bytes"), {}),
+        (doubled, (None, [True, {1: (2,)}], {3}, bytearray(b"x"), doubled), {"number": [4]}),
+        (max, [1, 2, 3], {}),
     ],
     ids=repr,
 )
 def test_a_call_comes_out_as_it_went_in(
-    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    segments: SegmentPool, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
 ) -> None:
-    for _ in range(2):  # the second time the function is known
-        found, found_args, found_kwargs = unpack_call(pack_call(fn, args, kwargs))
+    for home in (segments, None, segments):  # from the second time on the function is known
+        packed = pack_call(fn, args, kwargs, home)
+        assert isinstance(packed, bytes)
+        found, found_args, found_kwargs = unpack_call(packed)
         assert found == fn
         assert (found_args, found_kwargs) == (args, kwargs)
+        assert list(map(type, found_args)) == list(map(type, args))
+    assert not segments.has_files
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
 def test_a_call_can_be_unpacked_from_any_buffer(kind: Callable[[bytes], Any]) -> None:
-    assert unpack_call(kind(pack_call(doubled, (4,), {}))) == (doubled, (4,), {})
+    assert unpack_call(kind(pack_call(doubled, (4,), {}, None))) == (doubled, (4,), {})
+
+
+@pytest.mark.parametrize("size", [10, 1_000_000])
+@pytest.mark.parametrize("kind", [bytes, Buffer], ids=["plain", "with a buffer"])
+def test_where_there_are_no_segments_a_call_of_any_size_is_bytes_alone(
+    kind: Callable[[bytes], Any], size: int
+) -> None:
+    """So an initializer's arguments travel."""
+    packed = pack_call(doubled, (kind(b"x" * size),), {}, None)
+    assert isinstance(packed, bytes)
+    found, args, kwargs = unpack_call(packed)
+    assert (found, kwargs) == (doubled, {})
+    assert bytes(args[0]) == b"x" * size
+
+
+@pytest.mark.parametrize("size", [10, 1_000_000])
+def test_with_cloudpickle_and_without_segments_a_closure_with_a_buffer_is_bytes_alone(
+    cloudpickle: Any, size: int
+) -> None:
+    held = Buffer(b"x" * size)
+    packed = pack_call(lambda: held, (), {}, None)
+    assert isinstance(packed, bytes)
+    fn, args, kwargs = unpack_call(packed)
+    assert bytes(fn(*args, **kwargs)) == b"x" * size
 
 
 def test_later_changes_of_an_argument_do_not_reach_the_job() -> None:
     numbers = [1, 2]
-    packed = pack_call(sum, (numbers,), {})
+    packed = pack_call(sum, (numbers,), {}, None)
     numbers.append(3)
     assert unpack_call(packed)[1] == ([1, 2],)
 
@@ -206,7 +256,7 @@ def test_functions_are_remembered_in_a_bounded_number(monkeypatch: pytest.Monkey
     monkeypatch.setattr(payload, "_unpacked", {})
     functions = [doubled, explode, nested, raised, rebuild_once]
     for fn in functions * 2:
-        assert unpack_call(pack_call(fn, (), {}))[0] is fn
+        assert unpack_call(pack_call(fn, (), {}, None))[0] is fn
         assert len(payload._packed) <= 3
         assert len(payload._unpacked) <= 3
 
@@ -224,65 +274,78 @@ def test_functions_are_remembered_in_a_bounded_number(monkeypatch: pytest.Monkey
     ids=["lambda", "lambda as argument", "refusing argument", "mute refusal", "deep nesting"],
 )
 def test_a_call_that_cannot_be_pickled_says_so_and_what_to_install(
-    fn: Callable[..., Any], args: tuple[Any, ...]
+    segments: SegmentPool, fn: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     with pytest.raises(
         JobNotPicklable, match=r"(?s)job cannot be pickled.*pip install 'bulkhead-pool\[closures\]'"
     ):
-        pack_call(fn, args, {})
+        pack_call(fn, args, {}, segments)
+    assert not segments.has_files
 
 
 @pytest.mark.usefixtures("no_cloudpickle")
 def test_the_message_names_what_was_to_be_pickled() -> None:
     with pytest.raises(JobNotPicklable, match="initializer cannot be pickled"):
-        pack_call(lambda: 1, (), {}, "initializer")
+        pack_call(lambda: 1, (), {}, None, "initializer")
 
 
-def test_with_cloudpickle_a_closure_is_a_job(cloudpickle: Any) -> None:
+def test_with_cloudpickle_a_closure_is_a_job(cloudpickle: Any, segments: SegmentPool) -> None:
     offset = 5
-    fn, args, kwargs = unpack_call(pack_call(lambda number: number + offset, (2,), {}))
+    fn, args, kwargs = unpack_call(pack_call(lambda number: number + offset, (2,), {}, segments))
     assert fn(*args, **kwargs) == 7
 
 
 @pytest.mark.parametrize("error", [TypeError("cannot"), Mute()], ids=["told", "mute"])
-def test_what_not_even_cloudpickle_can_pickle_is_refused(cloudpickle: Any, error: Exception) -> None:
+def test_what_not_even_cloudpickle_can_pickle_is_refused(
+    cloudpickle: Any, segments: SegmentPool, error: Exception
+) -> None:
     with pytest.raises(JobNotPicklable, match="not even by cloudpickle"):
-        pack_call(doubled, (Refuses(error),), {})
+        pack_call(doubled, (Refuses(error),), {}, segments)
 
 
-def test_an_interrupt_while_a_job_is_pickled_stays_an_interrupt() -> None:
+def test_an_interrupt_while_a_job_is_pickled_stays_an_interrupt(segments: SegmentPool) -> None:
     with pytest.raises(KeyboardInterrupt):
-        pack_call(doubled, (Refuses(KeyboardInterrupt()),), {})
+        pack_call(doubled, (Refuses(KeyboardInterrupt()),), {}, segments)
 
 
 # Results
 
 
 @pytest.mark.parametrize(
-    "value", [None, 5, "text", [1, {"a": (2,)}], b"x" * 100_000, doubled], ids=lambda v: str(type(v))
+    "value",
+    [None, False, 5, 1.5, 2j, "text", [1, {"a": (2,)}], b"x" * 100_000, [None], doubled],
+    ids=lambda v: str(type(v)),
 )
-def test_a_result_comes_out_as_it_went_in(value: Any) -> None:
-    assert unpack_value(memoryview(pack_value(value))) == value
+def test_a_result_comes_out_as_it_went_in(segments: SegmentPool, value: Any) -> None:
+    packed = pack_value(value, segments)
+    assert isinstance(packed, bytes)
+    for kind in (bytes, bytearray, memoryview):
+        found = unpack_value(kind(packed))
+        assert found == value
+        assert type(found) is type(value)
+    assert not segments.has_files
 
 
 @pytest.mark.usefixtures("no_cloudpickle")
 @pytest.mark.parametrize(
     "value", [lambda: 1, Refuses(OSError("cannot")), nested(100_000)], ids=["lambda", "refuses", "deep"]
 )
-def test_a_result_that_cannot_be_pickled_raises_the_first_reason(value: Any) -> None:
+def test_a_result_that_cannot_be_pickled_raises_the_first_reason(segments: SegmentPool, value: Any) -> None:
     with pytest.raises((pickle.PicklingError, AttributeError, OSError, RecursionError)):
-        pack_value(value)
+        pack_value(value, segments)
 
 
-def test_with_cloudpickle_a_lambda_is_a_result(cloudpickle: Any) -> None:
+def test_with_cloudpickle_a_lambda_is_a_result(cloudpickle: Any, segments: SegmentPool) -> None:
     offset = 5
-    assert unpack_value(pack_value(lambda number: number + offset))(2) == 7
+    assert unpack_value(pack_value(lambda number: number + offset, segments))(2) == 7
 
 
-def test_a_result_that_cloudpickle_refuses_too_raises_the_first_reason(cloudpickle: Any) -> None:
+def test_a_result_that_cloudpickle_refuses_too_raises_the_first_reason(
+    cloudpickle: Any, segments: SegmentPool
+) -> None:
     error = OSError("cannot")
     with pytest.raises(OSError, match="cannot") as caught:
-        pack_value(Refuses(error))
+        pack_value(Refuses(error), segments)
     assert caught.value is error
 
 

@@ -1,7 +1,8 @@
-"""Segments of anonymous memory: filled, lent, mapped, given back, filled again. One process; the kernel's part is real."""
+"""Segments of anonymous memory: filled, lent, mapped, given back, filled again; all in one process."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import math
@@ -10,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -39,16 +41,29 @@ def inode(segment: Segment) -> int:
     return os.fstat(segment.fd).st_ino
 
 
-def kept_segments() -> int:
-    """Return how many segments this process has open."""
+@pytest.fixture(autouse=True)
+def _others_do_not_count() -> None:
+    """Segments that a test before, if it failed, has left do not count."""
+    global _before
+    _before = set()
+    _before = segments_here()
+
+
+_before: set[int] = set()
+
+
+def segments_here() -> set[int]:
+    """Return the segments that this process has open."""
     found = set()
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            if "bulkhead-segment" in os.readlink(f"/proc/self/fd/{fd}"):
-                found.add(os.stat(f"/proc/self/fd/{fd}").st_ino)
-        except OSError:  # that of the listing
-            continue
-    return len(found)
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # that of the listing
+            if "bulkhead-segment" in str(entry.readlink()):
+                found.add(entry.stat().st_ino)
+    return found - _before
+
+
+def kept_segments() -> int:
+    return len(segments_here())
 
 
 # Placing
@@ -71,16 +86,18 @@ def test_places_are_aligned_and_do_not_overlap(sizes: list[int]) -> None:
         [b"x"],
         [b"", b"abc", bytearray(b"d" * 65), memoryview(b"e" * 5000)],
         [b"", b""],
+        [b"a" * 100, b""],
         [bytes(range(256)) * 40_000, b"end"],
         [b"a" * (8 * MIB), b"b" * (8 * MIB + 1)],
     ],
-    ids=["one byte", "several kinds", "nothing", "ten megabytes", "steps"],
+    ids=["one byte", "several kinds", "nothing", "nothing at the end", "ten megabytes", "steps"],
 )
 def test_what_was_placed_lies_at_its_places(pool: SegmentPool, buffers: list[Any]) -> None:
     for _ in range(2):  # into fresh pages and into used ones
         segment = pool.place(buffers)
         data = content(segment)
         assert [data[at : at + length] for at, length in spans_of(buffers)] == [bytes(one) for one in buffers]
+        assert os.fstat(segment.fd).st_size >= segment.size  # or it could not be mapped
         del segment
 
 
@@ -199,9 +216,11 @@ def test_a_closed_pool_keeps_nothing_and_what_is_lent_goes_with_its_last_referen
     assert kept_segments() == 0
 
 
-def test_a_segment_that_comes_back_while_the_pool_is_closed_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_segment_that_comes_back_while_the_pool_is_closed_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pool = SegmentPool(64 * MIB)
-    segment = pool.place([bytes(MIB)])
+    held = [pool.place([bytes(MIB)])]
     clock = time.monotonic
 
     def close_meanwhile() -> float:  # between the look at whether it is closed and the return of the segment
@@ -209,9 +228,8 @@ def test_a_segment_that_comes_back_while_the_pool_is_closed_is_closed(monkeypatc
         return clock()
 
     monkeypatch.setattr(time, "monotonic", close_meanwhile)
-    del segment
+    held.clear()
     monkeypatch.undo()
-    del pool
     gc.collect()
     assert kept_segments() == 0
 
@@ -248,7 +266,9 @@ class _Model:
     ),
     keep_bytes=st.sampled_from([0, MIB, 64 * MIB]),
 )
-def test_nothing_that_is_referred_to_is_overwritten_whatever_the_order(steps: list[Any], keep_bytes: int) -> None:
+def test_nothing_that_is_referred_to_is_overwritten_whatever_the_order(
+    steps: list[Any], keep_bytes: int
+) -> None:
     model = _Model(keep_bytes)
     for step in steps:
         if isinstance(step, list):
@@ -308,11 +328,11 @@ def test_a_partial_write_is_gone_on_with(pool: SegmentPool, monkeypatch: pytest.
     write = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: write(fd, data[:10_007], offset))
     data = bytes(range(256)) * 1000
-    assert content(pool.place([data, data])) [: len(data)] == data
+    assert content(pool.place([data, data]))[: len(data)] == data
 
 
 def interrupted_at(step: int, work: Callable[[], object]) -> bool:
-    """Do the work; raise KeyboardInterrupt at the n-th line that it runs in the module. False when it has no such line."""
+    """Do the work; raise KeyboardInterrupt at the n-th line of the module that runs. False when there is none."""
     left = step
     struck = False
 

@@ -195,6 +195,9 @@ class _Chunk:
             position += 1
 
     def _put_one(self, position: int, value: Any) -> None:
+        # Should the pickling kill this process or take too long, that is this item's doing.
+        self._marks[BEGAN] = time.monotonic_ns()
+        self._marks[RUNNING] = position
         try:
             packed = pack_value(value, self._segments)
         except BaseException as error:

@@ -23,6 +23,7 @@ from itertools import count
 from typing import Any, NamedTuple
 
 from bulkhead.engines.processes.segments import Borrowed, Segment, SegmentPool, spans_of
+from bulkhead.errors import JobNotPicklable
 
 __all__ = ["LARGE_BODY", "Exchange", "Opened", "Parcel", "Token", "parcel_of", "socket_pair"]
 
@@ -119,7 +120,7 @@ def parcel_of(
     tokens = [_token_of(buffer) for buffer in buffers]
     shared = list({id(token): token for token in tokens if token is not None}.values())
     if len(shared) > _MAX_SHARED:
-        raise ValueError(
+        raise JobNotPicklable(
             f"a job can refer to {_MAX_SHARED} shared objects, not {len(shared)}; share them together, as a tuple"
         )
     views = [b.raw() for b, token in zip(buffers, tokens, strict=True) if token is None]

@@ -76,6 +76,8 @@ def pack_call(
             return packed
         call = (fn, args, kwargs) if packed is _NO_FUNCTION else (args, kwargs)
         return _packed_value(call, packed, segments, _are_plain(args) and not kwargs)
+    except JobNotPicklable:
+        raise
     except Exception as error:  # arbitrary code of the user's objects runs here
         return _pack_closure((fn, args, kwargs), segments, what, error)
 
@@ -105,13 +107,13 @@ def pack_without_main(
 def unpack_call(body: memoryview | bytes | bytearray, buffers: Sequence[memoryview] = ()) -> Call:
     """Return the call that `pack_call` packed."""
     (size,) = _SIZE.unpack_from(body)
-    view = memoryview(body)[_SIZE.size :]
     if size == 0:
-        return pickle.loads(view, buffers=buffers)  # type: ignore[no-any-return]
-    fn = _unpacked_function(bytes(view[:size]))
-    if len(view) == size:
+        return pickle.loads(memoryview(body)[_SIZE.size :], buffers=buffers)  # type: ignore[no-any-return]
+    end = _SIZE.size + size
+    fn = _unpacked_function(bytes(body[_SIZE.size : end]))
+    if len(body) == end:
         return fn, (), {}
-    args, kwargs = pickle.loads(view[size:], buffers=buffers)
+    args, kwargs = pickle.loads(memoryview(body)[end:], buffers=buffers)
     return fn, args, kwargs
 
 
@@ -215,7 +217,7 @@ def _with_buffers(
     if segments is not None:
         return parcel_of(body, buffers, pickled, segments)
     if any(isinstance(memoryview(buffer).obj, Token) for buffer in buffers):
-        raise TypeError("it holds a Shared, which only jobs can be given")
+        raise JobNotPicklable("a Shared can be given to jobs alone, not to an initializer")
     return pickled(None)
 
 
@@ -272,6 +274,8 @@ def _pack_closure(call: Any, segments: SegmentPool | None, what: str, error: Exc
         buffers: list[pickle.PickleBuffer] = []
         body = _NO_FUNCTION + cloudpickle.dumps(call, protocol=_PROTOCOL, buffer_callback=buffers.append)
         return _with_buffers(call, _NO_FUNCTION, body, buffers, segments, cloudpickle.dumps)
+    except JobNotPicklable:
+        raise
     except Exception as second:
         raise JobNotPicklable(
             f"{what} cannot be pickled, not even by cloudpickle: {message_of(second)}"

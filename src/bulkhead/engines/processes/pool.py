@@ -758,7 +758,7 @@ class ProcessPool:
         loss = Loss.ATTEMPT if report.last_read == worker.message else Loss.UNREAD
         if job is not None:
             worker.busy_seconds += now - worker.began
-            if isinstance(job, Chunk) and loss is Loss.ATTEMPT:
+            if isinstance(job, Chunk) and loss is Loss.ATTEMPT and slot.verdict is not Verdict.CANCEL:
                 loss, error = self._lose_chunk(worker, job, error)
         self._forget(worker)
         was_killed = report.signal == signal.SIGKILL and worker.failure is None

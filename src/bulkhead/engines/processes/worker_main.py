@@ -259,8 +259,9 @@ def _begin_read(fd: int, first: bytes, box: BlackBox) -> tuple[Frame | None, byt
         box.note_read(number)
         end = HEADER.size + length
         if len(first) >= end:
-            # Only a frame without a job can have another one behind it.
-            return (kind, number, memoryview(first)[HEADER.size : end]), first[end:]
+            # Only a frame without a job can have another one behind it. Why not a memoryview: for the few bytes of
+            # most jobs making one takes longer than a copy.
+            return (kind, number, first[HEADER.size : end]), first[end:]
     return read_frame(fd, first), b""
 
 

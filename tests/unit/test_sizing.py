@@ -1,0 +1,226 @@
+"""How many items a chunk has, and how a source is read for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from map_jobs import Counted
+
+from bulkhead import ConfigTypeError, mapping
+from bulkhead.mapping import MapOptions, _Input, _Sizing, _zipped
+
+SECONDS = mapping._CHUNK_SECONDS
+BYTES = mapping._CHUNK_BYTES
+
+
+def sizing(*, chunksize: Any = "auto", buffersize: int | None = None, n_workers: int = 2) -> _Sizing:
+    return _Sizing(MapOptions(True, chunksize, buffersize, None), n_workers)
+
+
+def a_chunk(n: int, seconds: float | None, size: int = 0, sent: int = 0) -> Any:
+    """Return what a chunk of n items tells that has taken so long, with results and a message of so many bytes."""
+    return SimpleNamespace(
+        n_ended=n, seconds=seconds, size=size, message=SimpleNamespace(size=sent), items=[None] * max(n, 1)
+    )
+
+
+def learned(one: _Sizing, per_item: float, rounds: int = 30, size: int = 0, sent: int = 0) -> int:
+    """Return the chunk size after so many chunks whose items take so long and have so many bytes."""
+    for _ in range(rounds):
+        n = one.size
+        one.learn(a_chunk(n, n * per_item, n * size, n * sent))
+    return one.size
+
+
+@pytest.mark.parametrize("per_item", [1e-6, 1e-5, 1e-4, 1e-3])
+def test_chunks_of_short_items_come_to_take_some_milliseconds(per_item: float) -> None:
+    size = learned(sizing(), per_item)
+    expected = min(SECONDS / per_item, mapping._MAX_ITEMS)
+    assert 0.5 * expected <= size <= 1.5 * expected
+    assert size * per_item < 0.01
+
+
+@pytest.mark.parametrize("per_item", [0.005, 0.1, 30.0])
+def test_long_items_go_alone_from_the_first_on(per_item: float) -> None:
+    one = sizing()
+    sizes = [learned(one, per_item, rounds=1) for _ in range(10)]
+    assert sizes == [1] * 10
+
+
+def test_items_that_take_no_time_at_all_have_a_largest_chunk() -> None:
+    assert learned(sizing(), 0.0) == mapping._MAX_ITEMS
+
+
+def test_the_first_chunk_has_one_item_and_the_next_ones_grow_step_by_step() -> None:
+    one = sizing()
+    assert one.size == 1
+    one.learn(a_chunk(1, 1e-6))
+    assert 1 < one.size <= mapping._GROWTH
+    before = one.size
+    one.learn(a_chunk(before, before * 1e-6))
+    assert before < one.size <= mapping._GROWTH * before
+
+
+def test_chunks_shrink_soon_when_items_become_long() -> None:
+    one = sizing()
+    learned(one, 1e-5)
+    for _ in range(20):
+        one.learn(a_chunk(1, 0.1))
+    assert one.size == 1
+
+
+@pytest.mark.parametrize(("size", "sent"), [(1 << 20, 0), (0, 1 << 20), (1 << 19, 1 << 19)])
+def test_large_items_make_small_chunks(size: int, sent: int) -> None:
+    assert learned(sizing(), 1e-6, size=size, sent=sent) == pytest.approx(BYTES / (1 << 20), abs=1)
+    assert learned(sizing(), 1e-6, size=100 * size, sent=100 * sent) == 1
+
+
+def test_a_chunk_that_tells_nothing_teaches_nothing() -> None:
+    one = sizing()
+    learned(one, 1e-4)
+    before = one.size
+    one.learn(a_chunk(before, None))
+    one.learn(a_chunk(0, 5.0))
+    assert one.size == before
+
+
+@pytest.mark.parametrize("per_item", [1e-6, 10.0])
+def test_a_chunksize_that_is_named_stays(per_item: float) -> None:
+    assert learned(sizing(chunksize=17), per_item) == 17
+
+
+def test_with_a_buffersize_there_are_chunks_enough_for_all_workers() -> None:
+    assert learned(sizing(buffersize=100, n_workers=4), 1e-6) * 2 * 4 <= 100
+    assert learned(sizing(buffersize=3, n_workers=4), 1e-6) == 1
+
+
+def test_the_look_ahead_is_a_thousand_items_or_some_chunks_for_each_worker() -> None:
+    one = sizing(n_workers=3)
+    assert one.lookahead == 1000
+    learned(one, 1e-6)
+    assert 2 * 3 * one.size <= one.lookahead <= 8 * 3 * one.size
+
+
+# Reading
+
+
+def test_as_many_items_are_read_as_are_asked_for() -> None:
+    source = Counted()
+    one = _Input(source)
+    for start in (0, 10, 20):
+        assert one.read(10) == list(range(start, start + 10))
+        assert source.n_read == start + 10
+        assert one.taken() == start
+    assert not one.is_at_end
+
+
+def test_a_source_at_its_end_gives_what_it_has_and_is_known_to_be_at_its_end() -> None:
+    source = Counted(7)
+    one = _Input(source)
+    assert one.read(5) == [0, 1, 2, 3, 4]
+    assert one.taken() == 0
+    assert one.read(5) == [5, 6]
+    assert one.is_at_end
+    assert one.taken() == 5
+    assert source.n_asked_in_vain == 1
+
+
+def failing(n: int, error: type[BaseException]) -> Iterator[int]:
+    yield from range(n)
+    raise error
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("n", [0, 1, 5, 9])
+def test_items_before_an_exception_are_kept(n: int, error: type[BaseException]) -> None:
+    one = _Input(failing(n, error))
+    with pytest.raises(error):
+        one.read(10)
+    assert one.items == list(range(n))
+    assert one.taken() == 0
+
+
+def test_items_kept_from_an_interrupted_reading_come_first_in_the_next() -> None:
+    class Interrupted:
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def __iter__(self) -> Interrupted:
+            return self
+
+        def __next__(self) -> int:
+            self.calls += 1
+            if self.calls == 4:
+                raise KeyboardInterrupt
+            return self.calls
+
+    one = _Input(Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        one.read(6)
+    assert one.read(6) == [1, 2, 3, 5, 6, 7]
+    assert one.taken() == 0
+
+
+class Clock:
+    """Stands in for the `time` module; each reading of an item takes some of its time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def slow_source(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Iterator[int]]:
+    clock = Clock()
+    monkeypatch.setattr(mapping, "time", clock)
+
+    def source(pause: float) -> Iterator[int]:
+        number = 0
+        while True:
+            clock.now += pause
+            yield number
+            number += 1
+
+    return source
+
+
+def test_a_slow_source_is_read_item_by_item(slow_source: Callable[[float], Iterator[int]]) -> None:
+    one = _Input(slow_source(1.0))
+    assert one.read(1000) == [0]
+    assert one.is_slow
+    assert not one.is_at_end
+    assert one.taken() == 0
+    assert one.read(1000) == [1]
+
+
+def test_reading_a_chunk_takes_some_milliseconds_at_most(
+    slow_source: Callable[[float], Iterator[int]],
+) -> None:
+    one = _Input(slow_source(0.001))
+    n = len(one.read(1000))
+    assert mapping._READ_SECONDS / 0.001 <= n <= 3 * mapping._READ_SECONDS / 0.001
+
+
+def test_a_quick_source_is_not_called_slow(slow_source: Callable[[float], Iterator[int]]) -> None:
+    one = _Input(slow_source(1e-7))
+    assert len(one.read(1000)) == 1000
+    assert not one.is_slow
+
+
+# What may be mapped over
+
+
+def test_one_iterable_gives_its_items_and_several_give_tuples() -> None:
+    assert list(_zipped(([1, (2, 3)],))) == [1, (2, 3)]
+    assert list(_zipped(([1, 2], "ab", [None]))) == [(1, "a", None)]
+
+
+@pytest.mark.parametrize("iterables", [(), (5,), ([1], None), ([1], int)])
+def test_what_is_not_iterable_is_refused(iterables: tuple[Any, ...]) -> None:
+    with pytest.raises(ConfigTypeError):
+        _zipped(iterables)
