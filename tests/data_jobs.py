@@ -59,6 +59,16 @@ def segments_of(*pids: int) -> dict[int, int]:
     return found
 
 
+def shared_by(*pids: int) -> set[int]:
+    """Return the segments that these processes have mapped to read only."""
+    return {
+        inode
+        for pid in pids
+        for _, _, access, inode, name in _mappings(pid)
+        if _NAME in name and access == "r--p"
+    }
+
+
 def shared_memory_bytes() -> int:
     """Return what the whole machine has in shared memory, also that which is on its way between two processes."""
     return _kilobytes("/proc/meminfo", "Shmem:") * 1024
@@ -310,6 +320,58 @@ def hoard_descriptors_and_return(value: int, size: int) -> np.ndarray:
 def close_hoard() -> None:
     while _kept:
         os.close(_kept.pop())
+
+
+def write_into(array: np.ndarray) -> None:
+    array[0] = 99
+
+
+def force_write_into(array: np.ndarray) -> None:
+    array.flags.writeable = True
+    array[0] = 99
+
+
+def read_and_note(mark: str, gate: str, array: np.ndarray) -> tuple[int, Place | None]:
+    """Read the whole array, say so, and hold it until the gate opens."""
+    array.sum()
+    note_and_wait(mark, gate)
+    return os.getpid(), place_of(array)
+
+
+def values_and_places(value: Any) -> Any:
+    """Return lists, dicts and objects as they are, with the place and the values of each array instead of it."""
+    if isinstance(value, np.ndarray):
+        return place_of(value), values_in(value)
+    if isinstance(value, dict):
+        return {key: values_and_places(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [values_and_places(one) for one in value]
+    if isinstance(value, Holder):
+        return values_and_places(value.held)
+    return value
+
+
+class Holder:
+    """Holds anything in an attribute."""
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+    def place(self) -> Place | None:
+        return place_of(self.held)
+
+    def values(self, more: int) -> list[int]:
+        return values_in(self.held + more)
+
+
+def add_to(words: dict[str, int]) -> dict[str, int]:
+    words["added"] = len(words)
+    return words
+
+
+def set_kept(value: Any) -> None:
+    """An initializer: keeps what it is given."""
+    _kept[:] = [value]
 
 
 def write_into_descriptors(garbage: bytes, value: Any) -> int:

@@ -66,17 +66,24 @@ class Offers:
             DispatcherFinalized, PoolBroken: A pool takes no more jobs.
         """
         self._bell.clear()
-        for pool, offered in self._offered.items():
-            while offered:
+        is_more = True
+        # Why one job of each pool in turn: a pool that accepts at once would keep the others waiting. Why until a pass
+        # finds nothing: a job that is accepted at once rings no bell.
+        while is_more:
+            is_more = False
+            for pool, offered in self._offered.items():
+                if not offered:
+                    continue
                 if offered[0].state is None:
                     pool.check_open()
-                    break
+                    continue
+                is_more = True
                 job = offered.popleft()
                 self.n_held -= 1
-                yield job
                 line = self._lines.get(pool)
                 if line:
                     self._offer(pool, line.popleft())
+                yield job
 
     def wait(self) -> None:
         """Wait until some pool has accepted a job. Blocking: without limit, as dispatch does."""
@@ -100,13 +107,17 @@ class Offers:
                 self._forget(job)
 
     def _offer(self, pool: Feedable, job: Tracker) -> None:
+        # Race: Ctrl-C is let through when the offer is made, so it has to be known here before.
+        offered = self._offered.setdefault(pool, deque())
+        offered.append(job)
         try:
             pool.try_dispatch(job, self._bell)
         except BaseException:
+            offered.pop()
             self.n_held -= 1
-            self._forget(job)
+            if pool.withdraw(job):
+                self._forget(job)
             raise
-        self._offered.setdefault(pool, deque()).append(job)
 
     def _drop_accepted(self, offered: deque[Tracker]) -> None:
         while len(offered) >= self._depth > 1 and offered[0].state is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import multiprocessing
 import os
@@ -171,6 +172,12 @@ def test_an_array_that_is_passed_twice_is_one_array_in_the_job(disp: Dispatcher)
     assert run(disp, data_jobs.are_one, array, array)
     first, second = run(disp, echo, array, [array])[0]
     assert first is second[0]
+
+
+def test_data_that_the_function_itself_carries_goes_through_a_segment(disp: Dispatcher) -> None:
+    assert run(disp, functools.partial(data_jobs.where, filled(1, LARGE))).access == "rw-p"
+    assert run(disp, data_jobs.Holder(filled(1, LARGE)).place).access == "rw-p"
+    assert run(disp, data_jobs.Holder(filled(1, LARGE)).values, 3) == [4]
 
 
 def test_an_array_in_an_exception_comes_back(disp: Dispatcher) -> None:

@@ -7,12 +7,14 @@ import itertools
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from calling import Call
 from jobs import echo, lines, nothing
@@ -160,6 +162,18 @@ def test_a_large_common_argument_is_given_to_every_item(roomy: Dispatcher) -> No
     assert list(results) == [2 * number + (1 << 20) for number in range(300)]
 
 
+def test_a_shared_argument_is_given_to_every_item() -> None:
+    with Dispatcher([(0, 2)]) as roomy:
+        table = roomy.share(np.arange(100_000))
+        results = roomy.map(add_up, range(300), itertools.repeat(table), itertools.repeat(b"+"))
+        assert list(results) == [2 * number + 1 for number in range(300)]
+
+
+def test_an_exception_that_is_returned_is_a_result(disp: Dispatcher) -> None:
+    [result] = disp.map(identity, [ValueError("as a value")])
+    assert isinstance(result, ValueError)
+
+
 def test_a_source_that_changes_one_object_again_and_again_is_understood_with_chunks_of_one(
     disp: Dispatcher,
 ) -> None:
@@ -269,6 +283,28 @@ def test_results_that_were_given_out_are_let_go(disp: Dispatcher) -> None:
         most = max(most, len(Large.alive))
         assert result.number >= 0
     assert most <= 14
+
+
+def test_nothing_grows_with_the_number_of_items(disp: Dispatcher) -> None:
+    def objects() -> int:
+        deque(itertools.islice(results, 1000), maxlen=0)
+        gc.collect()
+        return len(gc.get_objects())
+
+    results = disp.map(square, itertools.count(), chunksize=1, timeout=20, buffersize=50)
+    before = objects()
+    assert objects() - before < 200
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_million_items_take_no_more_memory_than_some(disp: Dispatcher) -> None:
+    process = psutil.Process()
+    results = disp.map(square, itertools.count())
+    assert sum(itertools.islice(results, 100_000)) == sum(n * n for n in range(100_000))
+    before = process.memory_info().rss
+    assert sum(itertools.islice(results, 900_000)) == sum(n * n for n in range(100_000, 1_000_000))
+    assert process.memory_info().rss - before < 50_000_000
 
 
 def test_a_source_that_has_ended_is_not_asked_again(disp: Dispatcher) -> None:

@@ -210,6 +210,29 @@ def test_several_items_of_a_chunk_that_kill_their_workers_fail_alone(
     assert_only(found, {**dict.fromkeys(places, WorkerCrashed), 1: ValueError, 7: ValueError})
 
 
+def test_large_results_survive_the_worker_that_made_them(disp: Dispatcher) -> None:
+    """More than the shared memory for results holds, some through the pipe, some in segments of their own."""
+    whats = [*["many bytes", "array", "long error"] * 30, "SIGKILL", *["many bytes", "array"] * 5]
+    with Dispatcher([(0, 1)]) as roomy:
+        found = run(roomy, whats, chunksize=len(whats))
+    for what, one in zip(whats, found, strict=True):
+        if what == "SIGKILL":
+            assert type(one) is WorkerCrashed
+        elif what == "long error":
+            assert str(one) == "x" * 2_000_000
+        else:
+            assert one == bytes(50_000 if what == "many bytes" else 300_000)
+
+
+def test_a_crash_tells_what_the_item_had_printed_and_where_it_was(disp: Dispatcher) -> None:
+    found = run(disp, whats_of(10, **{"speak and die": [4]}), chunksize=10)
+    assert_only(found, {4: WorkerCrashed})
+    assert found[4].output == "line 0\nline 1\nline 2\nlast words"
+    assert "in speak_and_segfault" in found[4].stack
+    assert "in do" in found[4].stack
+    assert "chunk_runner" not in found[4].stack
+
+
 @pytest.mark.parametrize("timeout", [None, 20.0])
 def test_no_item_runs_twice_when_one_kills_its_worker(
     disp: Dispatcher, tmp_path: Path, timeout: float | None
@@ -307,6 +330,73 @@ def test_200_workers_killed_at_random_cost_the_items_that_ran_and_mix_nothing_up
     disp: Dispatcher, tmp_path: Path, seed: int
 ) -> None:
     storm(disp, tmp_path, 10_000, 200, PAIR, seed)
+
+
+def mixture(disp: Dispatcher, n: int, seed: int, priority: int, **options: Any) -> None:
+    """Items of every kind, in any order, while workers are killed."""
+    draw = random.Random(seed)
+    kinds = {
+        "ValueError": ValueError,
+        "SIGKILL": WorkerCrashed,
+        "lock": RemoteError,
+        "StopIteration": RuntimeError,
+        "SystemExit": RemoteError,
+        "breaks elsewhere": RemoteError,
+        "kills its pickler": WorkerCrashed,
+        "hang": JobTimeout,
+        "os._exit": WorkerCrashed,
+    }
+    whats = [draw.choice(list(kinds)) if draw.random() < 0.1 else "" for _ in range(n)]
+    is_over = threading.Event()
+
+    def kill() -> int:
+        n_killed = 0
+        while not is_over.wait(draw.random() * 0.2):
+            with contextlib.suppress(ProcessLookupError, IndexError):
+                os.kill(draw.choice(worker_pids(disp, priority)), signal.SIGKILL)
+                n_killed += 1
+        return n_killed
+
+    killer = Call(kill)
+    found = run(disp, whats, priority, timeout=0.15, **options)
+    is_over.set()
+    n_killed = killer.value()
+    assert len(found) == n
+    if not options.get("ordered", True):
+        assert sorted(one for one in found if type(one) is int) == [
+            number for number, what in enumerate(whats) if not what
+        ]
+        return
+    hit = 0
+    for number, (what, one) in enumerate(zip(whats, found, strict=True)):
+        expected = kinds[what] if what else int
+        if type(one) is not expected:
+            assert type(one) is WorkerCrashed, (number, what, one)
+            hit += 1
+        elif not what:
+            assert one == number
+    assert hit <= n_killed
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"chunksize": 13, "buffersize": 40}, {"priority": RETRYING, "ordered": False, "chunksize": 20}],
+    ids=str,
+)
+def test_a_mixture_of_good_and_bad_items_under_fire_has_an_end_for_each(
+    disp: Dispatcher, options: dict[str, Any]
+) -> None:
+    mixture(disp, 100, seed=3, **{"priority": PAIR, **options})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", range(6))
+def test_a_large_mixture_of_good_and_bad_items_under_fire_has_an_end_for_each(
+    disp: Dispatcher, seed: int
+) -> None:
+    chunksize = ["auto", 1, 50][seed % 3]
+    mixture(disp, 3000, seed, PAIR if seed < 3 else RETRYING, chunksize=chunksize, ordered=seed != 4)
 
 
 def test_results_of_a_worker_that_dies_after_its_answer_are_not_taken_for_another_chunks(
@@ -541,6 +631,31 @@ def test_a_pool_that_breaks_gives_out_what_it_has_done_and_then_says_so(tmp_path
     assert type(error) is PoolBroken
 
 
+def test_a_pool_whose_workers_do_not_come_up_is_an_error_of_the_map(tmp_path: Path) -> None:
+    with Dispatcher(
+        [Pool(0, 1, initializer=faulty_jobs.exit_at_start, initargs=(tmp_path / "log", 3))]
+    ) as disp:
+        found = outcomes(disp.map(square, itertools.count()))
+        assert {type(one) for one in found} == {PoolBroken}
+        assert {type(one) for one in outcomes(disp.map(square, [1]))} == {PoolBroken}
+
+
+def test_finalize_in_the_loop_of_a_map_ends_it() -> None:
+    disp = Dispatcher([(0, 1)])
+    found: list[int] = []
+
+    def script() -> None:
+        for result in disp.map(square, itertools.count(), chunksize=1):
+            found.append(result)
+            if len(found) == 5:
+                disp.finalize()
+
+    with pytest.raises(DispatcherFinalized):
+        script()
+    assert found == [n * n for n in range(len(found))]
+    assert 5 <= len(found) <= 8
+
+
 def test_a_chunk_that_is_cancelled_by_hand_fails_its_items_and_the_map_goes_on(
     disp: Dispatcher, tmp_path: Path
 ) -> None:
@@ -629,6 +744,26 @@ def test_a_script_that_catches_ctrl_c_in_the_middle_of_a_map_goes_on_with_the_ne
         assert script.wait() == 0, script.errors()
         assert script.errors() == ""
         assert script.output().splitlines()[-2:] == [f"over {n_interrupts} True", "rest 0 0 0"]
+
+
+FORGETFUL = """
+import itertools
+import map_jobs
+from bulkhead import Dispatcher
+
+if __name__ == "__main__":
+    disp = Dispatcher([(0, 2)])
+    results = disp.map(map_jobs.square, itertools.count())
+    print("got", next(results), next(results), flush=True)
+"""
+
+
+def test_a_script_that_ends_in_the_middle_of_a_map_ends_without_a_word() -> None:
+    with running(FORGETFUL) as script:
+        assert script.wait() == 0, script.errors()
+        assert script.output() == "got 0 1\n"
+        assert script.errors() == ""
+        assert script.processes() == []
 
 
 CTRL_C = """

@@ -63,7 +63,9 @@ class Wish(NamedTuple):
 
 picks = st.integers(0, 11)
 moments = st.sampled_from([0.25, 0.5, 1.0, 2.0])
+rarely = st.sampled_from([*[False] * 7, True])
 losses = st.sampled_from(Loss)
+returns = st.sampled_from([Loss.UNREAD, Loss.UNREAD, Loss.UNREAD, Loss.REST])
 wishes = st.builds(
     Wish,
     patient=st.booleans(),
@@ -147,10 +149,7 @@ class KernelAgainstModel(RuleBasedStateMachine):
     @rule(pick=picks)
     def cancel(self, pick: int) -> None:
         known = sorted(self.known(), key=lambda job: not job.is_unsettled)
-        job = known[pick % len(known)]
-        expected = self.model.cancel(job, self.now)
-        assert self.kernel.cancel(self.record_of(job), JobCancelled("cancelled"), self.now) == expected
-        self.compare()
+        self.cancel_one(known[pick % len(known)])
 
     # Stimuli from workers
 
@@ -175,7 +174,7 @@ class KernelAgainstModel(RuleBasedStateMachine):
         self.die(self.pick_worker(pick, "starting", "idle", "busy"), loss, was_killed=was_killed)
 
     @precondition(lambda self: self.workers("busy"))
-    @rule(pick=picks, losses=st.lists(losses, min_size=2, max_size=8))
+    @rule(pick=picks, losses=st.lists(returns, min_size=2, max_size=8))
     def job_loses_one_worker_after_the_other(self, pick: int, losses: list[Loss]) -> None:
         job = self.model.has[self.pick_worker(pick, "busy")]
         assert job is not None
@@ -189,6 +188,21 @@ class KernelAgainstModel(RuleBasedStateMachine):
     @rule(pick=picks, loss=losses)
     def worker_ends_as_told(self, pick: int, loss: Loss) -> None:
         self.die(self.pick_worker(pick, "ending"), loss)
+
+    @precondition(lambda self: self.workers("busy"))
+    @rule(pick=picks, is_late=st.booleans(), is_cancelled=st.booleans(), loss=losses)
+    def job_is_given_up_and_its_worker_goes(
+        self, pick: int, is_late: bool, is_cancelled: bool, loss: Loss
+    ) -> None:
+        job = self.model.has[self.pick_worker(pick, "busy")]
+        assert job is not None
+        if is_late and job.times_out_at is not None:
+            self.now = max(self.now, job.times_out_at)
+            self.tick()
+        if is_cancelled:
+            self.cancel_one(job)
+        if self.model.workers[self.model.has.index(job)] == "ending":
+            self.die(self.model.has.index(job), loss)
 
     @precondition(lambda self: self.chunks_under_way())
     @rule(pick=picks)
@@ -217,6 +231,7 @@ class KernelAgainstModel(RuleBasedStateMachine):
 
     # Barriers, ends
 
+    @precondition(lambda self: len(self.barriers) < 3)
     @rule()
     def begin_barrier(self) -> None:
         before = list(self.kernel.phases.unreported)
@@ -237,21 +252,19 @@ class KernelAgainstModel(RuleBasedStateMachine):
         self.reported += reported
         assert all(phase in self.reported for phase in barrier.phases)
 
-    @precondition(lambda self: len(self.records) > 5 and not self.model.is_refusing)
-    @rule(really=st.sampled_from([False, False, False, True]))
+    @precondition(lambda self: len(self.records) > 8 and not self.model.is_refusing)
+    @rule(really=rarely)
     def refuse(self, really: bool) -> None:
         if really:
             self.kernel.refuse()
             self.model.refuse()
             self.compare()
 
-    @precondition(lambda self: len(self.records) > 5)
-    @rule(really=st.sampled_from([False, False, False, True]))
-    def break_down(self, really: bool) -> None:
+    @precondition(lambda self: len(self.records) > 8)
+    @rule(really=rarely, losses=st.lists(losses, max_size=3))
+    def break_down(self, really: bool, losses: list[Loss]) -> None:
         if really:
-            self.kernel.break_down(RuntimeError("given up"))
-            self.model.break_down()
-            self.compare()
+            self.give_up(losses)
 
     # What must be true at every moment
 
@@ -332,6 +345,9 @@ class KernelAgainstModel(RuleBasedStateMachine):
         """Nothing starves: once events stop, workers come up and answer, every job settles and no offer waits."""
         if not hasattr(self, "kernel"):
             return
+        if len(self.records) % 3 == 0:  # also in a pool that is given up at last
+            first = len(self.records) // 3 % len(Loss)
+            self.give_up([*Loss][first:])
         for _ in range(1000):
             for worker in self.workers("ending"):
                 self.die(worker, Loss.ATTEMPT)
@@ -429,6 +445,19 @@ class KernelAgainstModel(RuleBasedStateMachine):
             assert taken == had_room
         self.compare()
 
+    def cancel_one(self, job: NaiveJob) -> None:
+        expected = self.model.cancel(job, self.now)
+        assert self.kernel.cancel(self.record_of(job), JobCancelled("cancelled"), self.now) == expected
+        self.compare()
+
+    def give_up(self, losses: list[Loss]) -> None:
+        """Break the pool, and have workers die that were left."""
+        self.kernel.break_down(RuntimeError("given up"))
+        self.model.break_down()
+        self.compare()
+        for worker, loss in zip(self.workers("busy", "ending"), losses, strict=False):
+            self.die(worker, loss)
+
     def come_up(self, worker: int) -> None:
         self.kernel.worker_ready(self.kernel.slots[worker], self.now)
         self.model.came_up(worker, self.now)
@@ -496,7 +525,7 @@ class KernelAgainstModel(RuleBasedStateMachine):
 
 
 KernelAgainstModel.TestCase.settings = settings(
-    max_examples=250,
+    max_examples=400,
     stateful_step_count=60,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],

@@ -224,7 +224,10 @@ class Exchange:
         for segment in self._loans.values():
             segment.spoil()
         self._loans.clear()
-        self._line.close()
+        try:
+            self._line.close()
+        except OSError:
+            pass  # a job has closed it already
 
     def _come_back(self, loan: int) -> None:
         segment = self._loans.pop(abs(loan), None)

@@ -18,6 +18,7 @@ from bulkhead.engines.processes.segments import SegmentPool
 from bulkhead.errors import JobNotPicklable, RemoteError, RemoteTraceback
 
 __all__ = [
+    "SHARED_IS_FOR_JOBS",
     "cannot",
     "message_of",
     "pack_call",
@@ -35,6 +36,8 @@ _NO_FUNCTION = _SIZE.pack(0)
 
 # Looking at the types of more arguments than this takes longer than a callback (and a map has thousands).
 _FEW = 8
+
+SHARED_IS_FOR_JOBS = "a Shared can be given to jobs alone, not to an initializer"
 
 # Types that have no buffers to send out of band.
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
@@ -74,8 +77,10 @@ def pack_call(
         packed = _packed_function(fn) if type(fn) is FunctionType else _NO_FUNCTION
         if packed is not _NO_FUNCTION and not args and not kwargs:
             return packed
-        call = (fn, args, kwargs) if packed is _NO_FUNCTION else (args, kwargs)
-        return _packed_value(call, packed, segments, _are_plain(args) and not kwargs)
+        if packed is _NO_FUNCTION:
+            # It may carry data of its own: a method, a partial.
+            return _packed_value((fn, args, kwargs), packed, segments, is_plain=False)
+        return _packed_value((args, kwargs), packed, segments, is_plain=not kwargs and _are_plain(args))
     except JobNotPicklable:
         raise
     except Exception as error:  # arbitrary code of the user's objects runs here
@@ -122,7 +127,7 @@ def pack_value(value: Any, segments: SegmentPool) -> bytes | Parcel:
     if value is None:
         return _NONE
     try:
-        return _packed_value(value, b"", segments, type(value) in _PLAIN)
+        return _packed_value(value, b"", segments, is_plain=type(value) in _PLAIN)
     except Exception as error:
         packed = _cloudpickled(value)
         if packed is None:
@@ -180,7 +185,7 @@ def message_of(error: BaseException) -> str:
         return "<its text could not be made>"
 
 
-def _packed_value(value: Any, head: bytes, segments: SegmentPool | None, is_plain: bool) -> bytes | Parcel:
+def _packed_value(value: Any, head: bytes, segments: SegmentPool | None, *, is_plain: bool) -> bytes | Parcel:
     if is_plain:
         # Why apart: a callback costs as much as the pickling of two numbers.
         body = head + pickle.dumps(value, _PROTOCOL)
@@ -217,7 +222,7 @@ def _with_buffers(
     if segments is not None:
         return parcel_of(body, buffers, pickled, segments)
     if any(isinstance(memoryview(buffer).obj, Token) for buffer in buffers):
-        raise JobNotPicklable("a Shared can be given to jobs alone, not to an initializer")
+        raise JobNotPicklable(SHARED_IS_FOR_JOBS)
     return pickled(None)
 
 

@@ -51,14 +51,16 @@ from bulkhead.engines.processes.interrupts import calm, hold, release
 from bulkhead.engines.processes.launcher import Report, Says, Unsuitable
 from bulkhead.engines.processes.launcher_link import LauncherLink
 from bulkhead.engines.processes.parcels import Parcel
-from bulkhead.engines.processes.payload import cannot, pack_call, pack_without_main
+from bulkhead.engines.processes.payload import SHARED_IS_FOR_JOBS, cannot, pack_call, pack_without_main
 from bulkhead.engines.processes.poller import READABLE, WRITABLE
 from bulkhead.engines.processes.segments import Borrowed, SegmentPool
+from bulkhead.engines.processes.sharing import Shared
 from bulkhead.engines.processes.worker import Worker
 from bulkhead.engines.processes.worker_main import Initializer, Kind, Setup
 from bulkhead.errors import (
     DispatcherFinalized,
     JobCancelled,
+    JobNotPicklable,
     MissingMainGuard,
     NestedDispatch,
     PoolBroken,
@@ -125,6 +127,8 @@ def packed_setup(config: Pool, nicer_by: int) -> bytes:
         JobNotPicklable: The initializer cannot be sent.
     """
     is_fork = config.start_method == "fork"
+    if is_fork and any(isinstance(one, Shared) for one in config.initargs):
+        raise JobNotPicklable(SHARED_IS_FOR_JOBS)  # as under the other start methods, where packing finds it
     call = None
     if config.initializer is not None and not is_fork:
         packed = pack_call(config.initializer, config.initargs, {}, None, "initializer")

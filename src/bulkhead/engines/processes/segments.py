@@ -115,7 +115,8 @@ class SegmentPool:
         self.is_used = True
         parts = [memoryview(buffer) for buffer in buffers]
         spans = spans_of(parts)
-        size = spans[-1][0] + spans[-1][1] if spans else 0
+        # Why not the end of the last one: it may be empty, and begin where nothing is written.
+        size = max((offset + n for offset, n in spans if n), default=0)
         file = self._suitable(size) or _File(self._open)
         try:
             for part, (offset, _) in zip(parts, spans, strict=True):

@@ -162,6 +162,13 @@ def _serve(ends: Ends, box: BlackBox) -> None:
     sleeper = select.poll()
     sleeper.register(ends.jobs, select.POLLIN)
     desk = _Desk(ends)
+    try:
+        _serve_at(desk, ends, box, sleeper)
+    finally:
+        desk.exchange.close()
+
+
+def _serve_at(desk: _Desk, ends: Ends, box: BlackBox, sleeper: select.poll) -> None:
     rest = b""
     while True:
         first = rest or _next_bytes(ends.jobs, sleeper, desk.segments)
