@@ -31,7 +31,7 @@ __all__ = ["MEGABYTE", "measure_arrays"]
 MEGABYTE = 1_000_000
 SIZES = (1 * MEGABYTE, 10 * MEGABYTE, 100 * MEGABYTE)
 """In bytes. The targets are about the largest: with the smaller ones the dispatch itself counts."""
-WARM_UP_JOBS = 3
+WARM_UP_JOBS = 2
 LEAST_JOBS, MOST_JOBS = 3, 30
 ENOUGH_SECONDS = 0.1
 """A measurement is the median of several jobs: until so much time has been spent, within these bounds."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import operator
 import os
 import pickle
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Self
 
 import numpy as np
+from faulty_jobs import KillsItsReader
 from jobs import note
 
 from bulkhead import Dispatcher
@@ -419,9 +421,48 @@ def waits_when_rebuilt(mark: Path, gate: Path, *rest: Any) -> list[Any]:
     return [*rest, Waits(mark, gate, "rebuilt")]
 
 
-def note_and_return(mark: str, value: int, size: int) -> np.ndarray:
-    note(mark, os.getpid())
+def fill_when_open(gate: Path, value: int, size: int) -> np.ndarray:
+    wait_for(gate)
     return filled(value, size)
+
+
+def die_while_filling(value: int, size: int) -> np.ndarray:
+    """Return an array from a process that dies when a part of it is in the segment."""
+    os.pwrite = DiesAfter(os.pwrite)
+    return filled(value, size)
+
+
+def stop_while_filling(size: int) -> np.ndarray:
+    os.pwrite = DiesAfter(os.pwrite, signal.SIGSTOP)
+    return filled(1, size)
+
+
+def large_and_broken(size: int) -> list[Any]:
+    """Return what cannot be rebuilt, after a large array."""
+    return [filled(1, size), Breaks()]
+
+
+class Breaks:
+    def __reduce__(self) -> Any:
+        return operator.floordiv, (1, 0)
+
+
+def large_and_deadly(size: int) -> list[Any]:
+    """Return what kills the process that rebuilds it, after a large array."""
+    return [filled(1, size), KillsItsReader()]
+
+
+class DiesAfter:
+    """Calls the function and kills or stops the process."""
+
+    def __init__(self, fn: Callable[..., Any], number: int = signal.SIGKILL) -> None:
+        self._fn = fn
+        self._number = number
+
+    def __call__(self, *args: Any) -> Any:
+        done = self._fn(*args)
+        os.kill(os.getpid(), self._number)
+        return done
 
 
 def refusing() -> Refuses:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from bulkhead.errors import BulkheadError
 from bulkhead.tracker import Tracker
 
 __all__ = ["Feeder", "Offers"]
@@ -63,9 +64,10 @@ class Offers:
         """Yield the jobs that pools have accepted meanwhile, and offer the next of their lines.
 
         Raises:
-            DispatcherFinalized, PoolBroken: A pool takes no more jobs.
+            DispatcherFinalized, PoolBroken: A pool takes no more jobs; raised when all that is accepted is given out.
         """
         self._bell.clear()
+        refusal: BulkheadError | None = None
         is_more = True
         # Why one job of each pool in turn: a pool that accepts at once would keep the others waiting. Why until a pass
         # finds nothing: a job that is accepted at once rings no bell.
@@ -74,16 +76,27 @@ class Offers:
             for pool, offered in self._offered.items():
                 if not offered:
                     continue
-                if offered[0].state is None:
-                    pool.check_open()
-                    continue
-                is_more = True
-                job = offered.popleft()
-                self.n_held -= 1
-                line = self._lines.get(pool)
-                if line:
-                    self._offer(pool, line.popleft())
-                yield job
+                is_accepted = offered[0].state is not None
+                job = offered[0]
+                try:
+                    if is_accepted:
+                        is_more = True
+                        self._move_on(pool, offered)
+                    else:
+                        pool.check_open()
+                except BulkheadError as error:
+                    refusal = error
+                if is_accepted:
+                    yield job
+        if refusal is not None:
+            raise refusal
+
+    def _move_on(self, pool: Feedable, offered: deque[Tracker]) -> None:
+        offered.popleft()
+        self.n_held -= 1
+        line = self._lines.get(pool)
+        if line:
+            self._offer(pool, line.popleft())
 
     def wait(self) -> None:
         """Wait until some pool has accepted a job. Blocking: without limit, as dispatch does."""

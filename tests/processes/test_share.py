@@ -443,17 +443,12 @@ def test_what_cannot_be_pickled_cannot_be_shared(
 
 
 def test_a_shared_object_that_cannot_be_rebuilt_fails_its_jobs_alone(disp: Dispatcher) -> None:
-    shared = disp.share(Breaks())
+    shared = disp.share(data_jobs.Breaks())
     for _ in range(2):
         error = disp.dispatch(Job(echo, shared)).exception(PATIENCE)
         assert type(error) is RemoteError
         assert "ZeroDivisionError" in str(error)
     assert run(disp, echo, 3) == 3
-
-
-class Breaks:
-    def __reduce__(self) -> Any:
-        return operator.floordiv, (1, 0)
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")

@@ -205,11 +205,16 @@ class KernelAgainstModel(RuleBasedStateMachine):
             self.die(self.model.has.index(job), loss)
 
     @precondition(lambda self: self.chunks_under_way())
-    @rule(pick=picks)
-    def next_item_begins(self, pick: int) -> None:
+    @rule(pick=picks, seconds=moments, until_alarm=st.booleans())
+    def next_item_begins(self, pick: int, seconds: float, until_alarm: bool) -> None:
         """The pool is not told; it finds out when the chunk's time seems to be up."""
         chunks = self.chunks_under_way()
-        self.model.item_begins(chunks[pick % len(chunks)], self.now)
+        job = chunks[pick % len(chunks)]
+        self.now += seconds
+        self.model.item_begins(job, self.now)
+        if until_alarm and job.times_out_at is not None:
+            self.now = max(self.now, job.times_out_at)
+            self.tick()
 
     # Time
 
@@ -345,7 +350,7 @@ class KernelAgainstModel(RuleBasedStateMachine):
         """Nothing starves: once events stop, workers come up and answer, every job settles and no offer waits."""
         if not hasattr(self, "kernel"):
             return
-        if len(self.records) % 3 == 0:  # also in a pool that is given up at last
+        if self.records and len(self.records) % 3 == 0:  # also in a pool that is given up at last
             first = len(self.records) // 3 % len(Loss)
             self.give_up([*Loss][first:])
         for _ in range(1000):

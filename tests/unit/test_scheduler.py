@@ -866,8 +866,11 @@ def test_the_rest_of_a_timed_out_job_goes_back_without_an_error() -> None:
     assert (job.state, job.attempt, job.error) == (JobState.QUEUED, 0, None)
     assert (kernel.failed, kernel.retried) == (0, 0)
     kernel.worker_ready(kernel.slots[0], 2.0)
+    kernel.worker_gone(kernel.slots[0], CRASH, 2.1, loss=Loss.UNREAD)
+    assert job.state is JobState.QUEUED, "a worker's verdict ends with the worker"
+    kernel.worker_ready(kernel.slots[0], 2.2)
     kernel.attempt_ended(kernel.slots[0], None, 3.0)
-    assert job.state is JobState.SUCCEEDED, "a worker's verdict ends with the worker"
+    assert job.state is JobState.SUCCEEDED
 
 
 def test_a_timed_out_job_of_which_nothing_is_left_has_succeeded() -> None:
