@@ -432,7 +432,14 @@ def die_while_filling(value: int, size: int) -> np.ndarray:
     return filled(value, size)
 
 
-def stop_while_filling(size: int) -> np.ndarray:
+def filled_and_noted(mark: Path, value: int, size: int) -> np.ndarray:
+    array = filled(value, size)
+    note(mark, os.getpid())
+    return array
+
+
+def stop_while_filling(mark: Path, size: int) -> np.ndarray:
+    note(mark, os.getpid())
     os.pwrite = DiesAfter(os.pwrite, signal.SIGSTOP)
     return filled(1, size)
 

@@ -65,6 +65,7 @@ def test_the_fast_pool_is_done_while_the_slow_one_still_runs(
     slow = [tracker for tracker in accepted if tracker.priority == SLOW]
 
     assert [tracker.result(10) for tracker in fast] == list(range(1, 1000, 2))
+    gate.wait_begun(1)
     assert [tracker.status().state for tracker in slow] == ["running"]
     assert gate.begun == ["slow"]
 
@@ -84,6 +85,30 @@ def test_the_fast_pool_is_held_up_in_neither_direction(disp: Dispatcher, gate: G
     assert [tracker.result(10) for tracker in accepted[1:]] == list(range(100))
     gate.open()
     assert len(list(trackers)) == 100
+    disp.barrier()
+
+
+def test_two_pools_that_were_full_are_served_in_turn_however_slow_the_consumer_is(
+    disp: Dispatcher, gate: Gate
+) -> None:
+    held = [gate.job(priority=SLOW), gate.job(priority=FAST)]
+    others = [Job(nothing).options(priority=priority) for priority in [*[SLOW] * 10, *[FAST] * 10]]
+    trackers = disp.dispatch_all([*held, *others])
+    running = [next(trackers), next(trackers)]
+    order: list[int] = []
+
+    def consume() -> None:
+        for tracker in trackers:
+            order.append(tracker.priority)
+            for one in (*running, tracker):  # by the end of which both pools could do with their next job
+                one.result(10)
+
+    consumer = Call(consume)
+    consumer.until_waiting()
+    gate.open()
+    consumer.value()
+    assert sorted(order) == [SLOW] * 10 + [FAST] * 10
+    assert all(one != after for one, after in itertools.pairwise(order)), order
     disp.barrier()
 
 

@@ -184,6 +184,14 @@ class KernelAgainstModel(RuleBasedStateMachine):
             if job not in self.model.has:
                 break
 
+    @precondition(lambda self: len(self.workers("busy")) > 1)
+    @rule(order=st.permutations(range(3)), losses=st.lists(returns, min_size=3, max_size=3))
+    def workers_die_together(self, order: list[int], losses: list[Loss]) -> None:
+        busy = self.workers("busy")
+        for which, loss in zip(order, losses, strict=True):
+            if which < len(busy):
+                self.die(busy[which], loss)
+
     @precondition(lambda self: self.workers("ending"))
     @rule(pick=picks, loss=losses)
     def worker_ends_as_told(self, pick: int, loss: Loss) -> None:

@@ -85,10 +85,12 @@ def test_an_error_is_named_after_its_item_of_the_whole_map() -> None:
     assert error.__notes__ == ["while running item 1003 of a map"]
 
 
-def test_errors_of_bulkheads_own_name_the_item_already() -> None:
-    error = RemoteError("no")
-    a_chunk().take_error(3, error)
-    assert not getattr(error, "__notes__", [])
+def test_errors_that_name_the_item_themselves_are_left_as_they_are() -> None:
+    chunk = a_chunk()
+    errors = [RemoteError("no"), Unrecoverable("no"), crash(), JobTimeout("late", timeout=1.0, pid=1)]
+    for position, error in enumerate(errors):
+        chunk.take_error(position, error)
+    assert [len(getattr(error, "__notes__", [])) for error in errors] == [1, 1, 0, 0]
 
 
 class Noteless(Exception):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
+from calling import Call
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -231,6 +232,18 @@ def test_what_happens_between_the_last_look_and_the_wait_ends_the_wait(
         offers.wait()
         with pytest.raises(PoolBroken):
             list(offers.accepted())
+
+
+def test_news_that_was_looked_at_does_not_end_the_next_wait(offers: Offers) -> None:
+    one, other = StandIn(), StandIn()
+    for pool, job in dealt(one, other, rounds=2):
+        offers.add(pool, job)
+    one.make_room()
+    assert list(offers.accepted()) == one.accepted
+    waiting = Call(offers.wait).until_waiting()
+    other.make_room()
+    waiting.value()
+    assert list(offers.accepted()) == other.accepted
 
 
 # Ends
