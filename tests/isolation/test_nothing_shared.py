@@ -44,6 +44,10 @@ def engine_of(disp: Dispatcher, priority: int) -> Any:
     return disp._pools[priority]
 
 
+def ledger_of(disp: Dispatcher, priority: int) -> Any:
+    return engine_of(disp, priority)._acting._ledger
+
+
 def parts_of(root: object, apart: Sequence[object] = ()) -> dict[int, object]:
     """Return every object that is reached from one through attributes, containers and bound methods, by identity.
 
@@ -96,7 +100,7 @@ def descriptors_of(parts: dict[int, object]) -> set[int]:
 def test_two_pools_share_no_lock_thread_poller_socket_or_descriptor(disp: Dispatcher) -> None:
     for priority in (0, 1):
         disp.dispatch(Job(faulty_jobs.double, 4).options(priority=priority)).add_done_callback(lambda _: None)
-    ledger = engine_of(disp, 0)._ledger
+    ledger = ledger_of(disp, 0)
     parts = [parts_of(engine_of(disp, priority), apart=[ledger]) for priority in (0, 1)]
     for kinds, least in ((SYNCHRONISERS, 4), (DEVICES, 3)):
         ours, others = ({key for key, one in mine.items() if isinstance(one, kinds)} for mine in parts)
@@ -110,8 +114,8 @@ def test_two_pools_share_no_lock_thread_poller_socket_or_descriptor(disp: Dispat
 
 
 def test_the_record_of_jobs_that_both_pools_write_has_no_lock(disp: Dispatcher) -> None:
-    ledger = engine_of(disp, 0)._ledger
-    assert engine_of(disp, 1)._ledger is ledger
+    ledger = ledger_of(disp, 0)
+    assert ledger_of(disp, 1) is ledger
     pools = [engine_of(disp, 0), engine_of(disp, 1)]
     parts = parts_of(ledger, apart=pools)
     assert len(parts) > 5

@@ -41,8 +41,7 @@ from bulkhead import (
     StartDeadlineExceeded,
     WorkerCrashed,
 )
-from bulkhead.engines.processes import parcels, segments
-from bulkhead.engines.processes import pool as pool_module
+from bulkhead.engines.processes import parcels, segments, tidying
 
 # Pools: one worker, so that the same process gets everything; two workers; one worker and a queue.
 ONE, TWO, QUEUE = 0, 1, 2
@@ -374,7 +373,7 @@ def test_segments_that_nobody_needs_go_back_to_the_system_while_the_pool_is_idle
 ) -> None:
     # Why fork: the worker inherits how long they are kept.
     monkeypatch.setattr(segments, "_KEEP_FOR", 0.2)
-    monkeypatch.setattr(pool_module, "_TIDY", 0.1)
+    monkeypatch.setattr(tidying, "_TIDY", 0.1)
     with Dispatcher([Pool(0, 1, start_method="fork")], max_history=0) as own:
         worker = run(own, pid)
         assert run(own, data_jobs.total, filled(1, LARGE)) == LARGE

@@ -2,20 +2,27 @@
 
     caller's threads                 ProcessPool                        launcher (one process per pool)
     dispatch, barrier, … ──▶ Scheduler (kernel) decides                   ▲ start, end │ started, gone
-                             instructions are carried out ── LauncherLink ┴────────────┘   │ fork, kill, reap
+                             Acting carries it out ── Staff, LauncherLink ┴────────────┘   │ fork, kill, reap
                                    │ job frames (one pipe per worker)                      ▼
                                    └──────────────────────────────────▶ worker: read, unpickle, run, pickle, write
                              Driving: whoever waits, polls ◀── result frames (one pipe per worker) ──┘
 
 | file | problem it answers |
 |---|---|
-| pool.py | carrying out the kernel's instructions; what a death means |
+| pool.py | what a dispatcher asks of a pool; how callers wait; how a pool ends |
+| acting.py | carrying out the kernel's instructions; what one turn of the driver does; ruin |
+| staff.py | which workers there are, who should be gone, what follows when a launcher dies |
+| reading.py, answers.py | what comes through the pipes; what the frames of workers say, and the kernel is told |
+| chunks.py | parts, losses and time limits of a map's chunks |
+| settling.py | waking whoever waits for a job, a phase or the last job |
+| tidying.py | giving back memory that nobody needs |
+| snapshot.py | the counters of one moment |
 | driving.py | which thread polls, who waits, who takes over |
 | interrupts.py | keeping a Ctrl-C out of the middle of a change |
 | channel.py | bytes through a pipe without being held up |
 | payload.py | pickling both ways |
 | callbacks.py | running users' done callbacks |
-| deaths.py | what is told of a worker's end |
+| deaths.py | what a worker's end means for its job, and what is told of it |
 | poller.py | waiting for descriptors |
 | worker.py | the caller's handle on one worker process |
 | worker_main.py | what runs in a worker |

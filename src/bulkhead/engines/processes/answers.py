@@ -1,21 +1,27 @@
-"""Answers of workers, unpickled: what the driver makes of the frames it reads, before it takes the pool's lock.
+"""Answers of workers: unpickled by the driver before it takes the pool's lock, told to the kernel under it (`tell`).
 
-Users' code runs in here, whatever it does: an answer that cannot be rebuilt becomes an error of its job.
+Users' code runs while they are unpickled, whatever it does: an answer that cannot be rebuilt becomes an error of its
+job.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
+from bulkhead._kernel.records import SlotState
+from bulkhead._kernel.scheduler import Scheduler
+from bulkhead.chunk import Chunk
+from bulkhead.engines.processes import chunks
+from bulkhead.engines.processes.chunks import Outcome, Parts
 from bulkhead.engines.processes.payload import message_of, unpack_error, unpack_value
 from bulkhead.engines.processes.progress import ERROR, VALUES, Record, records_in
 from bulkhead.engines.processes.worker import Worker
 from bulkhead.engines.processes.worker_main import Kind
 from bulkhead.errors import RemoteError
 
-__all__ = ["Answer", "Parts", "decoded", "recorded"]
+__all__ = ["Answer", "decoded", "recorded", "tell"]
 
 _VALUE = Kind.VALUE
 _SECONDS = struct.Struct("<d")
@@ -24,16 +30,6 @@ Body = bytes | bytearray | memoryview
 
 # Worker, kind of frame, number of message, bytes, value, error.
 Answer = tuple[Worker, int, int, int, Any, BaseException | None]
-
-# Position, results of the items from there on, or the error of that one.
-Outcome = tuple[int, list[Any], BaseException | None]
-
-
-class Parts(NamedTuple):
-    """What a frame or the records of a worker tell about a chunk."""
-
-    outcomes: list[Outcome]
-    seconds: float | None  # that the whole chunk took, at its end
 
 
 def decoded(worker: Worker, kind: int, number: int, body: Body) -> Answer:
@@ -52,6 +48,53 @@ def recorded(worker: Worker) -> Answer:
     number = worker.message
     size, outcomes = _outcomes(_records(worker, number))
     return worker, Kind.PART, number, size, Parts(outcomes, None), None
+
+
+def tell(
+    scheduler: Scheduler,
+    worker: Worker,
+    kind: int,
+    number: int,
+    size: int,
+    value: Any,
+    error: BaseException | None,
+    now: float,
+) -> None:
+    """Tell the kernel what a worker has answered. Under the lock; the rest of the arguments are an `Answer`."""
+    slot = worker.slot
+    if kind == Kind.READY or kind == Kind.NOT_READY:
+        _came_up(scheduler, worker, number, error, now)
+        return
+    if slot.worker is not worker or number != worker.message:
+        return
+    job = slot.job
+    if kind == Kind.PART or kind == Kind.CHUNK_DONE:
+        # Also from a worker that is being ended: what is done is done.
+        if isinstance(job, Chunk):
+            chunks.take(job, value, size)
+        if kind == Kind.PART:
+            return
+    if slot.state is not SlotState.BUSY:
+        return
+    # Race: whatever else comes under this number, perhaps in the same breath, belongs to no job any more.
+    worker.message += 1
+    worker.jobs += 1
+    worker.busy_seconds += now - worker.began
+    assert job is not None
+    if isinstance(job, Chunk):
+        error = chunks.ended(job, error)
+    else:
+        job.value = value
+        job.size = size
+    scheduler.attempt_ended(slot, error, now)
+
+
+def _came_up(scheduler: Scheduler, worker: Worker, pid: int, error: BaseException | None, now: float) -> None:
+    if error is not None:
+        worker.failure = error
+    elif worker.slot.state is SlotState.STARTING:
+        worker.pid = pid
+        scheduler.worker_ready(worker.slot, now)
 
 
 def _noted(worker: Worker, number: int, body: Body) -> Answer:

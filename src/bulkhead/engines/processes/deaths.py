@@ -1,14 +1,17 @@
-"""The errors of jobs whose worker was ended or ended itself: what is known, in words and as attributes."""
+"""What it means when a worker was ended or ended itself: for its job, and in words and attributes of the error."""
 
 from __future__ import annotations
 
 import signal
 
-from bulkhead._kernel.records import JobRecord
+from bulkhead._kernel.records import JobRecord, Loss, SlotState, Verdict
+from bulkhead.chunk import Chunk
+from bulkhead.engines.processes import chunks
 from bulkhead.engines.processes.launcher import Report
-from bulkhead.errors import JobTimeout, StartDeadlineExceeded, WorkerCrashed
+from bulkhead.engines.processes.worker import Worker
+from bulkhead.errors import JobTimeout, PoolBroken, StartDeadlineExceeded, WorkerCrashed
 
-__all__ = ["UNKNOWN", "crash", "expiry", "timeout"]
+__all__ = ["UNKNOWN", "crash", "expiry", "meaning", "timeout"]
 
 UNKNOWN = Report(None, None, 0, "", "", None, False)
 
@@ -16,6 +19,30 @@ _OUTPUT_LINES = 20
 
 # The innermost functions of ours that call a job or an item.
 _OUR_FRAMES = (" in _attempt", " in _run_plain", " in _run_starred", " in _run_timed")
+
+
+def meaning(worker: Worker, report: Report, label: str) -> tuple[Loss, BaseException]:
+    """Return what a worker's end means for its job, and the error for the kernel. Once, and before it is closed.
+
+    Args:
+        worker: What it answered before has been told.
+        report: How it ended.
+        label: Of its pool.
+    """
+    slot = worker.slot
+    job = slot.job
+    if slot.state is SlotState.STARTING:
+        error = _start_failure(worker, report, label)
+    elif job is not None and slot.verdict is Verdict.TIMEOUT:
+        error = timeout(_at(worker, job), job.timeout, worker.pid, report)
+    elif job is not None:
+        error = worker.failure or crash(worker.pid, report, f"running {_at(worker, job)}")
+    else:
+        error = crash(worker.pid, report, "idle")
+    loss = Loss.ATTEMPT if report.last_read == worker.message else Loss.UNREAD
+    if isinstance(job, Chunk) and loss is Loss.ATTEMPT and slot.verdict is not Verdict.CANCEL:
+        return chunks.lost(worker, job, error)
+    return loss, error
 
 
 def crash(pid: int | None, report: Report, doing: str) -> WorkerCrashed:
@@ -70,6 +97,18 @@ def timeout(what: str, limit: float | None, pid: int | None, report: Report) -> 
 def expiry(job: JobRecord) -> StartDeadlineExceeded:
     """Return the error for a job that was not started in time."""
     return StartDeadlineExceeded(f"job {job.id!r} did not start before its deadline and was not run")
+
+
+def _start_failure(worker: Worker, report: Report, label: str) -> BaseException:
+    cause = worker.failure or crash(worker.pid, report, "getting ready")
+    error = PoolBroken(f"{label} is given up, its workers do not come up: {cause}")
+    error.__cause__ = cause
+    return error
+
+
+def _at(worker: Worker, job: JobRecord) -> str:
+    """Return what a worker's job is called in an error."""
+    return chunks.title(worker, job) if isinstance(job, Chunk) else f"job {job.id!r}"
 
 
 def _how(report: Report, name: str | None) -> str:

@@ -27,11 +27,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from bulkhead.engines.processes.poller import READABLE, Alarm, make_poller
 from bulkhead.errors import NestedDispatch
 
-__all__ = ["Bell", "Driving", "Waiter", "reentered"]
+__all__ = ["Bell", "Driving", "Waiter", "fire", "reentered"]
 
 _log = logging.getLogger("bulkhead")
 
@@ -88,6 +89,12 @@ class Waiter:
         self._bed = threading.Lock()
         self._bed.acquire()
         return self._bed
+
+
+def fire(waiters: list[Any]) -> None:
+    """Wake everybody on the list, under the lock, and empty it."""
+    while waiters:
+        waiters.pop().fire()
 
 
 class Bell:

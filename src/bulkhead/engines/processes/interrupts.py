@@ -6,7 +6,7 @@ complete. That lasts some ten microseconds at a time, costs less than one, and l
 Ctrl-C is raised at once, so that not even a result whose unpickling never ends can hold the user up.
 
 Only Python's own handler is swapped: one of the user's keeps its place. What it raises, and what handlers of other
-signals raise, may hit a change; then the pool is given up (see `ruin` in pool.py).
+signals raise, may hit a change; then the pool is given up (see `ruin` in acting.py).
 
 Why `_signal`: the functions of `signal` convert their arguments to enums, which takes twenty times as long.
 """
