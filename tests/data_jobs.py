@@ -421,9 +421,9 @@ def waits_when_rebuilt(mark: Path, gate: Path, *rest: Any) -> list[Any]:
     return [*rest, Waits(mark, gate, "rebuilt")]
 
 
-def fill_when_open(gate: Path, value: int, size: int) -> np.ndarray:
+def fill_when_open(gate: Path, value: int, size: int, mark: Path) -> np.ndarray:
     wait_for(gate)
-    return filled(value, size)
+    return filled_and_noted(mark, value, size)
 
 
 def die_while_filling(value: int, size: int) -> np.ndarray:

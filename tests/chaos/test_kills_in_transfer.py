@@ -6,13 +6,10 @@ The slow ones do the same with 200 MB and with many more random instants: `pytes
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gc
 import os
 import random
 import signal
-import struct
-import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +25,7 @@ from jobs import echo, lines, pid
 from scripts import Script, running
 from watching import PATIENCE, assert_whole, is_alive, launcher_pid, shared_memory, wait_until, worker_pids
 
-from bulkhead import Dispatcher, Job, JobTimeout, Pool, RetryPolicy, Tracker, WorkerCrashed
+from bulkhead import Dispatcher, Job, JobTimeout, Pool, RetryPolicy, WorkerCrashed
 
 # The promise: no worker outlives its caller by more (seconds).
 AFTERLIFE = 2.0
@@ -144,22 +141,18 @@ def test_a_result_that_its_worker_has_sent_counts_though_it_dies_before_the_call
     mark, go_on, fill = tmp_path / "mark", tmp_path / "go on", tmp_path / "fill"
     # The thread that reads results is held up by the rebuilding of the first one.
     held_up = disp.dispatch(Job(data_jobs.waits_when_rebuilt, mark, go_on).options(priority=TWO))
-    job = disp.dispatch(Job(data_jobs.fill_when_open, fill, 5, size).options(priority=TWO))
-    wait_until(lambda: lines(mark))
-    assert lines(mark) == [str(os.getpid())]
-    fill.touch()
-    wait_until(lambda: has_answered(disp, job), "the answer is in the pipe")
-    kill(job.status().pid)
-    go_on.touch()
+    job = disp.dispatch(Job(data_jobs.fill_when_open, fill, 5, size, mark).options(priority=TWO))
+    try:
+        wait_until(lambda: lines(mark) == [str(os.getpid())])
+        fill.touch()
+        wait_until(lambda: len(lines(mark)) == 2)
+        worker = lines(mark)[1]
+        wait_until(lambda: status_of(worker) == psutil.STATUS_SLEEPING, "the answer is in the pipe")
+        kill(int(worker))
+    finally:
+        go_on.touch()
     assert np.array_equal(job.result(PATIENCE), filled(5, size))
     held_up.result(PATIENCE)
-
-
-def has_answered(disp: Dispatcher, job: Tracker) -> bool:
-    """Tell whether the answer to a job is in its worker's pipe."""
-    (worker,) = [w for w in disp._pools[TWO]._workers.values() if w.pid == job.status().pid]
-    (n,) = struct.unpack("i", fcntl.ioctl(worker.reader.fd, termios.FIONREAD, bytes(4)))
-    return n > 0
 
 
 def test_a_caller_that_cannot_rebuild_a_result_goes_on(disp: Dispatcher, size: int) -> None:
@@ -276,7 +269,7 @@ from watching import wait_until, wait_until_whole, worker_pids
 size, mark, gate = {size}, Path({mark!r}), Path("gate")
 
 if __name__ == "__main__":
-    disp = Dispatcher([Pool(0, 2)])
+    disp = Dispatcher([Pool(0, 2, start_method="fork")])  # which need not import NumPy again
     wait_until_whole(disp)
     array = filled(1, size)
     shared = disp.share(array)
@@ -288,7 +281,7 @@ if __name__ == "__main__":
     time.sleep(1000)
 """
 
-# Imports of NumPy start no threads, so that the launcher can import it once for all.
+# NumPy starts no threads when it is imported.
 QUICK = {"OPENBLAS_NUM_THREADS": "1"}
 
 DIE = "os.pwrite = data_jobs.DiesAfter(os.pwrite); "

@@ -389,8 +389,10 @@ def _import_ahead(sock: socket.socket, config: Config) -> None:
         if _n_threads() > 1:
             unsuitable = Unsuitable(False, "the main module starts threads when it is imported")
     if unsuitable is not None:
-        sock.sendall(frame(Says.UNSUITABLE, 0, pickle.dumps(unsuitable)))
-        os._exit(0)
+        try:
+            sock.sendall(frame(Says.UNSUITABLE, 0, pickle.dumps(unsuitable)))
+        finally:
+            os._exit(0)  # also when the caller is gone
 
 
 def _receive_one(sock: socket.socket) -> tuple[int, bytes]:

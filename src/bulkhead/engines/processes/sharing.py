@@ -13,6 +13,7 @@ import pickle
 import struct
 from typing import Any, SupportsIndex
 
+from bulkhead.engines.processes import main_module
 from bulkhead.engines.processes.parcels import Token
 from bulkhead.engines.processes.segments import Segment, SegmentPool, seal, spans_of
 from bulkhead.errors import BulkheadError, JobNotPicklable, NoSharedMemory
@@ -39,9 +40,8 @@ class Shared:
     __slots__ = ("__weakref__", "_token")
 
     def __init__(self, obj: Any) -> None:
-        buffers: list[pickle.PickleBuffer] = []
         try:
-            body = pickle.dumps(obj, _PROTOCOL, buffer_callback=buffers.append)
+            body, buffers = _pickled(obj)
             if any(isinstance(memoryview(buffer).obj, Token) for buffer in buffers):
                 raise TypeError("it holds a Shared; pass that to the job beside it")
             segment = _placed(body, [buffer.raw() for buffer in buffers])
@@ -72,6 +72,23 @@ class Shared:
 
     def __repr__(self) -> str:
         return f"<Shared {self.nbytes} bytes>"
+
+
+def _pickled(obj: Any) -> tuple[bytes, list[pickle.PickleBuffer]]:
+    buffers: list[pickle.PickleBuffer] = []
+    try:
+        if type(obj).__module__ == "__main__" and not main_module.is_importable():
+            raise TypeError("workers cannot import the main module, where its class is defined")
+        return pickle.dumps(obj, _PROTOCOL, buffer_callback=buffers.append), buffers
+    except Exception:  # arbitrary code of the user's objects runs here
+        try:
+            import cloudpickle
+        except ImportError:
+            cloudpickle = None
+        if cloudpickle is None:
+            raise
+        buffers.clear()
+        return cloudpickle.dumps(obj, protocol=_PROTOCOL, buffer_callback=buffers.append), buffers
 
 
 def _placed(body: bytes, views: list[memoryview]) -> Segment:
