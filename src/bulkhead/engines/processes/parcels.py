@@ -30,8 +30,8 @@ __all__ = ["LARGE_BODY", "Exchange", "Opened", "Parcel", "Token", "parcel_of", "
 _PROTOCOL = 5
 
 # From this size on buffers go beside the pickled body, and the body itself beside the frame (bytes). Why: below it,
-# making and mapping a segment costs more than a copy through the pipe (measured on Linux 6: 70 to 75 microseconds there,
-# 128 KiB take as long through a pipe and 256 KiB eight times as long).
+# making and mapping a segment costs more than a copy through the pipe (measured on Linux 6: 70 microseconds and some;
+# 128 KiB take as long through a pipe, and 256 KiB eight times as long).
 _LARGE_BUFFERS = 128 << 10
 LARGE_BODY = 160 << 10
 
