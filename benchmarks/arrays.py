@@ -31,7 +31,9 @@ __all__ = ["MEGABYTE", "measure_arrays"]
 MEGABYTE = 1_000_000
 SIZES = (1 * MEGABYTE, 10 * MEGABYTE, 100 * MEGABYTE)
 """In bytes. The targets are about the largest: with the smaller ones the dispatch itself counts."""
-WARM_UP_JOBS = 2
+WARM_UP_JOBS, WARM_UP_BYTES = 2, 100 * MEGABYTE
+"""Before each measurement, both at least. Why so many bytes: bulkhead's history keeps results of 64 MiB, whose segments
+come back only when later results push them out."""
 LEAST_JOBS, MOST_JOBS = 3, 30
 ENOUGH_SECONDS = 0.1
 """A measurement is the median of several jobs: until so much time has been spent, within these bounds."""
@@ -91,7 +93,7 @@ def _measure(contestant: Contestant[Ways], cases: dict[str, Case], method: Start
         for case, (way, look, size) in cases.items():
             array = full(size)
             once = partial(_seconds, ways[way], LOOKS[look], array)
-            for _ in range(WARM_UP_JOBS):
+            for _ in range(max(WARM_UP_JOBS, WARM_UP_BYTES // size)):
                 once()
             gc.collect()
             found[case] = _typical(once)

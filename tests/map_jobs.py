@@ -36,6 +36,7 @@ __all__ = [
     "identity",
     "large",
     "note_and_do",
+    "noted",
     "number_of",
     "odd_ones_fail",
     "outcomes",
@@ -180,13 +181,16 @@ class Adder:
         return self.base + number
 
 
-def held(folder: Path, number: int) -> int:
-    """Note the number and take a millisecond. From 1000 on, wait until the file "go" is there.
-
-    Why the millisecond: shorter items may run again when one after them kills their worker.
-    """
+def noted(folder: Path, number: int) -> int:
+    """Note the number and take a millisecond: shorter items may run again when one after them kills their worker."""
     note(folder / "begun", number)
     time.sleep(0.001)
+    return number
+
+
+def held(folder: Path, number: int) -> int:
+    """As `noted`, but wait from 1000 on until the file "go" is there."""
+    noted(folder, number)
     give_up = time.monotonic() + 60
     while number >= 1000 and not (folder / "go").exists():
         if time.monotonic() > give_up:
@@ -221,14 +225,13 @@ def odd_ones_fail(number: int) -> int:
 
 
 def note_and_do(folder: Path, what: str, number: int) -> Any:
-    held(folder, number)
+    noted(folder, number)
     return do(what, number)
 
 
 def fail_at_first(folder: Path, what: str, times: int, number: int) -> int:
-    """As `held`, but let something happen in so many of the first runs of this number."""
-    note(folder / "begun", number)
-    time.sleep(0.001)
+    """As `noted`, but let something happen in so many of the first runs of this number."""
+    noted(folder, number)
     if lines(folder / "begun").count(str(number)) <= times:
         do(what)
     return number

@@ -32,6 +32,7 @@ from map_jobs import (
     held_from_1000,
     identity,
     note_and_do,
+    noted,
     outcomes,
     square,
     where,
@@ -298,7 +299,7 @@ def storm(disp: Dispatcher, folder: Path, n_items: int, kills: int, priority: in
                 n_killed += 1
 
     killer = Call(kill)
-    found = outcomes(disp.map(held, itertools.repeat(folder), range(n_items), priority=priority))
+    found = outcomes(disp.map(noted, itertools.repeat(folder), range(n_items), priority=priority))
     is_over = True
     killer.value()
     times_begun = Counter(begun(folder))

@@ -11,6 +11,7 @@ import operator
 import os
 import pickle
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -272,16 +273,15 @@ def test_a_handle_costs_some_hundred_bytes_however_large_the_object_is(disp: Dis
     ) / 10 < 1500  # also what it costs to look, the answer, and what wakes a thread
 
 
-def test_shared_objects_work_under_every_start_method_and_with_two_dispatchers(start_method: str) -> None:
-    with Dispatcher([Pool(0, 1, start_method=start_method)], max_history=0) as first:
-        shared = first.share(filled(1, LARGE))
-        assert run(first, data_jobs.values_in, shared) == [1]
-        with Dispatcher([Pool(0, 1, start_method=start_method)], max_history=0) as second:
-            assert run(second, data_jobs.values_in, shared) == [1]
-    # The one that made it is gone.
+def test_a_handle_works_with_every_dispatcher_also_after_the_one_that_made_it_is_finalized(
+    disp: Dispatcher,
+) -> None:
+    with Dispatcher([Pool(0, 1)], max_history=0) as own:
+        shared = own.share(filled(1, LARGE))
+        assert run(own, data_jobs.values_in, shared) == [1]
+        assert run(disp, data_jobs.values_in, shared) == [1]
+    assert run(disp, data_jobs.values_in, shared) == [1]
     assert data_jobs.values_in(shared.get()) == [1]
-    with Dispatcher([Pool(0, 1, start_method=start_method)], max_history=0) as third:
-        assert run(third, data_jobs.values_in, shared) == [1]
 
 
 # When it is freed
@@ -426,20 +426,31 @@ def test_a_handle_among_the_initializers_arguments_is_refused(disp: Dispatcher, 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: lambda: 3, "function"),
         (threading.Lock, "lock"),
         (data_jobs.refusing, "not for you"),
         (lambda: [filled(1, LARGE), data_jobs.refusing()], "not for you"),
         (data_jobs.scattered, "contiguous"),
         (lambda: (number for number in range(3)), "generator"),
     ],
-    ids=["lambda", "lock", "refusing", "refusing in a list", "scattered", "generator"],
+    ids=["lock", "refusing", "refusing in a list", "scattered", "generator"],
 )
 def test_what_cannot_be_pickled_cannot_be_shared(
     disp: Dispatcher, make: Callable[[], Any], words: str
 ) -> None:
     with pytest.raises(JobNotPicklable, match=words):
         disp.share(make())
+
+
+def test_a_lambda_can_be_shared_where_cloudpickle_is_installed_and_nowhere_else(
+    disp: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cloudpickle")
+    table = filled(3, LARGE)
+    shared = disp.share(lambda number: int(table[number]) + number)
+    assert run(disp, data_jobs.call, shared, 4) == 7
+    monkeypatch.setitem(sys.modules, "cloudpickle", None)
+    with pytest.raises(JobNotPicklable, match="lambda"):
+        disp.share(lambda number: number)
 
 
 def test_a_shared_object_that_cannot_be_rebuilt_fails_its_jobs_alone(disp: Dispatcher) -> None:

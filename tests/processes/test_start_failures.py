@@ -60,6 +60,7 @@ def test_an_initializer_that_always_fails_breaks_its_pool_with_the_cause_and_no_
         assert text in str(caught.value)
         assert isinstance(caught.value.__cause__, cause)
         assert text in str(caught.value.__cause__)
+        wait_until(lambda: not disp.stats()[0].processes, "those that were coming up have failed as well")
         tried = starts(log)
         assert 2 <= tried <= MOST_STARTS
         assert_whole(disp, 1)

@@ -413,7 +413,7 @@ def test_a_descriptor_that_is_missing_is_an_error_and_nothing_stays_open(sides: 
     before = number_of_descriptors()
     _, (fd,), _, _ = socket.recv_fds(there.line, 100, 1)
     os.close(fd)
-    with pytest.raises(OSError, match="missing|unavailable"):
+    with pytest.raises(OSError, match=r"missing|unavailable"):
         there.read(data, 1)
     assert number_of_descriptors() == before
     # The other side may use its segment again.

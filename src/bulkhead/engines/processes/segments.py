@@ -281,16 +281,18 @@ class _File:
     def __init__(self, opened: set[int]) -> None:
         self.fd = -1
         self._map: mmap.mmap | None = None
-        self._open = opened
-        opened.add(id(self))
         self.depth = forks.depth
         self.filled = 0  # bytes that have pages
         self.freed_at = 0.0
         self.is_spoilt = False
+        self._open = opened
+        opened.add(id(self))
         self.fd = create_file("bulkhead-segment")
 
     def fill(self, data: memoryview, offset: int) -> None:
         """Copy `data` to `offset`."""
+        if not data:
+            return  # it may begin where nothing is written
         # Why two ways: a write into fresh pages is the fastest, and fails with an error where a store into a mapping
         # would kill the process when memory is short; into pages that are there, a mapping is three times as fast.
         n_there = max(min(len(data), self.filled - offset), 0)
@@ -313,8 +315,9 @@ class _File:
         self._open.discard(id(self))
 
     def __del__(self) -> None:
-        # For what a Ctrl-C has left without an owner.
-        self.close()
+        # For what a Ctrl-C has left without an owner, perhaps in the middle of `__init__`.
+        if hasattr(self, "_open"):
+            self.close()
 
     def _mapping(self) -> mmap.mmap:
         if self._map is None or len(self._map) < self.filled:
