@@ -135,6 +135,8 @@ class Chunk(Tracker):
     def describe(self, running: Running) -> str:
         """Return what errors call the running item."""
         position = self._blamed(running)
+        if position is None and len(self.todo) == 1:
+            position = 0
         if position is None:
             return f"items {self.first + self.todo[0]} to {self.first + self.todo[-1]} of a map"
         return f"item {self.first + self.todo[position]} of a map"

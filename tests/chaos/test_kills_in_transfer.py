@@ -253,7 +253,7 @@ def test_every_round_trip_is_right_while_workers_are_killed_at_random(size: int)
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", range(3))
 def test_every_round_trip_is_right_while_many_workers_are_killed_at_random(size: int, seed: int) -> None:
-    kill_at_random(150 if size < 100 * MEGABYTE else 50, size, seed)
+    kill_at_random(60 if size < 100 * MEGABYTE else 20, size, seed)
 
 
 # The caller
@@ -377,4 +377,4 @@ def test_nothing_is_left_of_callers_that_are_killed_at_random(size: int) -> None
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_nothing_is_left_of_many_callers_that_are_killed_at_random(size: int) -> None:
-    kill_callers_at_random(15, size, seed=2)
+    kill_callers_at_random(10, size, seed=2)

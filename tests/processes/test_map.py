@@ -25,6 +25,7 @@ from map_jobs import (
     add_up,
     held,
     held_bytes,
+    held_from_1000,
     identity,
     large,
     number_of,
@@ -232,7 +233,7 @@ def test_without_a_buffersize_the_look_ahead_is_bounded_while_the_first_item_tak
     disp: Dispatcher, tmp_path: Path
 ) -> None:
     source = Counted()
-    results = disp.map(held, itertools.repeat(tmp_path), itertools.chain([1000], source), chunksize=20)
+    results = disp.map(held_from_1000, itertools.repeat(tmp_path), itertools.chain([1000], source), chunksize=20)
     reader = Call(next, results)
     wait_until(lambda: source.n_read >= 900)
     reader.until_waiting()

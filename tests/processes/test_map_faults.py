@@ -39,7 +39,7 @@ from map_jobs import (
 )
 from scripts import running
 from staffing import staffed
-from watching import assert_whole, launcher_pid, wait_until, worker_pids
+from watching import assert_whole, launcher_pid, wait_until, wait_until_whole, worker_pids
 
 from bulkhead import (
     Dispatcher,
@@ -225,6 +225,18 @@ def test_large_results_survive_the_worker_that_made_them(disp: Dispatcher) -> No
             assert one == bytes(50_000 if what == "many bytes" else 300_000)
 
 
+def test_errors_that_are_kept_keep_nothing_of_their_workers() -> None:
+    with Dispatcher([(0, 1)]) as disp:
+        staffed(disp)
+        descriptors = len(os.listdir("/proc/self/fd"))
+        kept = []
+        for _ in range(5):
+            kept += run(disp, ["breaks elsewhere", "lock", "ValueError", "SIGKILL"], chunksize=4)
+        wait_until_whole(disp)
+        assert [type(one) for one in kept[:4]] == [RemoteError, RemoteError, ValueError, WorkerCrashed]
+        assert len(os.listdir("/proc/self/fd")) <= descriptors
+
+
 def test_a_crash_tells_what_the_item_had_printed_and_where_it_was(disp: Dispatcher) -> None:
     found = run(disp, whats_of(10, **{"speak and die": [4]}), chunksize=10)
     assert_only(found, {4: WorkerCrashed})
@@ -344,10 +356,10 @@ def mixture(disp: Dispatcher, n: int, seed: int, priority: int, **options: Any) 
         "SystemExit": RemoteError,
         "breaks elsewhere": RemoteError,
         "kills its pickler": WorkerCrashed,
-        "hang": JobTimeout,
         "os._exit": WorkerCrashed,
+        "hang": JobTimeout,
     }
-    whats = [draw.choice(list(kinds)) if draw.random() < 0.1 else "" for _ in range(n)]
+    whats = [draw.choice(list(kinds)) if draw.random() < 0.05 else "" for _ in range(n)]
     is_over = threading.Event()
 
     def kill() -> int:
@@ -359,24 +371,22 @@ def mixture(disp: Dispatcher, n: int, seed: int, priority: int, **options: Any) 
         return n_killed
 
     killer = Call(kill)
-    found = run(disp, whats, priority, timeout=0.15, **options)
+    found = run(disp, whats, priority, timeout=0.3, **options)
     is_over.set()
     n_killed = killer.value()
     assert len(found) == n
-    if not options.get("ordered", True):
-        assert sorted(one for one in found if type(one) is int) == [
-            number for number, what in enumerate(whats) if not what
-        ]
-        return
-    hit = 0
-    for number, (what, one) in enumerate(zip(whats, found, strict=True)):
-        expected = kinds[what] if what else int
-        if type(one) is not expected:
-            assert type(one) is WorkerCrashed, (number, what, one)
-            hit += 1
-        elif not what:
-            assert one == number
-    assert hit <= n_killed
+    if options.get("ordered", True):
+        for number, (what, one) in enumerate(zip(whats, found, strict=True)):
+            # On a busy machine the time of an innocent item may be up, too.
+            expected = kinds[what] if what else int
+            assert type(one) in (expected, WorkerCrashed, JobTimeout), (number, what, one)
+            assert type(one) is not int or one == number
+    numbers = [one for one in found if type(one) is int]
+    assert len(set(numbers)) == len(numbers)
+    good = {number for number, what in enumerate(whats) if not what}
+    n_late = sum(type(one) is JobTimeout for one in found)
+    assert good.issuperset(numbers)
+    assert len(good) - len(numbers) <= n_killed + n_late
 
 
 @pytest.mark.parametrize(
@@ -387,7 +397,7 @@ def mixture(disp: Dispatcher, n: int, seed: int, priority: int, **options: Any) 
 def test_a_mixture_of_good_and_bad_items_under_fire_has_an_end_for_each(
     disp: Dispatcher, options: dict[str, Any]
 ) -> None:
-    mixture(disp, 100, seed=3, **{"priority": PAIR, **options})
+    mixture(disp, 200, seed=3, **{"priority": PAIR, **options})
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ job.
 from __future__ import annotations
 
 import struct
+import traceback
 from collections.abc import Iterable
 from typing import Any
 
@@ -149,6 +150,9 @@ def _value(body: Body, buffers: list[memoryview] | tuple[()] = ()) -> tuple[Any,
     except KeyboardInterrupt:
         raise
     except BaseException as error:
+        # Or the error, which may be kept for long, would keep the black box or a segment mapped by its traceback.
+        del body, buffers
+        traceback.clear_frames(error.__traceback__)
         return None, _unreadable(error)
 
 
