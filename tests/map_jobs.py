@@ -15,7 +15,6 @@ from typing import Any, ClassVar, NoReturn
 
 import faulty_jobs
 from jobs import lines, note
-from watching import wait_until
 
 from bulkhead import Unrecoverable
 
@@ -191,11 +190,7 @@ def noted(folder: Path, number: int) -> int:
 def held(folder: Path, number: int) -> int:
     """As `noted`, but wait from 1000 on until the file "go" is there."""
     noted(folder, number)
-    give_up = time.monotonic() + 60
-    while number >= 1000 and not (folder / "go").exists():
-        if time.monotonic() > give_up:
-            raise TimeoutError(f"nobody lets {number} go")
-        time.sleep(0.002)
+    _wait_until(lambda: number < 1000 or (folder / "go").exists())
     return number
 
 
@@ -241,15 +236,24 @@ def die_after_the_answer(folder: Path, number: int) -> Any:
     """Item 1 takes the caller long to rebuild; meanwhile the worker of item 0 answers and dies."""
     note(folder / "begun", number)
     if number == 0:
-        wait_until((folder / "answered").exists)
+        _wait_until((folder / "answered").exists)
         time.sleep(0.2)  # until the caller is at it
         faulty_jobs.answer_and_die()
         raise LookupError("the last words")
     if number == 1:
-        wait_until(lambda: len(lines(folder / "begun")) >= 2)
+        _wait_until(lambda: len(lines(folder / "begun")) >= 2)
         (folder / "answered").touch()
         return RebuiltSlowly()
     return number
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    # Why not that of `watching`: fresh workers would have to import psutil.
+    give_up = time.monotonic() + 60
+    while not condition():
+        if time.monotonic() > give_up:
+            raise TimeoutError("nobody lets it go on")
+        time.sleep(0.002)
 
 
 class Named(Exception):

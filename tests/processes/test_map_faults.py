@@ -170,7 +170,7 @@ def test_an_item_that_kills_its_reader_fails_alone(disp: Dispatcher, chunksize: 
 def test_an_item_that_takes_too_long_to_be_rebuilt_fails_alone(disp: Dispatcher, chunksize: Any) -> None:
     items: list[Any] = list(range(10))
     items[7] = HangsElsewhere()
-    found = outcomes(disp.map(identity, items, chunksize=chunksize, timeout=0.3))
+    found = outcomes(disp.map(identity, items, chunksize=chunksize, timeout=0.5))
     assert_only(found, {7: JobTimeout})
 
 

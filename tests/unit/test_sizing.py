@@ -16,6 +16,23 @@ SECONDS = mapping._CHUNK_SECONDS
 BYTES = mapping._CHUNK_BYTES
 
 
+class Clock:
+    """Stands in for the `time` module: a busy machine must not make a source slow."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(mapping, "time", made)
+    return made
+
+
 def sizing(*, chunksize: Any = "auto", buffersize: int | None = None, n_workers: int = 2) -> _Sizing:
     return _Sizing(MapOptions(True, chunksize, buffersize, None), n_workers)
 
@@ -164,20 +181,9 @@ def test_items_kept_from_an_interrupted_reading_come_first_in_the_next() -> None
     assert one.taken() == 0
 
 
-class Clock:
-    """Stands in for the `time` module; each reading of an item takes some of its time."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def slow_source(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Iterator[int]]:
-    clock = Clock()
-    monkeypatch.setattr(mapping, "time", clock)
+def slow_source(clock: Clock) -> Callable[[float], Iterator[int]]:
+    """Makes a source each of whose items takes so long."""
 
     def source(pause: float) -> Iterator[int]:
         number = 0
