@@ -150,15 +150,15 @@ def _value(body: Body, buffers: list[memoryview] | tuple[()] = ()) -> tuple[Any,
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        # Or the error, which may be kept for long, would keep the black box or a segment mapped by its traceback.
-        del body, buffers
-        traceback.clear_frames(error.__traceback__)
         return None, _unreadable(error)
 
 
 def _unreadable(error: BaseException) -> RemoteError:
     name = type(error).__qualname__
     text = f"the job's result could not be unpickled in the caller: {name}: {message_of(error)}"
-    remote = RemoteError(text, type_name=name)
+    trace = "".join(traceback.format_exception(error))
+    # Why as text: an error may be kept for long, and the frames would keep the black box or a segment mapped.
+    error.__traceback__ = None
+    remote = RemoteError(text, type_name=name, traceback=trace)
     remote.__cause__ = error
     return remote
