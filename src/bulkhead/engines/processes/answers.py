@@ -7,7 +7,6 @@ job.
 from __future__ import annotations
 
 import struct
-import traceback
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,7 +15,7 @@ from bulkhead._kernel.scheduler import Scheduler
 from bulkhead.chunk import Chunk
 from bulkhead.engines.processes import chunks
 from bulkhead.engines.processes.chunks import Outcome, Parts
-from bulkhead.engines.processes.payload import message_of, unpack_error, unpack_value
+from bulkhead.engines.processes.payload import message_of, text_of, unpack_error, unpack_value
 from bulkhead.engines.processes.progress import ERROR, VALUES, Record, records_in
 from bulkhead.engines.processes.worker import Worker
 from bulkhead.engines.processes.worker_main import Kind
@@ -156,9 +155,9 @@ def _value(body: Body, buffers: list[memoryview] | tuple[()] = ()) -> tuple[Any,
 def _unreadable(error: BaseException) -> RemoteError:
     name = type(error).__qualname__
     text = f"the job's result could not be unpickled in the caller: {name}: {message_of(error)}"
-    trace = "".join(traceback.format_exception(error))
+    trace = text_of(error, error.__traceback__)
     # Why as text: an error may be kept for long, and the frames would keep the black box or a segment mapped.
-    error.__traceback__ = None
+    BaseException.with_traceback(error, None)
     remote = RemoteError(text, type_name=name, traceback=trace)
     remote.__cause__ = error
     return remote

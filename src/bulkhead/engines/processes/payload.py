@@ -24,6 +24,7 @@ __all__ = [
     "pack_call",
     "pack_error",
     "pack_without_main",
+    "text_of",
     "pack_value",
     "unpack_call",
     "unpack_error",
@@ -146,7 +147,7 @@ def pack_error(error: BaseException) -> bytes:
     """Return the bytes of what a job raised: always succeeds, with the text alone if need be."""
     # Why from the second entry: the first is the worker's own call.
     tb = error.__traceback__
-    text = _text_of(error, tb.tb_next if tb is not None else None)
+    text = text_of(error, tb.tb_next if tb is not None else None)
     facts = (type(error).__qualname__, message_of(error), text)
     return pickle.dumps((*facts, _rebuildable(error)), _PROTOCOL)
 
@@ -247,7 +248,8 @@ def _unpacked_function(packed: bytes) -> Callable[..., Any]:
     return fn
 
 
-def _text_of(error: BaseException, tb: Any) -> str:
+def text_of(error: BaseException, tb: Any) -> str:
+    """Return the formatted traceback whatever the error's own methods do."""
     try:
         return "".join(traceback.format_exception(type(error), error, tb))
     except BaseException as reason:  # a __str__ or __cause__ of the user's that raises
