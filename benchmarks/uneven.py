@@ -154,17 +154,20 @@ def _row(
 
 
 def _line(best: dict[str, int | None], found: Rounds[float]) -> Line:
-    peers = [name for name in best if name in found.samples]
-    peer = min(peers, key=lambda name: median(found.samples[name]))
-    return found.line(
-        "map of uneven jobs",
-        peer,
-        float,
-        duration,
-        target=1 / WITHIN,
-        called=f"the best: {peer}, chunks: {_worded(best[peer])}",
-        of=BULKHEAD_MAP.name,
-    )
+    """Return the comparison with the peer that bulkhead does worst against."""
+    lines = [
+        found.line(
+            "map of uneven jobs",
+            peer,
+            float,
+            duration,
+            target=1 / WITHIN,
+            called=f"the best: {peer}, chunks: {_worded(size)}",
+            of=BULKHEAD_MAP.name,
+        )
+        for peer, size in best.items()
+    ]
+    return min(lines, key=lambda line: line.ratio or 0)
 
 
 def _worded(size: int | None) -> str:

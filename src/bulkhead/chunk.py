@@ -223,13 +223,16 @@ class Chunk(Tracker):
         self._values = other._values[base : base + len(self.span)]
         self._errors = {index: error for index, error in other._errors.items() if index in self.span}
         self._n_missing = len(self._errors)
+        self.size = other.size * len(self.span) // len(other.span)
         self.state = JobState.SUCCEEDED
 
     def fail(self, error: BaseException) -> None:
         """Settle it without a sending: its items cannot be sent."""
         for position in range(len(self.span)):
             # Why copies: each raise adds to an error's traceback.
-            self.take_error(position, copy.copy(error).with_traceback(None))
+            copied = copy.copy(error).with_traceback(None)
+            copied.__cause__ = error.__cause__
+            self.take_error(position, copied)
         self.state = JobState.SUCCEEDED
 
     def forget_items(self) -> None:

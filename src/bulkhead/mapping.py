@@ -43,6 +43,9 @@ _MEMORY = 0.7
 _LOOKAHEAD = 1000
 _LOOKAHEAD_BYTES = 256 << 20
 
+# How many errors in a row the consumer of a map may go on after without a step of ours in between.
+_SPARE_LINKS = 8
+
 # Reading one chunk's items should not take longer (seconds): workers wait meanwhile. A source that takes longer for
 # one item is slow; then results that have come are given out first.
 _READ_SECONDS = 0.005
@@ -58,7 +61,9 @@ class MapOptions:
     def __init__(
         self, ordered: bool, chunksize: int | Literal["auto"], buffersize: int | None, timeout: float | None
     ) -> None:
-        self.is_ordered = bool(ordered)
+        if not isinstance(ordered, bool):
+            raise ConfigTypeError(f"ordered must be True or False, not {ordered!r}")
+        self.is_ordered = ordered
         self.chunksize = None
         if isinstance(chunksize, str):
             if chunksize != "auto":
@@ -99,7 +104,7 @@ class Results(itertools.chain[Any]):
             ConfigTypeError, JobNotPicklable: `fn` or an iterable cannot be used.
         """
         source = _Source(pool, fn, iterables, options)
-        results: Results = cls.from_iterable(_Links(source))  # type: ignore[assignment]
+        results: Results = cls.from_iterable(source.links())  # type: ignore[assignment]
         results._source = source
         return results
 
@@ -144,6 +149,22 @@ class _Source:
         self._news = _News()
         self._current: Iterator[Any] = iter(())  # the results that are being given out
         self.is_over = False
+        self._links: list[Iterator[Any]] = []
+        self._next_link = iter(self._links)
+
+    def links(self) -> Iterator[Iterator[Any]]:
+        """Return chains over this, so many that one is left after any error; none when all is given out.
+
+        Why: an exception out of its source ends a chain for good. Such exceptions are those of the user's iterables and
+        a Ctrl-C, after which the user may go on. Why a list: a Ctrl-C may also strike at the first step of any function
+        of ours, before its first line, so none may stand here.
+        """
+        self._forge_links()
+        return self._next_link
+
+    def _forge_links(self) -> None:
+        while operator.length_hint(self._next_link) < _SPARE_LINKS:
+            self._links.append(itertools.chain.from_iterable(self))
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -151,6 +172,7 @@ class _Source:
     def close(self) -> None:
         """Let nothing more begin, and give nothing out."""
         self.is_over = True
+        self._links.clear()
         while operator.length_hint(self._current):
             try:
                 deque(self._current, maxlen=0)
@@ -175,6 +197,7 @@ class _Source:
             if operator.length_hint(self._current):
                 return self._current
             with calm():
+                self._forge_links()
                 self._n_waiting -= self._n_given
                 self._n_given = 0
                 self._news.bell.is_rung = False
@@ -184,7 +207,11 @@ class _Source:
                 if chunk is not None:
                     self._give(chunk)
                     continue
-                self.is_over = not self._window
+                self.is_over = not self._window and not self._input.items
+                if self.is_over:
+                    self._links.clear()
+                elif not self._window:
+                    continue
             if not self.is_over:
                 self._pool.wait_for_bell(self._news.bell)
             elif self._failure is not None:
@@ -197,15 +224,18 @@ class _Source:
         """See to what the pool has done meanwhile."""
         settled = self._news.settled
         while settled:
-            chunk = settled.popleft()
-            self._n_sent -= 1
+            chunk = settled[0]
             self._sizing.learn(chunk)
-            if chunk.is_complete:
-                chunk.forget_items()
-                self._bytes += chunk.size
-                self._ready[chunk] = None
-            else:
-                self._split(chunk)
+            # Race: items may be pickled again here, and a second Ctrl-C is not held off; so before all else.
+            parts = [] if chunk.is_complete else self._parts(chunk)
+            settled.popleft()
+            self._n_sent -= 1
+            if parts:
+                self._replace(chunk, parts)
+                continue
+            chunk.forget_items()
+            self._bytes += chunk.size
+            self._ready[chunk] = None
         if self._news.is_refused:
             try:
                 self._pool.check_open()
@@ -224,8 +254,8 @@ class _Source:
         self._n_given = len(chunk.span)
         self._bytes -= chunk.size
 
-    def _split(self, chunk: Chunk) -> None:
-        """Put parts in a chunk's place: those that are done, and those that have to be sent (again)."""
+    def _parts(self, chunk: Chunk) -> list[Chunk]:
+        """Take a chunk apart: into what is done, and what has to be sent (again)."""
         parts: list[Chunk] = []
         for span, is_missing in chunk.runs():
             if is_missing:
@@ -237,11 +267,17 @@ class _Source:
                 part.fill_from(chunk)
                 part.forget_items()
                 parts.append(part)
+        return parts
+
+    def _replace(self, chunk: Chunk, parts: list[Chunk]) -> None:
+        """Put the parts in the chunk's place."""
         place = self._window.index(chunk)
         del self._window[place]
         for part in reversed(parts):
             self._window.insert(place, part)
-        self._ready.update(dict.fromkeys(part for part in parts if part.state is not None))
+        ready = [part for part in parts if part.state is not None]
+        self._ready.update(dict.fromkeys(ready))
+        self._bytes += sum(part.size for part in ready)
         self._unsent += [part for part in parts if part.state is None]
 
     def _redone(self, chunk: Chunk, span: range) -> Chunk:
@@ -283,7 +319,7 @@ class _Source:
     def _wants_more(self) -> bool:
         if self._n_sent >= self._depth:
             return False
-        if self._unsent:
+        if self._unsent or self._input.items:  # items that a Ctrl-C has kept from being sent
             return True
         if self._failure is not None or self._input.is_at_end:
             return False
@@ -300,11 +336,12 @@ class _Source:
         size = self._sizing.size
         if self._options.buffersize is not None:
             size = min(size, self._options.buffersize - self._n_waiting)
-        try:
-            items = self._input.read(size)
-        except Exception as error:
-            self._failure = error
-            items = self._input.items
+        items = self._input.items
+        if self._failure is None:
+            try:
+                items = self._input.read(size)
+            except Exception as error:
+                self._failure = error
         if not items:
             return False
         message, refusal = self._packed(items)
@@ -317,7 +354,7 @@ class _Source:
             else:
                 # One of the items cannot be pickled, nobody knows which: they go one by one.
                 chunk.is_unreadable = True
-                self._split(chunk)
+                self._replace(chunk, self._parts(chunk))
         return True
 
     def _send(self, chunk: Chunk) -> None:
@@ -351,25 +388,6 @@ class _Source:
             is_star=self._is_star,
             may_stop=self._options.chunksize is None,
         )
-
-
-class _Links:
-    """Gives out a chain over the source, and another one after an error.
-
-    Why: an exception out of its source ends a chain for good, one out of a link of it does not. Such exceptions are
-    those of the user's iterables, and a Ctrl-C, after which the user may go on.
-    """
-
-    def __init__(self, source: _Source) -> None:
-        self._source = source
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Iterator[Any]:
-        if self._source.is_over:
-            raise StopIteration
-        return itertools.chain.from_iterable(self._source)
 
 
 class _News:
@@ -428,7 +446,7 @@ class _Input:
         """
         clock = time.monotonic
         began, step = clock(), 1
-        while len(self.items) < size:
+        while len(self.items) < size and not self.is_at_end:
             before = len(self.items)
             step = min(step, size - before)
             # What was read before an exception is in the list then.

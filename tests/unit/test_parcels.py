@@ -45,8 +45,11 @@ class Side:
         return self.exchange.wrap(self.pack(value), message, extra)
 
     def read(self, data: bytes, message: int = 1) -> Any:
-        opened = self.exchange.open(data, message)
+        opened = self.open(data, message)
         return unpack_value(opened.body, opened.buffers)
+
+    def open(self, data: bytes, message: int = 1) -> Opened:
+        return self.exchange.open(self.exchange.unwrap(data), message)
 
     def lent(self) -> int:
         """Return how many segments are not here, after a look at what has come back."""
@@ -375,9 +378,10 @@ def test_both_sides_lend_and_return_at_the_same_time(sides: tuple[Side, Side]) -
 def test_notes_come_along(sides: tuple[Side, Side]) -> None:
     here, there = sides
     data = here.exchange.wrap(b"body", 1, ("extra", 2))
-    opened = there.exchange.open(data, 1)
-    assert (bytes(opened.body), opened.buffers, opened.extra, opened.size) == (b"body", [], ("extra", 2), 0)
-    assert isinstance(opened, Opened)
+    notes = there.exchange.unwrap(data)
+    assert notes.extra == ("extra", 2)
+    opened = there.exchange.open(notes, 1)
+    assert (bytes(opened.body), opened.buffers, opened.size) == (b"body", [], 0)
 
 
 # When the line is not as it should be
@@ -473,7 +477,7 @@ def test_all_descriptors_of_the_largest_message_fit_into_the_line_with_those_of_
 def test_a_call_with_large_arguments_comes_through(sides: tuple[Side, Side]) -> None:
     here, there = sides
     packed = pack_call(np.add, (array(MIB, 1), array(MIB, 2)), {"dtype": np.uint16}, here.segments)
-    opened = there.exchange.open(here.exchange.wrap(packed, 1), 1)
+    opened = there.open(here.exchange.wrap(packed, 1))
     fn, args, kwargs = unpack_call(opened.body, opened.buffers)
     assert int(fn(*args, **kwargs)[0]) == 3
     assert all(not one.flags.owndata for one in args)
@@ -489,7 +493,7 @@ def test_a_lambda_with_large_arguments_comes_through_where_cloudpickle_is_instal
     packed = pack_call(lambda one, two: (held[0], one[0], two[0]), (array(MIB, 6), shared), {}, here.segments)
     data = here.exchange.wrap(packed, 1)
     assert len(data) < 5 * KIB
-    opened = there.exchange.open(data, 1)
+    opened = there.open(data)
     fn, args, kwargs = unpack_call(opened.body, opened.buffers)
     assert fn(*args, **kwargs) == (4, 6, 5)
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -442,14 +442,43 @@ def test_a_mapping_is_over_when_the_last_part_of_it_is_gone(pool: SegmentPool) -
     assert done == [True]
 
 
-def test_a_mapping_in_a_cycle_is_over_when_the_cycle_is_found(pool: SegmentPool) -> None:
+def test_a_mapping_in_a_cycle_is_over_when_the_cycle_is_found_and_its_segment_spoilt(
+    pool: SegmentPool,
+) -> None:
     borrowed, done = Borrowed(), Done()
     _, fd = lent(pool, b"a" * MIB)
     cycle: list[Any] = [borrowed.map(fd, MIB, done)]
     cycle.append(cycle)
     del cycle
     gc.collect()
-    assert done == [True]
+    assert done == [False]
+    assert not borrowed.has_mapped
+
+
+class Keeper:
+    """A cycle that keeps what it holds from going with it."""
+
+    kept: ClassVar[list[Any]] = []
+
+    def __init__(self, held: Any) -> None:
+        self.me = self
+        self.held = held
+
+    def __del__(self) -> None:
+        self.kept.append(self.held)
+
+
+def test_a_segment_that_a_finalizer_has_kept_from_the_garbage_collector_is_never_reusable(
+    pool: SegmentPool,
+) -> None:
+    done = Done()
+    _, fd = lent(pool, b"a" * MIB)
+    Keeper(Borrowed().map(fd, MIB, done))
+    gc.collect()
+    [view] = Keeper.kept
+    assert bytes(view[:2]) == b"aa"
+    assert done == [False]
+    Keeper.kept.clear()
 
 
 def test_a_segment_that_was_mapped_when_the_process_forked_is_never_reusable(pool: SegmentPool) -> None:
@@ -469,14 +498,14 @@ def test_a_fork_that_another_thread_makes_just_after_the_mapping_counts(
 ) -> None:
     borrowed, done = Borrowed(), Done()
     _, fd = lent(pool, b"a" * MIB)
-    make = mmap.mmap
+    make = segments._Mapping
 
     def map_and_fork(*args: Any, **kwargs: Any) -> mmap.mmap:
         made = make(*args, **kwargs)
         fork_and_reap()
         return made
 
-    monkeypatch.setattr(mmap, "mmap", map_and_fork)
+    monkeypatch.setattr(segments, "_Mapping", map_and_fork)
     view = borrowed.map(fd, MIB, done)
     monkeypatch.undo()
     del view
@@ -531,7 +560,7 @@ def test_what_cannot_be_mapped_is_copied(pool: SegmentPool, monkeypatch: pytest.
     def no_room(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOMEM, "no room")
 
-    monkeypatch.setattr(mmap, "mmap", no_room)
+    monkeypatch.setattr(segments, "_Mapping", no_room)
     view = Borrowed().map(fd, MIB, done)
     monkeypatch.undo()
     assert done == [True]
@@ -549,7 +578,9 @@ def test_what_can_be_neither_mapped_nor_copied_is_an_error_and_comes_back(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error("short")
 
-    monkeypatch.setattr(mmap, "mmap", lambda *args, **kwargs: fail() if error is MemoryError else no_room())
+    monkeypatch.setattr(
+        segments, "_Mapping", lambda *args, **kwargs: fail() if error is MemoryError else no_room()
+    )
     monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(error, match="short"):
         Borrowed().map(fd, MIB, done)

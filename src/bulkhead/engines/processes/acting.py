@@ -154,7 +154,9 @@ class Acting:
         try:
             body = worker.exchange.wrap(job.payload, worker.message, order)
         except OSError as error:
-            failure = cannot("the job's data could not be sent in shared memory", error)
+            failure: BaseException | None = cannot("the job's data could not be sent in shared memory", error)
+            if isinstance(job, Chunk):
+                failure = chunks.ended(job, failure)
             self._scheduler.attempt_ended(worker.slot, failure, now)
             return
         if not worker.writer.write(Kind.NOTED, worker.message, body):

@@ -98,11 +98,16 @@ def _came_up(scheduler: Scheduler, worker: Worker, pid: int, error: BaseExceptio
 
 
 def _noted(worker: Worker, number: int, body: Body) -> Answer:
+    notes = worker.exchange.unwrap(body)
+    kind, *rest = notes.extra
     try:
-        opened = worker.exchange.open(body, number)
+        opened = worker.exchange.open(notes, number)
     except (OSError, MemoryError) as error:
-        return worker, Kind.ERROR, number, 0, None, _unreadable(error)
-    kind, *rest = opened.extra
+        refusal = _unreadable(error)
+        if kind == Kind.PART:
+            # The worker goes on with its other items.
+            return worker, kind, number, 0, Parts([(rest[0], [], refusal)], None), None
+        return worker, Kind.ERROR, number, 0, None, refusal
     size = len(opened.body) + opened.size
     if kind == _VALUE:
         return worker, kind, number, size, *_value(opened.body, opened.buffers)

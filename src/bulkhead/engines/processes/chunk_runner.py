@@ -12,7 +12,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from bulkhead import forks
 from bulkhead.engines.processes.parcels import Parcel
@@ -28,6 +28,7 @@ from bulkhead.engines.processes.progress import (
     record,
 )
 from bulkhead.engines.processes.segments import SegmentPool
+from bulkhead.errors import RemoteError
 
 __all__ = ["ChunkOrder", "leave_copy", "run_chunk"]
 
@@ -44,6 +45,9 @@ _ENOUGH = 0.05
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
 
 _PROTOCOL = 5
+
+# Plain results of this size on average are packed one by one, so that large ones go into segments (bytes).
+_LARGE_VALUES = 16 << 10
 
 
 class ChunkOrder(NamedTuple):
@@ -64,11 +68,11 @@ class ChunkOrder(NamedTuple):
 
 def run_chunk(
     fn: Callable[..., Any],
-    items: Sequence[Any],
+    items: list[Any],
     order: ChunkOrder,
     message: int,
     progress: Progress,
-    send: Callable[[int, bytes | Parcel], object],
+    send: Callable[[int, bytes | Parcel], bool],
     segments: SegmentPool,
 ) -> float:
     """Run the items one after the other until all are done or the caller wants no more; return the seconds it took.
@@ -79,7 +83,7 @@ def run_chunk(
         order: Which of them, and how.
         message: Number of the message.
         progress: Where results go that are small.
-        send: Sends a result, with its position, that is too large for there.
+        send: Sends a result, with its position, that is too large for there; tells whether it could.
         segments: Where large parts of results go.
     """
     chunk = _Chunk(fn, _chosen(items, order.todo), order, message, progress, send, segments)
@@ -87,7 +91,7 @@ def run_chunk(
     return time.perf_counter() - chunk.began
 
 
-def _chosen(items: Sequence[Any], todo: Sequence[int]) -> Sequence[Any]:
+def _chosen(items: list[Any], todo: Sequence[int]) -> list[Any]:
     if isinstance(todo, range):
         return items if len(todo) == len(items) else items[todo.start : todo.stop]
     return [items[index] for index in todo]
@@ -104,14 +108,16 @@ def leave_copy(depth: int) -> None:
 
 
 class _Chunk:
+    group: ClassVar[list[Any]] = []  # that is being run
+
     def __init__(
         self,
         fn: Callable[..., Any],
-        batch: Sequence[Any],
+        batch: list[Any],
         order: ChunkOrder,
         message: int,
         progress: Progress,
-        send: Callable[[int, bytes | Parcel], object],
+        send: Callable[[int, bytes | Parcel], bool],
         segments: SegmentPool,
     ) -> None:
         self.began = time.perf_counter()
@@ -136,7 +142,8 @@ class _Chunk:
             if self._order.may_stop and now - self.began > _ENOUGH:
                 break
             values: list[Any] = []
-            error = run_group(position, self._batch[position : position + size], values)
+            _Chunk.group = group = self._batch[position : position + size]
+            error = run_group(position, group, values)
             leave_copy(self._depth)
             self._put(position, values)
             position += len(values)
@@ -152,7 +159,7 @@ class _Chunk:
     # Every item of a map goes through one of these loops. They put its position into the counters before it is called;
     # why as a target of `for`: that takes half the time of a line of its own.
 
-    def _run_plain(self, position: int, group: Sequence[Any], values: list[Any]) -> BaseException | None:
+    def _run_plain(self, position: int, group: list[Any], values: list[Any]) -> BaseException | None:
         marks, call = self._marks, self._fn
         try:
             for marks[1], item in enumerate(group, position):
@@ -161,7 +168,7 @@ class _Chunk:
             return error
         return None
 
-    def _run_starred(self, position: int, group: Sequence[Any], values: list[Any]) -> BaseException | None:
+    def _run_starred(self, position: int, group: list[Any], values: list[Any]) -> BaseException | None:
         marks, call = self._marks, self._fn
         try:
             for marks[1], item in enumerate(group, position):
@@ -170,7 +177,7 @@ class _Chunk:
             return error
         return None
 
-    def _run_timed(self, position: int, group: Sequence[Any], values: list[Any]) -> BaseException | None:
+    def _run_timed(self, position: int, group: list[Any], values: list[Any]) -> BaseException | None:
         marks, call, append = self._marks, self._fn, values.append
         clock = time.monotonic_ns
         try:
@@ -188,8 +195,10 @@ class _Chunk:
         if not values:
             return
         if _PLAIN.issuperset(map(type, values)):
-            self._put_packed(position, len(values), VALUES, pickle.dumps(values, _PROTOCOL))
-            return
+            packed = pickle.dumps(values, _PROTOCOL)
+            if len(packed) < _LARGE_VALUES * len(values):
+                self._put_packed(position, len(values), VALUES, packed)
+                return
         for value in values:
             self._put_one(position, value)
             position += 1
@@ -206,10 +215,19 @@ class _Chunk:
             return
         if isinstance(packed, bytes):
             self._put_packed(position, 1, VALUE, packed)
-        else:
-            self._send(position, packed)
+        elif not self._send(position, packed):
+            unsent = RemoteError("the item's result could not be sent in shared memory")
+            self._put_packed(position, 1, ERROR, pack_error(unsent))
 
     def _put_packed(self, position: int, n: int, kind: int, body: bytes) -> None:
         data = record(position, n, kind, body)
         if not self._progress.add(data):
             self._send(-1, data)
+
+
+def _end_group() -> None:
+    """In a copy that an item has forked: the rest of the group is not its business."""
+    _Chunk.group.clear()
+
+
+os.register_at_fork(after_in_child=_end_group)

@@ -74,7 +74,12 @@ def extended(job: JobRecord) -> float | None:
     worker = job.slot.worker if job.slot is not None else None
     if not isinstance(job, Chunk) or worker is None:
         return None
-    return job.time_left(worker.progress.running(worker.message), worker.began, time.monotonic())
+    instant = job.time_left(worker.progress.running(worker.message), worker.began, time.monotonic())
+    if instant is None:
+        worker.progress.stop(
+            worker.message
+        )  # should the item bear the kill ladder's first rung, none follows it
+    return instant
 
 
 def abandon(chunk: Chunk, scheduler: Scheduler, now: float) -> None:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from bulkhead.engines.processes.segments import Borrowed, Segment, SegmentPool, spans_of
 from bulkhead.errors import JobNotPicklable
 
-__all__ = ["LARGE_BODY", "Exchange", "Opened", "Parcel", "Token", "parcel_of", "socket_pair"]
+__all__ = ["LARGE_BODY", "Exchange", "Notes", "Opened", "Parcel", "Token", "parcel_of", "socket_pair"]
 
 _PROTOCOL = 5
 
@@ -95,12 +95,21 @@ class Parcel:
         return len(self.body) + (0 if self.segment is None else self.segment.size)
 
 
+class Notes(NamedTuple):
+    """What a frame with notes says, its segments still to be mapped."""
+
+    body: memoryview
+    body_size: int
+    sizes: list[tuple[int, int]]
+    layout: list[tuple[int, int, int]]
+    extra: Any
+
+
 class Opened(NamedTuple):
-    """What a frame with notes said. The body and the buffers keep their segments mapped."""
+    """The parts of a pickled value. They keep its segments mapped."""
 
     body: memoryview
     buffers: list[memoryview]
-    extra: Any
     size: int  # bytes in its own segment
 
 
@@ -199,30 +208,32 @@ class Exchange:
         notes = pickle.dumps((self._drained(), extra, sizes, layout, body_size), _PROTOCOL)
         return _LENGTH.pack(len(notes)) + notes + body
 
-    def open(self, data: memoryview | bytes | bytearray, message: int) -> Opened:
-        """Take apart what the other side has wrapped, and map its segments.
-
-        Raises:
-            OSError, MemoryError: The segments cannot be had; nothing of them stays open.
-        """
+    def unwrap(self, data: memoryview | bytes | bytearray) -> Notes:
+        """Take apart what the other side has wrapped, and take back what it has let go of."""
         view = memoryview(data)
         (length,) = _LENGTH.unpack_from(view)
         start = _LENGTH.size + length
         let_go, extra, sizes, layout, body_size = pickle.loads(view[_LENGTH.size : start])
         for loan in let_go:
             self._come_back(loan)
-        body = view[start:]
-        if not sizes:
-            return Opened(body, [], extra, 0)
-        mapped = self._map_all(sizes, message)
-        buffers = [mapped[which][offset : offset + n] for which, offset, n in layout]
-        if body_size:
-            body = mapped[0][:body_size]
-        return Opened(body, buffers, extra, sum(size for loan, size in sizes if loan))
+        return Notes(view[start:], body_size, sizes, layout, extra)
+
+    def open(self, notes: Notes, message: int) -> Opened:
+        """Map the segments of a frame.
+
+        Raises:
+            OSError, MemoryError: They cannot be had; nothing of them stays open.
+        """
+        if not notes.sizes:
+            return Opened(notes.body, [], 0)
+        mapped = self._map_all(notes.sizes, message)
+        buffers = [mapped[which][offset : offset + n] for which, offset, n in notes.layout]
+        body = mapped[0][: notes.body_size] if notes.body_size else notes.body
+        return Opened(body, buffers, sum(size for loan, size in notes.sizes if loan))
 
     def close(self) -> None:
         """Hang up. What the other side had is never filled again: what it has forked may live on."""
-        for segment in self._loans.values():
+        for segment in list(self._loans.values()):  # Race: who drives may take one back
             segment.spoil()
         self._loans.clear()
         try:

@@ -17,13 +17,12 @@ import fcntl
 import mmap
 import os
 import resource
+import sys
 import tempfile
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from itertools import count
 
 from bulkhead import forks
 
@@ -203,16 +202,15 @@ class SegmentPool:
 class Borrowed:
     """What a receiver has mapped of other processes' segments. Concurrency: any thread.
 
-    Why weak references: a mapping ends when the last array, view or slice inside it does, and only the interpreter
-    knows when that is.
+    A mapping ends when the last array, view or slice inside it does, and only the interpreter knows when that is: the
+    mapping carries a `_Loan`, which ends with it.
 
     Attributes:
         is_used: Something has been mapped.
     """
 
     def __init__(self) -> None:
-        self._mapped: dict[int, weakref.ref[mmap.mmap]] = {}
-        self._keys = count()
+        self._mapped: set[int] = set()  # ids of loans
         self.is_used = False
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._limit = min(_MAX_MAPPED, soft // _SHARE_OF_DESCRIPTORS) if soft > 0 else _MAX_MAPPED
@@ -252,13 +250,15 @@ class Borrowed:
             raise
         finally:
             os.close(fd)
-        key = next(self._keys)
+        mapping.loan = _Loan()
+        key = id(mapping.loan)
 
-        def gone(_: object) -> None:
-            self._mapped.pop(key, None)
-            done(made == forks.made)
+        def gone(is_over: bool) -> None:
+            self._mapped.discard(key)
+            done(is_over and made == forks.made)
 
-        self._mapped[key] = weakref.ref(mapping, gone)
+        self._mapped.add(key)
+        _ends[key] = gone
         return memoryview(mapping)
 
     @property
@@ -266,11 +266,50 @@ class Borrowed:
         """Whether something that was mapped is still referred to."""
         return bool(self._mapped)
 
-    def _map_privately(self, fd: int, size: int) -> mmap.mmap | None:
+    def _map_privately(self, fd: int, size: int) -> _Mapping | None:
         try:
-            return mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            return _Mapping(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         except OSError:  # no address space or descriptors left for another mapping; a copy may still fit
             return None
+
+
+class _Loan:
+    """Ends with the mapping that carries it, and says so.
+
+    Race: the garbage collector finalizes this together with other objects of a cycle, and one of those may still look
+    into the mapping, or keep it. Then the mapping still refers to this, which shows in the number of references.
+    """
+
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        gone = _ends.pop(id(self), None)
+        if gone is not None:
+            gone(sys.getrefcount(self) == _REFERENCES_AT_END)
+
+
+def _references_at_end() -> int:
+    counts = []
+
+    class Probe:
+        __slots__ = ()
+
+        def __del__(self) -> None:
+            counts.append(sys.getrefcount(self))
+
+    Probe()
+    return counts[0]
+
+
+_REFERENCES_AT_END = _references_at_end()
+
+
+class _Mapping(mmap.mmap):
+    loan: _Loan
+
+
+# What is done at the end of a loan, by its id.
+_ends: dict[int, Callable[[bool], object]] = {}
 
 
 class _File:
@@ -306,13 +345,16 @@ class _File:
         self.filled = max(self.filled, offset + len(data))
 
     def close(self) -> None:
+        try:
+            self._open.remove(id(self))  # Race: of two threads that close it one gets further
+        except KeyError:
+            return
         if self._map is not None:
             self._map.close()
             self._map = None
         if self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            os.close(fd)
-        self._open.discard(id(self))
+            os.close(self.fd)
+            self.fd = -1
 
     def __del__(self) -> None:
         # For what a Ctrl-C has left without an owner, perhaps in the middle of `__init__`.

@@ -45,7 +45,8 @@ class Tidying:
         self.due = None
         self._segments.trim(now)
         for worker in self._staff.workers.values():
-            if worker.let_go and worker.slot.state is SlotState.IDLE:
+            # Race: one that is sent home is idle until it is reported gone.
+            if worker.let_go and worker.slot.state is SlotState.IDLE and worker.writer.fd >= 0:
                 notes = worker.exchange.wrap(b"", worker.message, Kind.NOTHING)
                 if not worker.writer.write(Kind.NOTED, worker.message, notes):
                     self._staff.block(worker)

@@ -22,7 +22,7 @@ from bulkhead import forks
 from bulkhead.engines.processes import lifeline, main_module
 from bulkhead.engines.processes.blackbox import BlackBox
 from bulkhead.engines.processes.channel import CHUNK, HEADER, Frame, read_frame, write_all
-from bulkhead.engines.processes.chunk_runner import leave_copy, run_chunk
+from bulkhead.engines.processes.chunk_runner import ChunkOrder, leave_copy, run_chunk
 from bulkhead.engines.processes.parcels import Exchange, Opened, Parcel
 from bulkhead.engines.processes.payload import cannot, pack_error, pack_value, unpack_call
 from bulkhead.engines.processes.progress import Progress
@@ -203,39 +203,48 @@ class _Desk:
 
     def attempt_noted(self, number: int, body: memoryview | bytes | bytearray) -> tuple[int, bytes | Parcel]:
         """Run what a frame with notes brings."""
+        notes = self.exchange.unwrap(body)
+        if notes.extra == Kind.NOTHING:
+            return Kind.NOTHING, b""
         try:
-            opened = self.exchange.open(body, number)
+            opened = self.exchange.open(notes, number)
         except BaseException as error:
             return Kind.ERROR, pack_error(cannot("the job's data could not be mapped in the worker", error))
-        del body
-        if opened.extra == Kind.NOTHING:
-            return Kind.NOTHING, b""
-        if opened.extra is None:
+        order = notes.extra
+        del body, notes
+        if order is None:
             return _attempt(opened.body, self.segments, opened.buffers)
-        return self._attempt_chunk(number, opened)
+        return self._attempt_chunk(number, opened, order)
 
-    def send(self, number: int, packed: bytes | Parcel, *extra: int) -> None:
-        """Send something with notes. Blocking: until the caller has taken it."""
+    def send(self, number: int, packed: bytes | Parcel, kind: int) -> None:
+        """Send an answer with notes. Blocking: until the caller has taken it."""
         try:
-            body = self.exchange.wrap(packed, number, extra)
+            body = self.exchange.wrap(packed, number, (kind,))
         except OSError as error:
             text = cannot("the job's result could not be sent in shared memory", error)
             body = self.exchange.wrap(pack_error(text), number, (Kind.ERROR,))
         write_all(self._ends.results, Kind.NOTED, number, body)
 
-    def _attempt_chunk(self, number: int, opened: Opened) -> tuple[int, bytes]:
+    def _attempt_chunk(self, number: int, opened: Opened, order: ChunkOrder) -> tuple[int, bytes]:
         try:
-            fn, items, _ = unpack_call(opened.body, opened.buffers)
+            fn, given, _ = unpack_call(opened.body, opened.buffers)
+            items = list(given)
         except BaseException as error:
             return Kind.ERROR, pack_error(cannot("the items could not be unpickled in the worker", error))
         if self._progress is None:
             self._progress = Progress.in_box(self._ends.box)
         send = partial(self._send_part, number)
-        took = run_chunk(fn, items, opened.extra, number, self._progress, send, self.segments)
+        took = run_chunk(fn, items, order, number, self._progress, send, self.segments)
         return Kind.CHUNK_DONE, _SECONDS.pack(took)
 
-    def _send_part(self, number: int, position: int, packed: bytes | Parcel) -> None:
-        self.send(number, packed, Kind.PART, position)
+    def _send_part(self, number: int, position: int, packed: bytes | Parcel) -> bool:
+        """Send a part of a chunk's results; False when its descriptors cannot be sent."""
+        try:
+            body = self.exchange.wrap(packed, number, (Kind.PART, position))
+        except OSError:
+            return False
+        write_all(self._ends.results, Kind.NOTED, number, body)
+        return True
 
 
 def _next_bytes(fd: int, sleeper: select.poll, segments: SegmentPool) -> bytes:
