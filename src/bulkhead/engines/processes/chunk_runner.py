@@ -154,6 +154,7 @@ class _Chunk:
             before, now = now, time.perf_counter()
             took = max(now - before, 1e-9)
             size = max(1, min(int(size * _GROUP / took), _GROWTH * size, _MAX_GROUP))
+        _Chunk.group = []  # or it would keep the last items' data
         self._marks[RUNNING] = NOBODY
 
     # Every item of a map goes through one of these loops. They put its position into the counters before it is called;

@@ -45,6 +45,10 @@ _HESITATION = 0.005
 _LOOK_FOR = 30e-6
 _give_way = getattr(os, "sched_yield", lambda: None)
 
+# After so many looks in a row that saw nothing, only one wait of so many looks again (both arbitrary).
+_PATIENT_LOOKS = 3
+_LOOK_AGAIN = 16
+
 # Longest single wait (seconds): system calls have limits of some weeks. Whoever waits longer waits again.
 _LONGEST = 86_400.0
 
@@ -145,6 +149,8 @@ class Driving:
         self._next_deadline = next_deadline
         self._is_busy = is_busy
         # Owner of the rest: the lock.
+        self._vain_looks = 0  # in a row; written by the driver alone, as is the next
+        self._skipped_looks = 0
         self._role: object | None = None
         self._role_thread: int | None = None
         self._is_at_work = False  # whether the driver is beyond its poll; written by it alone
@@ -348,14 +354,23 @@ class Driving:
 
     def _poll(self, waiter: Waiter | None, timeout: float | None) -> list[tuple[int, int]]:
         poll = self.poller.poll
-        if waiter is not None and timeout != 0 and self._is_busy():
+        if waiter is not None and timeout != 0 and self._is_busy() and self._is_worth_looking():
             give_up = time.perf_counter() + _LOOK_FOR
             while time.perf_counter() < give_up:
                 _give_way()
                 events = poll(0)
                 if events:
+                    self._vain_looks = 0
                     return events
+            self._vain_looks += 1
         return poll(timeout)
+
+    def _is_worth_looking(self) -> bool:
+        """Tell whether to look before sleeping: not while jobs compute, which would take the CPU for long."""
+        if self._vain_looks < _PATIENT_LOOKS:
+            return True
+        self._skipped_looks += 1
+        return self._skipped_looks % _LOOK_AGAIN == 0
 
     def _background(self) -> None:
         seen = -1
