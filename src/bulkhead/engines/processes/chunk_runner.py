@@ -40,8 +40,9 @@ _GROWTH = 8
 # A chunk that was made for short items and has taken so long gives the rest back (seconds): the caller deals it anew.
 _ENOUGH = 0.05
 
-# Results of these types can be rebuilt by any process, so a whole group is pickled in one go. Others are pickled one by
-# one, so that one that cannot be rebuilt takes no other with it.
+# Results of these types can be rebuilt by any process and never change, so a whole group is pickled in one go. Others
+# are pickled one by one and at once: the next item may change them, and one that cannot be rebuilt takes no other with
+# it.
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
 
 _PROTOCOL = 5
@@ -145,15 +146,15 @@ class _Chunk:
             _Chunk.group = group = self._batch[position : position + size]
             error = run_group(position, group, values)
             leave_copy(self._depth)
+            n_run = len(values) + (error is not None)
             self._put(position, values)
-            position += len(values)
+            position += n_run
             del values
             if error is not None:
-                self._put_packed(position, 1, ERROR, pack_error(error))
-                position += 1
+                self._put_packed(position - 1, 1, ERROR, pack_error(error))
             before, now = now, time.perf_counter()
             took = max(now - before, 1e-9)
-            size = max(1, min(int(size * _GROUP / took), _GROWTH * size, _MAX_GROUP))
+            size = max(1, min(int(n_run * _GROUP / took), _GROWTH * n_run, _MAX_GROUP))
         _Chunk.group = []  # or it would keep the last items' data
         self._marks[RUNNING] = NOBODY
 
@@ -161,25 +162,31 @@ class _Chunk:
     # why as a target of `for`: that takes half the time of a line of its own.
 
     def _run_plain(self, position: int, group: list[Any], values: list[Any]) -> BaseException | None:
-        marks, call = self._marks, self._fn
+        marks, call, plain = self._marks, self._fn, _PLAIN
         try:
             for marks[1], item in enumerate(group, position):
-                values.append(call(item))
+                value = call(item)
+                values.append(value)
+                if value is not None and type(value) not in plain:
+                    break
         except BaseException as error:
             return error
         return None
 
     def _run_starred(self, position: int, group: list[Any], values: list[Any]) -> BaseException | None:
-        marks, call = self._marks, self._fn
+        marks, call, plain = self._marks, self._fn, _PLAIN
         try:
             for marks[1], item in enumerate(group, position):
-                values.append(call(*item))
+                value = call(*item)
+                values.append(value)
+                if value is not None and type(value) not in plain:
+                    break
         except BaseException as error:
             return error
         return None
 
     def _run_timed(self, position: int, group: list[Any], values: list[Any]) -> BaseException | None:
-        marks, call, append = self._marks, self._fn, values.append
+        marks, call, plain = self._marks, self._fn, _PLAIN
         clock = time.monotonic_ns
         try:
             for item in group:
@@ -187,7 +194,10 @@ class _Chunk:
                 marks[BEGAN] = clock()
                 marks[RUNNING] = position
                 position += 1
-                append(call(*item))
+                value = call(*item)
+                values.append(value)
+                if value is not None and type(value) not in plain:
+                    break
         except BaseException as error:
             return error
         return None
@@ -195,11 +205,16 @@ class _Chunk:
     def _put(self, position: int, values: list[Any]) -> None:
         if not values:
             return
-        if _PLAIN.issuperset(map(type, values)):
-            packed = pickle.dumps(values, _PROTOCOL)
-            if len(packed) < _LARGE_VALUES * len(values):
-                self._put_packed(position, len(values), VALUES, packed)
+        last = len(values) - 1
+        if type(values[last]) not in _PLAIN:
+            # The loops end a group with such a value.
+            self._put_one(position + last, values.pop())
+            if not values:
                 return
+        packed = pickle.dumps(values, _PROTOCOL)
+        if len(packed) < _LARGE_VALUES * len(values):
+            self._put_packed(position, len(values), VALUES, packed)
+            return
         for value in values:
             self._put_one(position, value)
             position += 1
