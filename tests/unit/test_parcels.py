@@ -398,6 +398,7 @@ def test_descriptors_of_a_message_that_was_never_read_are_passed_over_and_closed
     arrived = there.read(here.send([array(MIB, 3), *shared], 3), 3)
     assert [int(one[0]) for one in arrived] == [3, 0, 1, 2, 3, 4]
     del arrived
+    there.exchange.drop_shared()
     assert number_of_descriptors() <= before + 2
 
 
@@ -438,8 +439,30 @@ def test_no_descriptor_left_to_receive_with_is_an_error_that_says_so_and_the_seg
     arrived = there.read(here.send([array(MIB, 2), shared], 2), 2)
     assert int(arrived[0][0]) == 2
     del arrived, shared
+    there.exchange.drop_shared()
     here.read(there.send(None, 3), 3)
     assert here.lent() == 0
+
+
+def test_a_shared_object_stays_mapped_for_the_next_message_that_has_it_and_no_longer(
+    sides: tuple[Side, Side],
+) -> None:
+    here, there = sides
+    one, other = Shared(array(MIB, 1)), Shared(array(MIB, 2))
+
+    def address(shared: Shared, message: int) -> int:
+        found = there.read(here.send(shared, message), message)
+        assert int(found[0]) == (1 if shared is one else 2)
+        return found.__array_interface__["data"][0]  # type: ignore[no-any-return]
+
+    assert address(one, 1) == address(one, 2)
+    assert there.exchange.keeps_shared
+    before = number_of_descriptors()
+    address(other, 3)
+    assert number_of_descriptors() == before
+    there.exchange.drop_shared()
+    assert not there.exchange.keeps_shared
+    assert number_of_descriptors() < before
 
 
 def test_a_side_that_is_gone_is_no_error_for_who_sends(sides: tuple[Side, Side]) -> None:

@@ -38,6 +38,9 @@ LARGE_BODY = 160 << 10
 # Different shared objects in one job (arbitrary; each is a message in the socket's queue, which holds some 250).
 _MAX_SHARED = 128
 
+# So many shared segments are kept mapped for the next message (arbitrary; each takes a descriptor).
+_MAX_KEPT = 16
+
 _LENGTH = struct.Struct("<I")
 _TAG = struct.Struct("<Q")  # number of the message a descriptor belongs to
 
@@ -174,6 +177,7 @@ class Exchange:
         self._loans: dict[int, Segment] = {}  # what the other side may have mapped
         self._numbers = count(1)
         self.let_go: deque[int] = deque()
+        self._shared: dict[tuple[int, int, int], memoryview] = {}
 
     def wrap(self, parcel: bytes | Parcel, message: int, extra: Any = None) -> bytes:
         """Return the body of a frame with notes, and send the descriptors that belong to it.
@@ -231,11 +235,21 @@ class Exchange:
         body = mapped[0][: notes.body_size] if notes.body_size else notes.body
         return Opened(body, buffers, sum(size for loan, size in notes.sizes if loan))
 
+    @property
+    def keeps_shared(self) -> bool:
+        """Whether shared segments are kept mapped for the next message."""
+        return bool(self._shared)
+
+    def drop_shared(self) -> None:
+        """Keep none of them mapped any longer."""
+        self._shared.clear()
+
     def close(self) -> None:
         """Hang up. What the other side had is never filled again: what it has forked may live on."""
         for segment in list(self._loans.values()):  # Race: who drives may take one back
             segment.spoil()
         self._loans.clear()
+        self._shared.clear()
         try:
             self._line.close()
         except OSError:
@@ -258,14 +272,32 @@ class Exchange:
         waiting = list(sizes)
         try:
             fds = _receive(self._line, message, len(sizes))
+            kept, self._shared = self._shared, {}
             while waiting:
                 loan, size = waiting.pop(0)
-                done = partial(_return, self.let_go, loan) if loan else None
-                mapped.append(self._borrowed.map(fds.pop(0), size, done))
+                if loan:
+                    done = partial(_return, self.let_go, loan)
+                    mapped.append(self._borrowed.map(fds.pop(0), size, done))
+                else:
+                    mapped.append(self._map_shared(fds.pop(0), size, kept))
         finally:
             _close(fds)
             self.let_go.extend(loan for loan, _ in waiting if loan)
         return mapped
+
+    def _map_shared(self, fd: int, size: int, kept: dict[tuple[int, int, int], memoryview]) -> memoryview:
+        """Map a shared segment, or take what the last message has left mapped: most of the time goes into the pages."""
+        status = os.fstat(fd)
+        # A file that is mapped exists, so no other one has its number.
+        key = status.st_dev, status.st_ino, size
+        view = kept.get(key)
+        if view is None:
+            view = self._borrowed.map(fd, size, None)
+        else:
+            os.close(fd)
+        if len(self._shared) < _MAX_KEPT:
+            self._shared[key] = view
+        return view
 
 
 def socket_pair() -> tuple[socket.socket, socket.socket]:

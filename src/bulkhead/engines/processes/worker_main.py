@@ -39,6 +39,9 @@ _give_way = getattr(os, "sched_yield", lambda: None)
 # Free segments for results that a worker keeps for the next ones, together (bytes).
 _KEEP_BYTES = 512 << 20
 
+# How long an idle worker keeps shared objects mapped that its last job was given (seconds).
+_KEEP_SHARED_FOR = 0.5
+
 _SECONDS = struct.Struct("<d")
 
 
@@ -171,7 +174,7 @@ def _serve(ends: Ends, box: BlackBox) -> None:
 def _serve_at(desk: _Desk, ends: Ends, box: BlackBox, sleeper: select.poll) -> None:
     rest = b""
     while True:
-        first = rest or _next_bytes(ends.jobs, sleeper, desk.segments)
+        first = rest or _next_bytes(ends.jobs, sleeper, desk)
         if not first:
             return
         message, rest = _begin_read(ends.jobs, first, box)
@@ -247,20 +250,26 @@ class _Desk:
         return True
 
 
-def _next_bytes(fd: int, sleeper: select.poll, segments: SegmentPool) -> bytes:
+def _next_bytes(fd: int, sleeper: select.poll, desk: _Desk) -> bytes:
     look = sleeper.poll
     give_up = time.perf_counter() + _LOOK_FOR
     # Why first of all: the next job cannot be there before the caller has read the last answer.
     _give_way()
     while not look(0):
         if time.perf_counter() > give_up:
-            _sleep(sleeper, segments)
+            _sleep(sleeper, desk)
             break
         _give_way()
     return os.read(fd, CHUNK)
 
 
-def _sleep(sleeper: select.poll, segments: SegmentPool) -> None:
+def _sleep(sleeper: select.poll, desk: _Desk) -> None:
+    """Wait for the next message; give memory back that the last ones had a use for."""
+    segments = desk.segments
+    if desk.exchange.keeps_shared:
+        if sleeper.poll(_KEEP_SHARED_FOR * 1000):
+            return
+        desk.exchange.drop_shared()
     while True:
         trim = segments.next_trim() if segments.is_used else None
         if sleeper.poll(None if trim is None else max(trim - time.monotonic(), 0) * 1000 + 1):
