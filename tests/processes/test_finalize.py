@@ -292,9 +292,7 @@ def cycle(start_method: str) -> None:
         assert [tracker.result() for tracker in trackers] == list(range(20))
 
 
-@pytest.mark.parametrize(
-    "cycles", [8, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(300)])]
-)
+@pytest.mark.parametrize("cycles", [8, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(300)])])
 def test_cycles_of_start_jobs_and_finalize_leave_nothing(start_method: str, cycles: int) -> None:
     cycle(start_method)
     gc.collect()
