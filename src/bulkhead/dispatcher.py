@@ -38,7 +38,7 @@ from bulkhead.errors import (
 )
 from bulkhead.feeding import Feeder
 from bulkhead.history import History
-from bulkhead.job import Options, call_of, options_of
+from bulkhead.job import Job, Options, call_of, options_of
 from bulkhead.mapping import MapOptions, Results
 from bulkhead.stats import BarrierReport, DispatcherStats, PhaseCounts
 from bulkhead.tracker import Tracker
@@ -384,8 +384,11 @@ class Dispatcher:
         """Check a job, pickle it and find its pool; nothing is claimed yet."""
         if self._depth != forks.depth:
             self._refuse_elsewhere()
-        fn, args, kwargs = call_of(job)
-        options = options_of(job)
+        if type(job) is Job:
+            # Why here too: it is on the way of every job.
+            (fn, args, kwargs), options = job.call, job.checked
+        else:
+            (fn, args, kwargs), options = call_of(job), options_of(job)
         pool = self._pool_of(options["priority"]) if "priority" in options else self._default_pool
         if pool is None:
             pool = self._pool_of(None)

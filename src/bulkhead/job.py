@@ -34,13 +34,13 @@ class Job:
         Job(pow, 2, 10).options(priority=1, timeout=5.0)
     """
 
-    __slots__ = ("_options", "call")
+    __slots__ = ("call", "checked")
 
     def __init__(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
         if not callable(fn):
             validate.function("fn", fn)
         self.call = fn, args, kwargs
-        self._options = _NO_OPTIONS
+        self.checked = _NO_OPTIONS
 
     def options(
         self,
@@ -79,7 +79,7 @@ class Job:
         }
         job = Job(self.fn)
         job.call = self.call
-        job._options = _checked({**self._options, **{k: v for k, v in given.items() if v is not None}})
+        job.checked = _checked({**self.checked, **{k: v for k, v in given.items() if v is not None}})
         return job
 
     @property
@@ -101,8 +101,8 @@ class Job:
         named = getattr(self.fn, "__qualname__", repr(self.fn))
         parts = [named, *map(repr, self.args), *(f"{k}={v!r}" for k, v in self.kwargs.items())]
         text = f"Job({', '.join(parts)})"
-        if self._options:
-            text += f".options({', '.join(f'{k}={v!r}' for k, v in self._options.items())})"
+        if self.checked:
+            text += f".options({', '.join(f'{k}={v!r}' for k, v in self.checked.items())})"
         return text
 
 
@@ -128,7 +128,7 @@ def options_of(job: object) -> Options:
     An attribute `id` of a run object is not taken for the job's id: too many classes have one of their own meaning.
     """
     if isinstance(job, Job):
-        return job._options
+        return job.checked
     found = {name: getattr(job, name, None) for name in _CHECKS if name != "id"}
     return _checked({name: value for name, value in found.items() if value is not None})
 

@@ -15,6 +15,10 @@ from bulkhead._kernel.records import JobRecord
 __all__ = ["Phase", "Phases"]
 
 
+# Why: Python 3.11 takes 70 ns to find a member in its enum, on the way of every job.
+_SUCCEEDED = JobState.SUCCEEDED
+
+
 class Phase:
     """The jobs accepted between two barriers. Owner: the kernel of its pool, under the pool's lock."""
 
@@ -35,29 +39,24 @@ class Phase:
 
 
 class Phases:
-    """The phases of one pool that no barrier has reported yet, oldest first; the last one is open."""
+    """The phases of one pool that no barrier has reported yet, oldest first.
+
+    Attributes:
+        unreported: All of them.
+        open: The last one, to which new jobs belong.
+    """
 
     def __init__(self, keep_failures: int) -> None:
         self._keep = keep_failures
-        self.unreported = [Phase()]
-
-    @property
-    def open(self) -> Phase:
-        """The phase that new jobs belong to."""
-        return self.unreported[-1]
-
-    def join(self, job: JobRecord) -> None:
-        """Count an accepted job in."""
-        phase = self.unreported[-1]
-        job.phase = phase
-        phase.unsettled += 1
+        self.open = Phase()
+        self.unreported = [self.open]
 
     def leave(self, job: JobRecord) -> Phase:
         """Count a settled job out and return its phase."""
         phase = job.phase
         assert phase is not None
         phase.unsettled -= 1
-        if job.state is JobState.SUCCEEDED:
+        if job.state is _SUCCEEDED:
             phase.succeeded += 1
         elif job.state is JobState.CANCELLED:
             phase.cancelled += 1
@@ -70,7 +69,8 @@ class Phases:
     def close(self) -> list[Phase]:
         """Close the open phase and return all that a barrier called now has to wait for."""
         closed = list(self.unreported)
-        self.unreported.append(Phase())
+        self.open = Phase()
+        self.unreported.append(self.open)
         return closed
 
     def report(self, phases: list[Phase]) -> list[Phase]:

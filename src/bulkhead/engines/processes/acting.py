@@ -30,8 +30,7 @@ from bulkhead.config import Pool
 from bulkhead.engines.base import Ledger
 from bulkhead.engines.processes import chunks
 from bulkhead.engines.processes.answers import Answer, tell
-from bulkhead.engines.processes.driving import Driving, reentered
-from bulkhead.engines.processes.interrupts import hold, release
+from bulkhead.engines.processes.driving import Driving, Errand, reentered
 from bulkhead.engines.processes.payload import cannot
 from bulkhead.engines.processes.reading import News, read_worker
 from bulkhead.engines.processes.segments import Borrowed, SegmentPool
@@ -183,9 +182,8 @@ class Acting:
     def _is_answer_near(self) -> bool:
         return self._scheduler.running > 0
 
-    def _work(self, events: list[tuple[int, int]], polled_at: float) -> None:
-        """Do what the polled events ask for, and what was due at `polled_at`."""
-        is_held = hold()
+    def _work(self, events: list[tuple[int, int]], polled_at: float, errand: Errand | None) -> None:
+        """Do what the polled events ask for, and what was due at `polled_at`; then the errand."""
         try:
             news: list[News] = []
             answers: list[Answer] = []
@@ -201,7 +199,9 @@ class Acting:
                 if self._ruin is None:
                     self.guard.is_active = True
                     try:
-                        self._digest(answers, news, polled_at)
+                        now = self._digest(answers, news, polled_at)
+                        if errand is not None:
+                            errand(now)
                     except BaseException as error:
                         self.ruin(error)
                         raise
@@ -211,15 +211,13 @@ class Acting:
             with self.driving.lock:
                 self.ruin(error)
             raise
-        finally:
-            if is_held:
-                release()
 
-    def _digest(self, answers: list[Answer], news: list[News], polled_at: float) -> None:
-        """Tell the kernel what was read, and do what it decides. Under the lock."""
+    def _digest(self, answers: list[Answer], news: list[News], polled_at: float) -> float:
+        """Tell the kernel what was read, and do what it decides; return as of when. Under the lock."""
         now = time.monotonic()
-        for answer in answers:
-            tell(self._scheduler, *answer, now)
+        scheduler = self._scheduler
+        for worker, kind, number, size, value, error in answers:
+            tell(scheduler, worker, kind, number, size, value, error, now)
         self.carry_out(now)
         for one in news:
             self.staff.hear(one, now)
@@ -232,6 +230,7 @@ class Acting:
             self._tick(polled_at)
             self.carry_out(now)
             self._tick_at = polled_at + _TICK
+        return now
 
     def _tick(self, now: float) -> None:
         deadline = self._scheduler.next_deadline

@@ -15,7 +15,7 @@ from bulkhead._kernel.scheduler import Scheduler
 from bulkhead.chunk import Chunk
 from bulkhead.engines.processes import chunks
 from bulkhead.engines.processes.chunks import Outcome, Parts
-from bulkhead.engines.processes.payload import message_of, text_of, unpack_error, unpack_value
+from bulkhead.engines.processes.payload import NONE, message_of, text_of, unpack_error, unpack_value
 from bulkhead.engines.processes.progress import ERROR, VALUES, Record, records_in
 from bulkhead.engines.processes.worker import Worker
 from bulkhead.engines.processes.worker_main import Kind
@@ -23,7 +23,12 @@ from bulkhead.errors import RemoteError
 
 __all__ = ["Answer", "decoded", "recorded", "tell"]
 
-_VALUE = Kind.VALUE
+# Why names of their own: looking into a class takes time on the way of every job, and into an enum twice as much.
+_VALUE, _PART = Kind.VALUE, Kind.PART
+_OF_STARTS = frozenset({Kind.READY, Kind.NOT_READY})
+_OF_CHUNKS = frozenset({Kind.PART, Kind.CHUNK_DONE})
+_BUSY = SlotState.BUSY
+
 _SECONDS = struct.Struct("<d")
 
 Body = bytes | bytearray | memoryview
@@ -35,7 +40,10 @@ Answer = tuple[Worker, int, int, int, Any, BaseException | None]
 def decoded(worker: Worker, kind: int, number: int, body: Body) -> Answer:
     """Return what a frame says."""
     if kind == _VALUE:
-        return worker, kind, number, len(body), *_value(body)
+        if body == NONE:  # as most jobs return
+            return worker, kind, number, len(body), None, None
+        value, error = _value(body)
+        return worker, kind, number, len(body), value, error
     if kind == Kind.NOTED:
         return _noted(worker, number, body)
     if kind == Kind.CHUNK_DONE:
@@ -62,19 +70,19 @@ def tell(
 ) -> None:
     """Tell the kernel what a worker has answered. Under the lock; the rest of the arguments are an `Answer`."""
     slot = worker.slot
-    if kind == Kind.READY or kind == Kind.NOT_READY:
+    if kind in _OF_STARTS:
         _came_up(scheduler, worker, number, error, now)
         return
     if slot.worker is not worker or number != worker.message:
         return
     job = slot.job
-    if kind == Kind.PART or kind == Kind.CHUNK_DONE:
+    if kind in _OF_CHUNKS:
         # Also from a worker that is being ended: what is done is done.
         if isinstance(job, Chunk):
             chunks.take(job, value, size)
-        if kind == Kind.PART:
+        if kind == _PART:
             return
-    if slot.state is not SlotState.BUSY:
+    if slot.state is not _BUSY:
         return
     # Race: whatever else comes under this number, perhaps in the same breath, belongs to no job any more.
     worker.message += 1

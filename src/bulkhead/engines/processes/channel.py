@@ -16,6 +16,9 @@ import struct
 __all__ = ["CHUNK", "HEADER", "Frame", "FrameReader", "FrameWriter", "frame", "read_frame", "write_all"]
 
 HEADER = struct.Struct("<4sBQQ")
+# Why names of their own: looking them up takes time on the way of every job.
+_pack, _unpack_from = HEADER.pack, HEADER.unpack_from
+_read, _write = os.read, os.write
 _MAGIC = b"blk1"  # Why: jobs may write into any descriptor; what does not begin so is no message.
 _HEADER_SIZE = HEADER.size
 
@@ -117,7 +120,7 @@ class FrameReader:
         """
         if self._view is None:
             try:
-                data = os.read(self.fd, CHUNK)
+                data = _read(self.fd, CHUNK)
             except BlockingIOError:
                 return []
             if not data:
@@ -127,7 +130,7 @@ class FrameReader:
                 return self._parse(self._head + data)
             if len(data) >= _HEADER_SIZE:
                 # The usual case, one small message, without the general way of taking bytes apart.
-                magic, kind, number, length = HEADER.unpack_from(data)
+                magic, kind, number, length = _unpack_from(data)
                 if len(data) == _HEADER_SIZE + length and magic == _MAGIC:
                     return [(kind, number, data[_HEADER_SIZE:])]
             return self._parse(data)
@@ -208,11 +211,11 @@ class FrameWriter:
 
         A reader that is gone is no error here: its end is reported elsewhere.
         """
-        header = HEADER.pack(_MAGIC, kind, number, len(body))
+        header = _pack(_MAGIC, kind, number, len(body))
         if not self._rest and len(body) < CHUNK:
             data = header + body
             try:
-                n = os.write(self.fd, data)
+                n = _write(self.fd, data)
             except BlockingIOError:
                 n = 0
             except BrokenPipeError:

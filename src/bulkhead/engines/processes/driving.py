@@ -29,10 +29,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from bulkhead.engines.processes.interrupts import hold, release
 from bulkhead.engines.processes.poller import READABLE, Alarm, make_poller
 from bulkhead.errors import NestedDispatch
 
-__all__ = ["Bell", "Driving", "Waiter", "fire", "reentered"]
+__all__ = ["Bell", "Driving", "Errand", "Waiter", "fire", "reentered"]
 
 _log = logging.getLogger("bulkhead")
 
@@ -51,6 +52,9 @@ _LOOK_AGAIN = 16
 
 # Longest single wait (seconds): system calls have limits of some weeks. Whoever waits longer waits again.
 _LONGEST = 86_400.0
+
+# What is to be done under the lock after what has come, as of an instant (monotonic seconds).
+Errand = Callable[[float], None]
 
 _BACKGROUND = object()
 _NOT_POLLING = float("-inf")
@@ -128,7 +132,8 @@ class Driving:
     Args:
         name: Of the background thread.
         work: Does what the polled events ask for, and what was due at an instant at which all that had come is among
-            these events; called by the driver, without the lock.
+            these events; called by the driver, without the lock, while Ctrl-C is held off. Then the errand, if there is
+            one, under the lock.
         next_deadline: When `work` has to be called even without events, in monotonic seconds; called under the lock.
         is_busy: Tells whether an answer may come any moment.
     """
@@ -136,7 +141,7 @@ class Driving:
     def __init__(
         self,
         name: str,
-        work: Callable[[list[tuple[int, int]], float], None],
+        work: Callable[[list[tuple[int, int]], float, Errand | None], None],
         next_deadline: Callable[[], float | None],
         is_busy: Callable[[], bool],
     ) -> None:
@@ -213,15 +218,19 @@ class Driving:
             beneath: The waiter of the same thread that had the role before, if a signal handler has taken it over.
         """
         with self.lock:
-            if self._role is waiter:
-                self._role = beneath
-                if beneath is None:
-                    self._role_thread = None
-            elif waiter in self._sleepers:
-                self._sleepers.remove(waiter)
-            # Race: also a waiter that never drove may have been woken to take over and have run out of time instead.
-            if self._sleepers or self._is_gate_shut:
-                self._pass_on()
+            self.resign(waiter, beneath)
+
+    def resign(self, waiter: Waiter, beneath: object | None = None) -> None:
+        """Under the lock: `leave`."""
+        if self._role is waiter:
+            self._role = beneath
+            if beneath is None:
+                self._role_thread = None
+        elif waiter in self._sleepers:
+            self._sleepers.remove(waiter)
+        # Race: also a waiter that never drove may have been woken to take over and have run out of time instead.
+        if self._sleepers or self._is_gate_shut:
+            self._pass_on()
 
     def hurry(self, instant: float | None) -> None:
         """Under the lock: make the polling thread look again if it would sleep beyond `instant`."""
@@ -232,16 +241,23 @@ class Driving:
         """Under the lock: make the polling thread look again."""
         self._alarm.ring()
 
-    def glance(self, waiter: Waiter) -> bool:
-        """Let `waiter`, if it has the role, do what has come already; leave when that fulfils its wish, and tell."""
-        if self._role is not waiter:
-            return False
+    def glance(self, waiter: Waiter, errand: Errand) -> bool:
+        """Do what has come already, and then the errand, if nobody drives; tell whether it left nothing to wait for.
+
+        Who calls has Ctrl-C held off. If the wish is fulfilled the waiter has left; otherwise it may have the role now,
+        and who calls goes on with `wait` or `leave`.
+        """
+        with self.lock:
+            if self._role is not None or not self.try_role(waiter):
+                return False
         now = time.monotonic()
         events = self.poller.poll(0)
         if events:
-            self._go_to_work(events, now)
-        if waiter.is_done:
-            self.leave(waiter)
+            self._is_at_work = True
+            try:
+                self._work(events, now, errand)
+            finally:
+                self._is_at_work = False
         return waiter.is_done
 
     def call_background(self) -> None:
@@ -325,11 +341,14 @@ class Driving:
         self._go_to_work(events, now)
 
     def _go_to_work(self, events: list[tuple[int, int]], now: float) -> None:
+        is_held = hold()
         self._is_at_work = True
         try:
-            self._work(events, now)
+            self._work(events, now, None)
         finally:
             self._is_at_work = False
+            if is_held:
+                release()
 
     def _events(self, waiter: Waiter | None, patience: float | None) -> list[tuple[int, int]]:
         """Wait for events until the next deadline, or until `patience` is at its end."""

@@ -18,6 +18,7 @@ from bulkhead.engines.processes.segments import SegmentPool
 from bulkhead.errors import JobNotPicklable, RemoteError, RemoteTraceback
 
 __all__ = [
+    "NONE",
     "SHARED_IS_FOR_JOBS",
     "cannot",
     "message_of",
@@ -44,7 +45,7 @@ SHARED_IS_FOR_JOBS = "a Shared can be given to jobs alone, not to an initializer
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
 
 # What most jobs return, pickled once.
-_NONE = pickle.dumps(None, _PROTOCOL)
+NONE = pickle.dumps(None, _PROTOCOL)
 
 # Functions known here: in the caller their bytes, in a worker the functions. Why: a function that is pickled by name is
 # the same for ever, and finding the name is the larger part of pickling a small job. Emptied when it gets this large.
@@ -75,7 +76,7 @@ def pack_call(
         JobNotPicklable: With the reason, and with what to install where that would help.
     """
     try:
-        packed = _packed_function(fn) if type(fn) is FunctionType else _NO_FUNCTION
+        packed = (_packed.get(fn) or _packed_function(fn)) if type(fn) is FunctionType else _NO_FUNCTION
         if packed is not _NO_FUNCTION and not args and not kwargs:
             return packed
         if packed is _NO_FUNCTION:
@@ -126,7 +127,7 @@ def unpack_call(body: memoryview | bytes | bytearray, buffers: Sequence[memoryvi
 def pack_value(value: Any, segments: SegmentPool) -> bytes | Parcel:
     """Return a job's result, packed; raises whatever its pickling raises."""
     if value is None:
-        return _NONE
+        return NONE
     try:
         return _packed_value(value, b"", segments, is_plain=type(value) in _PLAIN)
     except Exception as error:
@@ -138,7 +139,7 @@ def pack_value(value: Any, segments: SegmentPool) -> bytes | Parcel:
 
 def unpack_value(body: memoryview | bytes | bytearray, buffers: Sequence[memoryview] = ()) -> Any:
     """Return a job's result; raises whatever its rebuilding raises."""
-    if body == _NONE:
+    if body == NONE:
         return None
     return pickle.loads(body, buffers=buffers)
 
@@ -228,13 +229,11 @@ def _with_buffers(
 
 
 def _packed_function(fn: Callable[..., Any]) -> bytes:
-    packed = _packed.get(fn)
-    if packed is None:
-        name = pickle.dumps(fn, _PROTOCOL)
-        packed = _SIZE.pack(len(name)) + name
-        if len(_packed) >= _MAX_FUNCTIONS:
-            _packed.clear()
-        _packed[fn] = packed
+    name = pickle.dumps(fn, _PROTOCOL)
+    packed = _SIZE.pack(len(name)) + name
+    if len(_packed) >= _MAX_FUNCTIONS:
+        _packed.clear()
+    _packed[fn] = packed
     return packed
 
 

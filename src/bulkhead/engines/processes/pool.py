@@ -16,6 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from bulkhead._kernel import lifecycle
@@ -154,8 +155,12 @@ class ProcessPool:
         waiter = Waiter()
         is_held = hold()
         try:
-            # Why a glance before the wait: in full swing there is an answer, and Ctrl-C is held off only once.
-            is_done = self._offer(job, waiter) or self._driving.glance(waiter)
+            # Why a glance before the offer: in full swing there is an answer, and so a worker, and the job is spared
+            # the line of those that wait.
+            is_done = (
+                not self._scheduler.has_room()
+                and self._driving.glance(waiter, partial(self._take_up, job, waiter))
+            ) or self._offer(job, waiter)
             if is_held:
                 is_held = False
                 release()
@@ -170,6 +175,21 @@ class ProcessPool:
         if job.state is None:
             self._withdraw(job)
         return job.state is not None
+
+    def _take_up(self, job: JobRecord, waiter: Waiter, now: float) -> None:
+        """Accept the job if there is room now. Under the lock, inside the guard."""
+        scheduler = self._scheduler
+        if scheduler.is_refusing or scheduler.broken is not None:
+            return
+        if scheduler.offer(job, now, patient=False):
+            self._after_offer(job, now)
+            waiter.is_done = True
+            self._driving.resign(waiter)
+
+    def _after_offer(self, job: JobRecord, now: float) -> None:
+        if job.due is not None or job.start_by is not None:
+            self._driving.hurry(self._scheduler.next_deadline)
+        self._carry_out(now)
 
     def _offer(self, job: JobRecord, waiter: Waiter) -> bool:
         """Offer the job; when it has to wait for room, `waiter` gets the driver's role if that is free."""
@@ -186,10 +206,9 @@ class ProcessPool:
                 if not is_taken:
                     job.waiters = [waiter]
                     self._driving.try_role(waiter)
-                if job.due is not None or job.start_by is not None:
-                    self._driving.hurry(scheduler.next_deadline)
-                if scheduler.instructions:
-                    self._carry_out(now)
+                self._after_offer(job, now)
+                if is_taken:
+                    self._driving.resign(waiter)
                 return is_taken
             except BaseException as error:
                 self._acting.ruin(error)
@@ -212,9 +231,7 @@ class ProcessPool:
                 taken = self._scheduler.offer(job, now, patient=waiter is not None)
                 if not taken and waiter is not None:
                     job.waiters = [*(job.waiters or ()), waiter]
-                if job.due is not None or job.start_by is not None:
-                    self._driving.hurry(self._scheduler.next_deadline)
-                self._carry_out(now)
+                self._after_offer(job, now)
             return taken
 
     def wait_until_accepted(self, job: JobRecord) -> None:
