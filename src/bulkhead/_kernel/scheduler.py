@@ -358,8 +358,7 @@ class Scheduler:
 
     def _take(self, job: JobRecord) -> None:
         self._accept(job, lifecycle.ACCEPT)
-        self._turns += 1
-        job.turn = self._turns
+        self._turns = job.turn = self._turns + 1
         if self._ready or not self._idle:
             self._ready[job] = None
         elif job.start_by is None or not self._is_too_late(job):
@@ -382,8 +381,7 @@ class Scheduler:
                 self._start(idle.pop(), job)
 
     def _start(self, slot: Slot, job: JobRecord) -> None:
-        self._starts += 1
-        job.stamp = self._starts
+        self._starts = job.stamp = self._starts + 1
         job.state = lifecycle.START[job.state]
         job.attempt += 1
         job.slot = slot

@@ -183,41 +183,45 @@ class Acting:
         return self._scheduler.running > 0
 
     def _work(self, events: list[tuple[int, int]], polled_at: float, errand: Errand | None) -> None:
-        """Do what the polled events ask for, and what was due at `polled_at`; then the errand."""
+        """Do what the polled events ask for, the errand, and what was due at `polled_at`."""
+        driving, staff = self.driving, self.staff
         try:
             news: list[News] = []
             answers: list[Answer] = []
             for fd, _ in events:
-                worker = self.staff.by_result_pipe.get(fd)
+                worker = staff.by_result_pipe.get(fd)
                 if worker is not None:
                     read_worker(worker, answers, news)
-                elif self.driving.is_alarm(fd):
-                    self.driving.silence()
+                elif driving.is_alarm(fd):
+                    driving.silence()
                 else:
-                    self.staff.read(fd, answers, news)
-            with self.driving.lock:
+                    staff.read(fd, answers, news)
+            with driving.lock:
                 if self._ruin is None:
-                    self.guard.is_active = True
+                    guard = self.guard
+                    guard.is_active = True
                     try:
-                        now = self._digest(answers, news, polled_at)
-                        if errand is not None:
-                            errand(now)
+                        self._digest(answers, news, polled_at, errand)
                     except BaseException as error:
                         self.ruin(error)
                         raise
                     finally:
-                        self.guard.is_active = False
+                        guard.is_active = False
         except BaseException as error:
-            with self.driving.lock:
+            with driving.lock:
                 self.ruin(error)
             raise
 
-    def _digest(self, answers: list[Answer], news: list[News], polled_at: float) -> float:
-        """Tell the kernel what was read, and do what it decides; return as of when. Under the lock."""
+    def _digest(
+        self, answers: list[Answer], news: list[News], polled_at: float, errand: Errand | None
+    ) -> None:
+        """Tell the kernel what was read, and do what it decides. Under the lock."""
         now = time.monotonic()
         scheduler = self._scheduler
         for worker, kind, number, size, value, error in answers:
             tell(scheduler, worker, kind, number, size, value, error, now)
+        if errand is not None:
+            errand(now)
         self.carry_out(now)
         for one in news:
             self.staff.hear(one, now)
@@ -230,7 +234,6 @@ class Acting:
             self._tick(polled_at)
             self.carry_out(now)
             self._tick_at = polled_at + _TICK
-        return now
 
     def _tick(self, now: float) -> None:
         deadline = self._scheduler.next_deadline

@@ -53,7 +53,8 @@ _LOOK_AGAIN = 16
 # Longest single wait (seconds): system calls have limits of some weeks. Whoever waits longer waits again.
 _LONGEST = 86_400.0
 
-# What is to be done under the lock after what has come, as of an instant (monotonic seconds).
+# What is to be done under the lock when the kernel knows of the answers that have come, as of an instant (monotonic
+# seconds). What the kernel decides upon it is carried out.
 Errand = Callable[[float], None]
 
 _BACKGROUND = object()
@@ -132,8 +133,8 @@ class Driving:
     Args:
         name: Of the background thread.
         work: Does what the polled events ask for, and what was due at an instant at which all that had come is among
-            these events; called by the driver, without the lock, while Ctrl-C is held off. Then the errand, if there is
-            one, under the lock.
+            these events, with an errand if there is one; called by the driver, without the lock, while Ctrl-C is held
+            off.
         next_deadline: When `work` has to be called even without events, in monotonic seconds; called under the lock.
         is_busy: Tells whether an answer may come any moment.
     """
@@ -242,7 +243,7 @@ class Driving:
         self._alarm.ring()
 
     def glance(self, waiter: Waiter, errand: Errand) -> bool:
-        """Do what has come already, and then the errand, if nobody drives; tell whether it left nothing to wait for.
+        """Do what has come already, with the errand, if nobody drives; tell whether that fulfilled the wish.
 
         Who calls has Ctrl-C held off. If the wish is fulfilled the waiter has left; otherwise it may have the role now,
         and who calls goes on with `wait` or `leave`.

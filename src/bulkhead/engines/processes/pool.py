@@ -16,7 +16,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 from bulkhead._kernel import lifecycle
@@ -31,7 +30,7 @@ from bulkhead.engines.processes import deaths, main_module
 from bulkhead.engines.processes.acting import Acting
 from bulkhead.engines.processes.callbacks import CallbackThread, DoneCallback
 from bulkhead.engines.processes.chunks import extended
-from bulkhead.engines.processes.driving import Bell, Waiter, reentered
+from bulkhead.engines.processes.driving import Bell, Driving, Waiter, reentered
 from bulkhead.engines.processes.interrupts import calm, hold, release
 from bulkhead.engines.processes.parcels import Parcel
 from bulkhead.engines.processes.payload import SHARED_IS_FOR_JOBS, pack_call, pack_without_main
@@ -152,14 +151,13 @@ class ProcessPool:
             DispatcherFinalized: No more jobs are taken.
             PoolBroken: The pool has given up.
         """
-        waiter = Waiter()
+        waiter = _Offer(self._scheduler, self._driving, job)
         is_held = hold()
         try:
             # Why a glance before the offer: in full swing there is an answer, and so a worker, and the job is spared
             # the line of those that wait.
             is_done = (
-                not self._scheduler.has_room()
-                and self._driving.glance(waiter, partial(self._take_up, job, waiter))
+                not self._scheduler.has_room() and self._driving.glance(waiter, waiter.take_up)
             ) or self._offer(job, waiter)
             if is_held:
                 is_held = False
@@ -176,21 +174,6 @@ class ProcessPool:
             self._withdraw(job)
         return job.state is not None
 
-    def _take_up(self, job: JobRecord, waiter: Waiter, now: float) -> None:
-        """Accept the job if there is room now. Under the lock, inside the guard."""
-        scheduler = self._scheduler
-        if scheduler.is_refusing or scheduler.broken is not None:
-            return
-        if scheduler.offer(job, now, patient=False):
-            self._after_offer(job, now)
-            waiter.is_done = True
-            self._driving.resign(waiter)
-
-    def _after_offer(self, job: JobRecord, now: float) -> None:
-        if job.due is not None or job.start_by is not None:
-            self._driving.hurry(self._scheduler.next_deadline)
-        self._carry_out(now)
-
     def _offer(self, job: JobRecord, waiter: Waiter) -> bool:
         """Offer the job; when it has to wait for room, `waiter` gets the driver's role if that is free."""
         scheduler = self._scheduler
@@ -206,7 +189,8 @@ class ProcessPool:
                 if not is_taken:
                     job.waiters = [waiter]
                     self._driving.try_role(waiter)
-                self._after_offer(job, now)
+                _hurry(self._driving, scheduler, job)
+                self._carry_out(now)
                 if is_taken:
                     self._driving.resign(waiter)
                 return is_taken
@@ -231,7 +215,8 @@ class ProcessPool:
                 taken = self._scheduler.offer(job, now, patient=waiter is not None)
                 if not taken and waiter is not None:
                     job.waiters = [*(job.waiters or ()), waiter]
-                self._after_offer(job, now)
+                _hurry(self._driving, self._scheduler, job)
+                self._carry_out(now)
             return taken
 
     def wait_until_accepted(self, job: JobRecord) -> None:
@@ -454,6 +439,36 @@ class ProcessPool:
             phase.waiters.append(waiter)
         self._driving.wait(waiter, deadline)
         return phase.is_over
+
+
+class _Offer(Waiter):
+    """The wish of a caller whose job needs room."""
+
+    __slots__ = ("_driving", "_job", "_scheduler")
+
+    def __init__(self, scheduler: Scheduler, driving: Driving, job: JobRecord) -> None:
+        # Why not by the base class: it is on the way of every job.
+        self.is_done = False
+        self.polls_with = self._bed = None
+        self._scheduler = scheduler
+        self._driving = driving
+        self._job = job
+
+    def take_up(self, now: float) -> None:
+        """Have the job accepted if there is room, and leave. Under the lock, inside the guard."""
+        scheduler, job = self._scheduler, self._job
+        if scheduler.is_refusing or scheduler.broken is not None:
+            return
+        if scheduler.offer(job, now, patient=False):
+            _hurry(self._driving, scheduler, job)
+            self.is_done = True
+            self._driving.resign(self)
+
+
+def _hurry(driving: Driving, scheduler: Scheduler, job: JobRecord) -> None:
+    """See to it that who polls knows the instants that a job has brought."""
+    if job.due is not None or job.start_by is not None:
+        driving.hurry(scheduler.next_deadline)
 
 
 def _close_copies() -> None:
