@@ -25,8 +25,9 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from bulkhead import forks
+from bulkhead.engines.processes import pages
 
-__all__ = ["Borrowed", "Segment", "SegmentPool", "create_file", "seal", "spans_of"]
+__all__ = ["Borrowed", "Segment", "SegmentPool", "create_file", "spans_of"]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -48,8 +49,7 @@ _KEEP_FOR = 10.0
 _MAX_MAPPED = 64
 _SHARE_OF_DESCRIPTORS = 8
 
-# Advice to map all pages at once, on Linux since 5.14. Why not MAP_POPULATE: that does not let other threads run.
-_POPULATE_WRITE = 23
+_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 
 
 class Segment:
@@ -75,6 +75,10 @@ class Segment:
     def spoil(self) -> None:
         """See to it that the segment is never filled again: somebody unknown may have it mapped."""
         self._file.is_spoilt = True
+
+    def seal(self) -> None:
+        """Let nobody write into it any more, where the system can. It must not be filled again."""
+        self._file.seal()
 
     def __del__(self) -> None:
         # Race: a Ctrl-C may have struck before the fields were set; then the file closes itself.
@@ -119,6 +123,7 @@ class SegmentPool:
         size = max((offset + n for offset, n in spans if n), default=0)
         file = self._suitable(size) or _File(self._open)
         try:
+            file.prepare(size)
             for part, (offset, _) in zip(parts, spans, strict=True):
                 file.fill(part, offset)
         except BaseException:
@@ -235,8 +240,8 @@ class Borrowed:
         try:
             if done is None:
                 return memoryview(mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
-            mapping = self._map_privately(fd, size) if len(self._mapped) < self._limit else None
-            if mapping is None:
+            view = self._map_privately(fd, size) if len(self._mapped) < self._limit else None
+            if view is None:
                 copied = _read_all(fd, size)
                 done(True)
                 return memoryview(copied)
@@ -250,8 +255,9 @@ class Borrowed:
             raise
         finally:
             os.close(fd)
-        mapping.loan = _Loan()
-        key = id(mapping.loan)
+        loan = view.obj.loan = _Loan()
+        key = id(loan)
+        del loan
 
         def gone(is_over: bool) -> None:
             self._mapped.discard(key)
@@ -259,16 +265,16 @@ class Borrowed:
 
         self._mapped.add(key)
         _ends[key] = gone
-        return memoryview(mapping)
+        return view
 
     @property
     def has_mapped(self) -> bool:
         """Whether something that was mapped is still referred to."""
         return bool(self._mapped)
 
-    def _map_privately(self, fd: int, size: int) -> _Mapping | None:
+    def _map_privately(self, fd: int, size: int) -> memoryview | None:
         try:
-            return _Mapping(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            return pages.map_file(fd, size, _Mapping, flags=mmap.MAP_PRIVATE, prot=_READ_WRITE)
         except OSError:  # no address space or descriptors left for another mapping; a copy may still fit
             return None
 
@@ -319,7 +325,7 @@ class _File:
 
     def __init__(self, opened: set[int]) -> None:
         self.fd = -1
-        self._map: mmap.mmap | None = None
+        self._map: memoryview | None = None
         self.depth = forks.depth
         self.filled = 0  # bytes that have pages
         self.freed_at = 0.0
@@ -327,6 +333,24 @@ class _File:
         self._open = opened
         opened.add(id(self))
         self.fd = create_file("bulkhead-segment")
+
+    def prepare(self, size: int) -> None:
+        """Have huge pages for what is to come, as far as the system gives them: then `fill` finds them there."""
+        huge = pages.huge_page()
+        start, end = (self.filled // huge * huge, size // huge * huge) if huge else (0, 0)
+        if end <= self.filled:
+            return
+        try:
+            # Why by writing: when memory is short that is an error, and not a death.
+            for first in range(start, end, huge):
+                os.pwrite(self.fd, b"\0", first)
+            os.ftruncate(self.fd, size)
+            self._map = None
+            self._map = self._mapped(size)
+            if pages.collapse(self._map, start, end):
+                self.filled = end
+        except OSError:
+            pass  # of room or of memory; `fill` sees which
 
     def fill(self, data: memoryview, offset: int) -> None:
         """Copy `data` to `offset`."""
@@ -349,9 +373,7 @@ class _File:
             self._open.remove(id(self))  # Race: of two threads that close it one gets further
         except KeyError:
             return
-        if self._map is not None:
-            self._map.close()
-            self._map = None
+        self._map = None
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -361,17 +383,20 @@ class _File:
         if hasattr(self, "_open"):
             self.close()
 
-    def _mapping(self) -> mmap.mmap:
+    def seal(self) -> None:
+        self._map = None  # or the system refuses
+        if hasattr(fcntl, "F_ADD_SEALS"):
+            seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals)
+
+    def _mapping(self) -> memoryview:
         if self._map is None or len(self._map) < self.filled:
-            if self._map is not None:
-                self._map.close()
-            self._map = mmap.mmap(self.fd, self.filled)
-            try:
-                for start in range(0, self.filled, _STEP):
-                    self._map.madvise(_POPULATE_WRITE, start, min(_STEP, self.filled - start))
-            except OSError:
-                pass  # a system that does not know it: then the first copy finds the pages one by one
+            self._map = None
+            self._map = self._mapped(self.filled)
         return self._map
+
+    def _mapped(self, size: int) -> memoryview:
+        return pages.map_file(self.fd, size, mmap.mmap, flags=mmap.MAP_SHARED, prot=_READ_WRITE)
 
 
 def create_file(name: str) -> int:
@@ -380,13 +405,6 @@ def create_file(name: str) -> int:
         return os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
-
-
-def seal(fd: int) -> None:
-    """Let nobody write into a file of `create_file` any more, where the system can."""
-    if hasattr(fcntl, "F_ADD_SEALS"):
-        seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
 
 
 def spans_of(buffers: Iterable[Buffer]) -> list[tuple[int, int]]:

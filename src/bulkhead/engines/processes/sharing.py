@@ -15,7 +15,7 @@ from typing import Any, SupportsIndex
 
 from bulkhead.engines.processes import main_module
 from bulkhead.engines.processes.parcels import Token
-from bulkhead.engines.processes.segments import Segment, SegmentPool, seal, spans_of
+from bulkhead.engines.processes.segments import Segment, SegmentPool, spans_of
 from bulkhead.errors import BulkheadError, JobNotPicklable, NoSharedMemory
 
 __all__ = ["Shared"]
@@ -96,7 +96,7 @@ def _placed(body: bytes, views: list[memoryview]) -> Segment:
     segments = SegmentPool(0)
     try:
         segment = segments.place([_LENGTH.pack(len(head)) + head, body, *views])
-        seal(segment.fd)  # or a job that writes into a wrong descriptor would change it for all
+        segment.seal()  # or a job that writes into a wrong descriptor would change it for all
         return segment
     finally:
         segments.close()  # so that the segment goes with its last reference instead of being kept
