@@ -1,12 +1,12 @@
 """Huge pages for segments, and mappings that can have them.
 
 Most of the time of a large transfer goes into pages, not into bytes: clearing each for a fresh segment, entering each
-into the tables of whoever reads it, taking it out again. With pages of 2 MiB instead of 4 KiB next to nothing of that is
-left. By default Linux gives files in memory small pages only, but makes huge ones of them when it is asked to
-(MADV_COLLAPSE, since 5.18 for other memory, since 6.1 for such files), whatever the setting for the system is.
+into the tables of whoever reads it, taking it out again. With pages of 2 MiB instead of 4 KiB next to nothing of that
+is left. By default Linux gives files in memory small pages only, but it makes huge ones of them when it is asked to
+(MADV_COLLAPSE, since 6.1), whatever is set for the system.
 
-A huge page is entered as one where its address is a multiple of its size. `mmap` does not choose such an address, so a
-larger stretch is reserved, and the file is mapped into the middle of it.
+A huge page is entered as one only where its address is a multiple of its size. `mmap` does not choose such an address,
+so a larger stretch is reserved, and the file is mapped into the middle of it.
 
 Where huge pages cannot be had (another system, no `ctypes`, memory in small pieces), everything works as well with
 small ones. Nothing here is needed for what is right, only for what is fast.
@@ -16,9 +16,7 @@ Source: madvise(2), "MADV_COLLAPSE".
 
 from __future__ import annotations
 
-import errno
 import functools
-import math
 import mmap
 import os
 import sys
@@ -34,7 +32,7 @@ _COLLAPSE = 25
 _MAP_FIXED = 0x10
 
 # After huge pages could not be had, nobody asks again for so long (seconds). Why: the kernel first tries to make room
-# by moving other pages, which takes longer the less there is.
+# by moving other pages, which takes the longer the less there is.
 _REST = 10.0
 
 Owner = TypeVar("Owner", bound=mmap.mmap)
@@ -46,11 +44,20 @@ def huge_page() -> int:
     return system.size if system is not None and time.monotonic() >= system.rests_until else 0
 
 
-def map_file(fd: int, size: int, owner: Callable[..., Owner], *, flags: int, prot: int) -> memoryview:
+def map_file(
+    fd: int, size: int, owner: Callable[..., Owner], *, flags: int, prot: int
+) -> tuple[Owner, memoryview]:
     """Map the beginning of a file, if it can be at an address that is good for huge pages.
 
     Args:
-        owner: Makes the `mmap` that owns the addresses: the `obj` of what is returned.
+        fd: The file's descriptor.
+        size: Bytes to map, at least 1.
+        owner: Makes the `mmap` that owns the addresses.
+        flags: As for `mmap`.
+        prot: As for `mmap`; reading and writing.
+
+    Returns:
+        The owner, and the bytes of the file, which keep it.
 
     Raises:
         OSError: There is no room.
@@ -58,21 +65,23 @@ def map_file(fd: int, size: int, owner: Callable[..., Owner], *, flags: int, pro
     """
     system = _system()
     if system is not None and system.size <= size <= os.fstat(fd).st_size:
-        view = system.map_aligned(fd, size, owner, flags, prot)
-        if view is not None:
-            return view
-    return memoryview(owner(fd, size, flags=flags, prot=prot))
+        found = system.map_aligned(fd, size, owner, flags, prot)
+        if found is not None:
+            return found
+    mapping = owner(fd, size, flags=flags, prot=prot)
+    return mapping, memoryview(mapping)
 
 
 def collapse(view: memoryview, start: int, end: int) -> bool:
-    """Make huge pages of a part of a mapped file; in each at least one byte was written. Other threads go on meanwhile.
+    """Make huge pages of a part of a mapped file. Other threads go on meanwhile.
 
     Args:
-        view: What `map_file` has returned, shared with the file.
-        start, end: Multiples of `huge_page()`.
+        view: What `map_file` has returned for the whole file, shared with it.
+        start: A multiple of `huge_page()`. In each huge page from here on at least one byte must have been written.
+        end: A multiple of `huge_page()`.
 
     Returns:
-        Whether it consists of huge pages now. Otherwise some of it may.
+        Whether that part consists of huge pages now. Otherwise some of it may.
     """
     system = _system()
     return system is not None and system.collapse(view, start, end)
@@ -93,17 +102,17 @@ class _System:
         self.rests_until = 0.0
         self._lost: list[Any] = []
         self._ctypes = ctypes
-        libc = ctypes.CDLL(None, use_errno=True)
+        c_int, c_size, c_pointer = ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p
+        libc = ctypes.CDLL(None)
         self._map = libc.mmap
-        self._map.restype = ctypes.c_void_p
-        c_int, c_size = ctypes.c_int, ctypes.c_size_t
-        self._map.argtypes = [ctypes.c_void_p, c_size, c_int, c_int, c_int, ctypes.c_long]
+        self._map.argtypes = (c_pointer, c_size, c_int, c_int, c_int, ctypes.c_long)
+        self._map.restype = c_pointer
         self._advise = libc.madvise
-        self._advise.argtypes = [ctypes.c_void_p, c_size, c_int]
+        self._advise.argtypes = (c_pointer, c_size, c_int)
 
     def map_aligned(
         self, fd: int, size: int, owner: Callable[..., Owner], flags: int, prot: int
-    ) -> memoryview | None:
+    ) -> tuple[Owner, memoryview] | None:
         if self._lost:
             return None
         try:
@@ -118,7 +127,7 @@ class _System:
             # must not be given back, and nobody tries again.
             self._lost.append(reserved)
             return None
-        return view[start : start + size]
+        return reserved, view[start : start + size]
 
     def collapse(self, view: memoryview, start: int, end: int) -> bool:
         address = self._address(view) + start
@@ -126,9 +135,7 @@ class _System:
             return False
         if self._advise(address, end - start, _COLLAPSE) == 0:
             return True
-        # Invalid: this kernel does not know it, or does not do it for this process.
-        is_refused = self._ctypes.get_errno() == errno.EINVAL
-        self.rests_until = math.inf if is_refused else time.monotonic() + _REST
+        self.rests_until = time.monotonic() + _REST
         return False
 
     def _address(self, view: memoryview) -> int:

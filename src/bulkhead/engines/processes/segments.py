@@ -240,8 +240,8 @@ class Borrowed:
         try:
             if done is None:
                 return memoryview(mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
-            view = self._map_privately(fd, size) if len(self._mapped) < self._limit else None
-            if view is None:
+            found = self._map_privately(fd, size) if len(self._mapped) < self._limit else None
+            if found is None:
                 copied = _read_all(fd, size)
                 done(True)
                 return memoryview(copied)
@@ -255,9 +255,9 @@ class Borrowed:
             raise
         finally:
             os.close(fd)
-        loan = view.obj.loan = _Loan()
-        key = id(loan)
-        del loan
+        mapping, view = found
+        mapping.loan = _Loan()
+        key = id(mapping.loan)
 
         def gone(is_over: bool) -> None:
             self._mapped.discard(key)
@@ -272,7 +272,7 @@ class Borrowed:
         """Whether something that was mapped is still referred to."""
         return bool(self._mapped)
 
-    def _map_privately(self, fd: int, size: int) -> memoryview | None:
+    def _map_privately(self, fd: int, size: int) -> tuple[_Mapping, memoryview] | None:
         try:
             return pages.map_file(fd, size, _Mapping, flags=mmap.MAP_PRIVATE, prot=_READ_WRITE)
         except OSError:  # no address space or descriptors left for another mapping; a copy may still fit
@@ -396,7 +396,8 @@ class _File:
         return self._map
 
     def _mapped(self, size: int) -> memoryview:
-        return pages.map_file(self.fd, size, mmap.mmap, flags=mmap.MAP_SHARED, prot=_READ_WRITE)
+        _, view = pages.map_file(self.fd, size, mmap.mmap, flags=mmap.MAP_SHARED, prot=_READ_WRITE)
+        return view
 
 
 def create_file(name: str) -> int:
