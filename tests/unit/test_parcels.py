@@ -11,13 +11,13 @@ import pickle
 import resource
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from open_segments import kept_segments
 
 from bulkhead import JobNotPicklable, NoSharedMemory
 from bulkhead.engines.processes.parcels import LARGE_BODY, Exchange, Opened, Parcel, socket_pair
@@ -71,27 +71,6 @@ def sides() -> Iterator[tuple[Side, Side]]:
     yield here, there
     here.close()
     there.close()
-
-
-@pytest.fixture(autouse=True)
-def _others_do_not_count() -> None:
-    """Segments that a test before, if it failed, has left do not count."""
-    global _before
-    _before = set()
-    _before = kept_segments()
-
-
-_before: set[int] = set()
-
-
-def kept_segments() -> set[int]:
-    """Return the segments that this process has open."""
-    found = set()
-    for entry in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):  # that of the listing
-            if "bulkhead-segment" in str(entry.readlink()):
-                found.add(entry.stat().st_ino)
-    return found - _before
 
 
 def number_of_descriptors() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import gc
 import math
@@ -11,15 +10,15 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from open_segments import kept_segments
 
-from bulkhead.engines.processes import segments
+from bulkhead.engines.processes import pages, segments
 from bulkhead.engines.processes.segments import Borrowed, Segment, SegmentPool, create_file, spans_of
 
 KIB = 1 << 10
@@ -39,31 +38,6 @@ def content(segment: Segment) -> bytes:
 
 def inode(segment: Segment) -> int:
     return os.fstat(segment.fd).st_ino
-
-
-@pytest.fixture(autouse=True)
-def _others_do_not_count() -> None:
-    """Segments that a test before, if it failed, has left do not count."""
-    global _before
-    _before = set()
-    _before = segments_here()
-
-
-_before: set[int] = set()
-
-
-def segments_here() -> set[int]:
-    """Return the segments that this process has open."""
-    found = set()
-    for entry in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):  # that of the listing
-            if "bulkhead-segment" in str(entry.readlink()):
-                found.add(entry.stat().st_ino)
-    return found - _before
-
-
-def kept_segments() -> int:
-    return len(segments_here())
 
 
 # Placing
@@ -147,7 +121,7 @@ def test_a_segment_that_is_spoilt_is_never_filled_again(pool: SegmentPool) -> No
     segment.spoil()
     assert content(segment) == bytes(MIB)  # spoilt is not gone
     del segment
-    assert kept_segments() == 0
+    assert len(kept_segments()) == 0
     assert inode(pool.place([bytes(MIB)])) != file
 
 
@@ -162,7 +136,7 @@ def test_no_more_is_kept_than_allowed_and_the_oldest_goes_first() -> None:
         del held[0]  # in the order in which they were made
     again = [pool.place([bytes(2 * MIB)]) for _ in range(2)]
     assert {inode(one) for one in again} == set(files[2:])
-    assert kept_segments() == 2
+    assert len(kept_segments()) == 2
     again.clear()
     pool.close()
 
@@ -171,7 +145,7 @@ def test_a_segment_larger_than_what_may_be_kept_goes_at_once() -> None:
     pool = SegmentPool(MIB)
     pool.place([bytes(2 * MIB)])
     pool.trim(0.0)
-    assert kept_segments() == 0
+    assert len(kept_segments()) == 0
     pool.close()
 
 
@@ -191,13 +165,13 @@ def test_what_was_not_used_for_long_is_given_back_and_what_was_is_kept(
     assert due is not None
     assert 1000.0 < due <= 1010.0
     pool.trim(due - 0.001)
-    assert kept_segments() == 2
+    assert len(kept_segments()) == 2
     pool.trim(due)
-    assert kept_segments() == 1
+    assert len(kept_segments()) == 1
     assert pool.next_trim() == due + 4.0
     assert inode(pool.place([bytes(MIB)])) == younger
     pool.trim(math.inf)
-    assert kept_segments() == 0
+    assert len(kept_segments()) == 0
 
 
 def test_a_closed_pool_keeps_nothing_and_what_is_lent_goes_with_its_last_reference() -> None:
@@ -205,15 +179,15 @@ def test_a_closed_pool_keeps_nothing_and_what_is_lent_goes_with_its_last_referen
     lent = pool.place([b"lent" * KIB])
     pool.place([bytes(MIB)])
     pool.close()
-    assert kept_segments() == 1
+    assert len(kept_segments()) == 1
     assert content(lent) == b"lent" * KIB
     del lent
-    assert kept_segments() == 0
+    assert len(kept_segments()) == 0
     # Race: a job may be packed while its dispatcher is finalized by another thread; it is refused later.
     late = pool.place([b"late"])
     assert content(late) == b"late"
     del late
-    assert kept_segments() == 0
+    assert len(kept_segments()) == 0
 
 
 def test_a_segment_that_comes_back_while_the_pool_is_closed_is_closed(
@@ -231,7 +205,7 @@ def test_a_segment_that_comes_back_while_the_pool_is_closed_is_closed(
     held.clear()
     monkeypatch.undo()
     gc.collect()
-    assert kept_segments() == 0
+    assert len(kept_segments()) == 0
 
 
 class _Model:
@@ -283,9 +257,9 @@ def test_nothing_that_is_referred_to_is_overwritten_whatever_the_order(
     n_live = len(model.live)
     model.pool.close()
     model.check()
-    assert kept_segments() == n_live
+    assert len(kept_segments()) == n_live
     model.live.clear()
-    assert kept_segments() == 0
+    assert len(kept_segments()) == 0
 
 
 # When there is no memory
@@ -305,7 +279,7 @@ def test_nothing_is_kept_of_a_segment_that_could_not_be_filled(
     with pytest.raises(OSError, match="no space"):
         pool.place([bytes(2 * MIB)])
     monkeypatch.undo()
-    assert kept_segments() == 0
+    assert len(kept_segments()) == 0
     assert content(pool.place([b"next"])) == b"next"
 
 
@@ -321,7 +295,7 @@ def test_a_segment_that_cannot_be_mapped_again_is_an_error_and_nothing_is_kept(
     with pytest.raises(OSError, match="no memory"):
         pool.place([bytes(MIB)])
     monkeypatch.undo()
-    assert kept_segments() == 0
+    assert len(kept_segments()) == 0
 
 
 def test_a_partial_write_is_gone_on_with(pool: SegmentPool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +306,7 @@ def test_a_partial_write_is_gone_on_with(pool: SegmentPool, monkeypatch: pytest.
 
 
 def interrupted_at(step: int, work: Callable[[], object]) -> bool:
-    """Do the work; raise KeyboardInterrupt at the n-th line of the module that runs. False when there is none."""
+    """Do the work; raise KeyboardInterrupt at the n-th line of the modules that runs. False when there is none."""
     left = step
     struck = False
 
@@ -346,7 +320,7 @@ def interrupted_at(step: int, work: Callable[[], object]) -> bool:
         return local
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
-        return local if frame.f_code.co_filename == segments.__file__ else None
+        return local if frame.f_code.co_filename in (segments.__file__, pages.__file__) else None
 
     before = sys.gettrace()
     sys.settrace(trace)

@@ -1,0 +1,59 @@
+"""Which segments this process has: in tests that fill and map them without another process."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+from data_jobs import segments_of
+
+from bulkhead.engines.processes import pages
+from bulkhead.engines.processes.segments import create_file
+
+__all__ = ["entered_as_huge", "kept_segments", "need_huge_pages", "start_counting"]
+
+_before: set[int] = set()
+
+
+def start_counting() -> None:
+    """Do not count the segments that are there now: a test before, if it failed, may have left them."""
+    _before.clear()
+    _before.update(kept_segments())
+
+
+def kept_segments() -> set[int]:
+    """Return the segments that this process has open or mapped."""
+    return set(segments_of(os.getpid())) - _before
+
+
+def need_huge_pages() -> None:
+    """Skip a test where the system gives segments none; that is a failure where everything has to be there (CI)."""
+    fd = create_file("probe")
+    try:
+        huge = pages.huge_page()
+        os.pwrite(fd, bytes(max(huge, 1)), 0)
+        _, view = pages.map_file(
+            fd, max(huge, 1), mmap.mmap, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE
+        )
+        has_them = huge > 0 and pages.collapse(view, 0, huge)
+    finally:
+        os.close(fd)
+    if not has_them:
+        reason = "the system gives segments no huge pages (Linux 6.1 and later do)"
+        assert os.environ.get("CI") != "true", reason
+        pytest.skip(reason)
+
+
+def entered_as_huge(segment: int) -> dict[str, int]:
+    """Return how much of a segment this process has entered as huge pages (bytes), by the access of each mapping."""
+    found: dict[str, int] = {}
+    access = None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            access = words[1] if words[4] == str(segment) else None
+        elif access is not None and words[0] in ("ShmemPmdMapped:", "FilePmdMapped:"):
+            found[access] = found.get(access, 0) + int(words[1]) * 1024
+    return found
