@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import math
+import mmap
 import operator
 import os
 import pickle
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ from faulty_jobs import KillsItsReader
 from jobs import note
 
 from bulkhead import Dispatcher
+from bulkhead.engines.processes import segments
 
 MEGABYTE = 1 << 20
 
@@ -165,6 +168,21 @@ def measured(array: np.ndarray) -> tuple[Place | None, bool, int, int]:
     summed = anonymous_bytes()
     array[0] += 1
     return place_of(array), bool(array.flags.writeable), summed - before, anonymous_bytes() - summed
+
+
+def faults_in_reading(array: np.ndarray) -> int:
+    """Read every page; return how often the kernel had to enter some of them."""
+    array[:1].sum()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    array[:: mmap.PAGESIZE].sum()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def overwrite(array: np.ndarray) -> tuple[list[int], Place | None]:
+    """Return what was in the array, and where it lies; leave something else in it."""
+    found = values_in(array)
+    array[:] = 99
+    return found, place_of(array)
 
 
 def raise_by_one(array: np.ndarray) -> list[int]:
@@ -426,10 +444,10 @@ def fill_when_open(gate: Path, value: int, size: int, mark: Path) -> np.ndarray:
     return filled_and_noted(mark, value, size)
 
 
-def die_while_filling(value: int, size: int) -> np.ndarray:
-    """Return an array from a process that dies when a part of it is in the segment."""
-    os.pwrite = DiesAfter(os.pwrite)
-    return filled(value, size)
+def die_while_filling(step: str, value: int, size: int) -> list[np.ndarray]:
+    """Return arrays from a process that dies after a step of filling their segment (see `end_after`)."""
+    end_after(step)
+    return [filled(value, size // 2), filled(value, size // 2)]
 
 
 def filled_and_noted(mark: Path, value: int, size: int) -> np.ndarray:
@@ -440,7 +458,7 @@ def filled_and_noted(mark: Path, value: int, size: int) -> np.ndarray:
 
 def stop_while_filling(mark: Path, size: int) -> np.ndarray:
     note(mark, os.getpid())
-    os.pwrite = DiesAfter(os.pwrite, signal.SIGSTOP)
+    end_after("write", signal.SIGSTOP)
     return filled(1, size)
 
 
@@ -459,17 +477,26 @@ def large_and_deadly(size: int) -> list[Any]:
     return [filled(1, size), KillsItsReader()]
 
 
-class DiesAfter:
-    """Calls the function and kills or stops the process."""
+def end_after(step: str, number: int = signal.SIGKILL) -> None:
+    """Kill or stop this process after the next step of filling a segment.
 
-    def __init__(self, fn: Callable[..., Any], number: int = signal.SIGKILL) -> None:
-        self._fn = fn
-        self._number = number
+    Args:
+        step: "write" is the first byte or bytes, "pages" when there are pages for all of it, "buffer" when the first
+            of several buffers is copied.
+    """
+    owner, name = {
+        "write": (os, "pwrite"),
+        "pages": (segments._File, "prepare"),
+        "buffer": (segments._File, "fill"),
+    }[step]
+    fn = getattr(owner, name)
 
-    def __call__(self, *args: Any) -> Any:
-        done = self._fn(*args)
-        os.kill(os.getpid(), self._number)
+    def end(*args: Any) -> Any:
+        done = fn(*args)
+        os.kill(os.getpid(), number)
         return done
+
+    setattr(owner, name, end)
 
 
 def refusing() -> Refuses:

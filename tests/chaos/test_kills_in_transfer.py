@@ -33,6 +33,9 @@ AFTERLIFE = 2.0
 # Pools.
 ONE, TWO = 0, 1
 
+# At which a process may end that fills a segment (see `data_jobs.end_after`).
+STEPS = ("write", "pages", "buffer")
+
 
 @pytest.fixture(params=[20, pytest.param(200, marks=pytest.mark.slow)], ids=["20 MB", "200 MB"])
 def size(request: pytest.FixtureRequest) -> int:
@@ -127,11 +130,12 @@ def test_a_job_whose_worker_or_launcher_dies_while_it_is_at_work_has_crashed(
     assert type(tracker.exception(PATIENCE)) is WorkerCrashed
 
 
+@pytest.mark.parametrize("step", STEPS)
 def test_a_worker_that_dies_while_it_fills_the_segment_of_its_result_has_crashed(
-    disp: Dispatcher, size: int
+    disp: Dispatcher, size: int, step: str
 ) -> None:
     # Why twice as large: it has to write beyond what the segment that it keeps has had.
-    job = disp.dispatch(Job(data_jobs.die_while_filling, 1, 2 * size))
+    job = disp.dispatch(Job(data_jobs.die_while_filling, step, 1, 2 * size))
     assert type(job.exception(PATIENCE)) is WorkerCrashed
 
 
@@ -284,13 +288,17 @@ if __name__ == "__main__":
 # NumPy starts no threads when it is imported.
 QUICK = {"OPENBLAS_NUM_THREADS": "1"}
 
-DIE = "os.pwrite = data_jobs.DiesAfter(os.pwrite); "
 SEND = "disp.dispatch(Job({}))"
 MARKED = "; wait_until(mark.exists)"
 
 PHASES = {
-    "filling": DIE + SEND.format("data_jobs.total, filled(1, 3 * size)"),
-    "sharing": DIE + "disp.share(array)",
+    **{
+        f"filling, {step}": f"data_jobs.end_after({step!r}); "
+        + SEND.format("data_jobs.totals, [filled(1, 2 * size), filled(1, size)]")
+        for step in STEPS
+    },
+    "sharing": "data_jobs.end_after('write'); disp.share(array)",
+    "sharing, placed in part": "data_jobs.end_after('buffer'); disp.share(array)",
     "not read": "[os.kill(pid, signal.SIGSTOP) for pid in worker_pids(disp)]; "
     + SEND.format("data_jobs.total, array"),
     "unpickling": SEND.format("data_jobs.call, array, Waits(mark, gate, 'rebuilt')") + MARKED,

@@ -23,6 +23,7 @@ from calling import at_once
 from data_jobs import MEGABYTE, filled, give_back, place_of, segments_of
 from gates import Gate
 from jobs import echo, lines, nap, nothing, pid
+from open_segments import need_huge_pages
 from scripts import running
 from staffing import staffed
 from watching import PATIENCE, is_alive, wait_until, wait_until_whole
@@ -263,6 +264,14 @@ def test_a_job_gets_a_private_writable_view_and_no_copy_is_made_there(disp: Disp
     assert array[0] == 1
 
 
+def test_a_large_array_is_entered_in_huge_pages_in_the_job_and_in_the_caller(disp: Dispatcher) -> None:
+    need_huge_pages()
+    size = 40 * MEGABYTE  # 640 faults if each brings 16 small pages
+    for _ in range(2):  # into fresh pages and into used ones
+        assert run(disp, data_jobs.faults_in_reading, filled(1, size)) < 60
+        assert data_jobs.faults_in_reading(run(disp, filled, 2, size)) < 60
+
+
 def test_the_caller_makes_one_copy_into_the_segment_and_none_of_a_result(disp: Dispatcher) -> None:
     array = filled(1, 40 * MEGABYTE)
     before = data_jobs.anonymous_bytes()
@@ -283,6 +292,18 @@ def test_writes_of_a_job_are_nobody_elses(disp: Dispatcher) -> None:
     for _ in range(3):
         assert run(disp, data_jobs.raise_by_one, array) == [2]
     assert np.array_equal(array, filled(1, LARGE))
+
+
+@pytest.mark.parametrize("size", [LARGE // 2, LARGE, 10 * MEGABYTE + 5])
+def test_what_a_job_has_written_is_not_there_for_the_next_one_in_the_same_segment(
+    disp: Dispatcher, size: int
+) -> None:
+    places = set()
+    for number in range(10):
+        found, place = run(disp, data_jobs.overwrite, filled(number, size))
+        assert found == [number]
+        places.add(place.segment)
+    assert len(places) == 1
 
 
 def test_writes_into_a_result_are_nobody_elses(disp: Dispatcher) -> None:
