@@ -484,11 +484,8 @@ def end_after(step: str, number: int = signal.SIGKILL) -> None:
         step: "write" is the first byte or bytes, "pages" when there are pages for all of it, "buffer" when the first
             of several buffers is copied.
     """
-    owner, name = {
-        "write": (os, "pwrite"),
-        "pages": (segments._File, "prepare"),
-        "buffer": (segments._File, "fill"),
-    }[step]
+    file = segments._File
+    owner, name = {"write": (os, "pwrite"), "pages": (file, "prepare"), "buffer": (file, "fill")}[step]
     fn = getattr(owner, name)
 
     def end(*args: Any) -> Any:

@@ -5,7 +5,8 @@ message. So the kernel frees it when the last process that knows it has ended, h
 
 The sender copies into the segment once. The receiver maps it privately: it can write into what it got, nobody else sees
 that, and nothing is copied until it does. When the receiver has let go of everything inside, it reports the segment's
-number, and the sender may fill it again: fresh pages cost five to ten times the copy.
+number, and the sender may fill it again: fresh pages cost more than the copy. Large segments have huge pages where the
+system gives them (see pages.py).
 
 Invariant: a segment is filled again only when no process can have it mapped. Hence a segment is given up instead if its
 borrower died (what that had forked may live on) or forked while it had it mapped.
