@@ -44,9 +44,7 @@ def huge_page() -> int:
     return system.size if system is not None and time.monotonic() >= system.rests_until else 0
 
 
-def map_file(
-    fd: int, size: int, owner: Callable[..., Owner], *, flags: int, prot: int
-) -> tuple[Owner, memoryview]:
+def map_file(fd: int, size: int, owner: Callable[..., Owner], *, flags: int, prot: int) -> tuple[Owner, int]:
     """Map the beginning of a file, if it can be at an address that is good for huge pages.
 
     Args:
@@ -57,7 +55,7 @@ def map_file(
         prot: As for `mmap`; reading and writing.
 
     Returns:
-        The owner, and the bytes of the file, which keep it.
+        The owner, and where in it the file begins.
 
     Raises:
         OSError: There is no room.
@@ -68,23 +66,23 @@ def map_file(
         found = system.map_aligned(fd, size, owner, flags, prot)
         if found is not None:
             return found
-    mapping = owner(fd, size, flags=flags, prot=prot)
-    return mapping, memoryview(mapping)
+    return owner(fd, size, flags=flags, prot=prot), 0
 
 
-def collapse(view: memoryview, start: int, end: int) -> bool:
+def collapse(owner: mmap.mmap, start: int, end: int) -> bool:
     """Make huge pages of a part of a mapped file. Other threads go on meanwhile.
 
     Args:
-        view: What `map_file` has returned for the whole file, shared with it.
-        start: A multiple of `huge_page()`. In each huge page from here on at least one byte must have been written.
-        end: A multiple of `huge_page()`.
+        owner: What `map_file` has returned; shared with the file.
+        start: Where in it the part begins: a multiple of `huge_page()` in the file. From here on at least one byte in
+            each huge page must have been written.
+        end: Where it ends, a multiple as well.
 
     Returns:
         Whether that part consists of huge pages now. Otherwise some of it may.
     """
     system = _system()
-    return system is not None and system.collapse(view, start, end)
+    return system is not None and system.collapse(owner, start, end)
 
 
 class _System:
@@ -112,25 +110,25 @@ class _System:
 
     def map_aligned(
         self, fd: int, size: int, owner: Callable[..., Owner], flags: int, prot: int
-    ) -> tuple[Owner, memoryview] | None:
+    ) -> tuple[Owner, int] | None:
         if self._lost:
             return None
         try:
             reserved = owner(-1, size + self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError:
             return None
-        view = memoryview(reserved)
-        start = -self._address(view) % self.size
-        address = self._address(view) + start
+        address = self._address(reserved)
+        start = -address % self.size
+        address += start
         if self._map(address, size, prot, flags | _MAP_FIXED, fd, 0) != address:
             # Race: it may have left a hole, where another thread may have mapped something since. So the reservation
             # must not be given back, and nobody tries again.
             self._lost.append(reserved)
             return None
-        return reserved, view[start : start + size]
+        return reserved, start
 
-    def collapse(self, view: memoryview, start: int, end: int) -> bool:
-        address = self._address(view) + start
+    def collapse(self, owner: mmap.mmap, start: int, end: int) -> bool:
+        address = self._address(owner) + start
         if address % self.size:
             return False
         if self._advise(address, end - start, _COLLAPSE) == 0:
@@ -138,8 +136,8 @@ class _System:
         self.rests_until = time.monotonic() + _REST
         return False
 
-    def _address(self, view: memoryview) -> int:
-        return self._ctypes.addressof(self._ctypes.c_char.from_buffer(view))
+    def _address(self, owner: mmap.mmap) -> int:
+        return self._ctypes.addressof(self._ctypes.c_char.from_buffer(owner))
 
 
 @functools.cache
