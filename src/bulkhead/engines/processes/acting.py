@@ -31,6 +31,7 @@ from bulkhead.engines.base import Ledger
 from bulkhead.engines.processes import chunks
 from bulkhead.engines.processes.answers import Answer, tell
 from bulkhead.engines.processes.driving import Driving, Errand, reentered
+from bulkhead.engines.processes.heritage import Heritage
 from bulkhead.engines.processes.payload import cannot
 from bulkhead.engines.processes.reading import News, read_worker
 from bulkhead.engines.processes.segments import Borrowed, SegmentPool
@@ -59,6 +60,7 @@ class Acting:
         config: The pool.
         scheduler: Its kernel.
         setup: What its workers are told first.
+        heritage: The descriptors that go with it.
         ledger: Says when it wants to be swept.
         settling: Tells who waits for the jobs that settle.
         segments: Where the large parts of jobs wait for their worker.
@@ -75,6 +77,7 @@ class Acting:
         scheduler: Scheduler,
         *,
         setup: bytes,
+        heritage: Heritage,
         ledger: Ledger,
         settling: Settling,
         segments: SegmentPool,
@@ -96,6 +99,7 @@ class Acting:
         self.staff = Staff(
             config,
             setup,
+            heritage,
             self.driving,
             scheduler=scheduler,
             carry_out=self.carry_out,
