@@ -94,7 +94,7 @@ def tell(
     else:
         job.value = value
         job.size = size
-    scheduler.attempt_ended(slot, error, now)
+    scheduler.attempt_ended(slot, error, now, None if scheduler.wear is None else worker.usage())
 
 
 def _came_up(scheduler: Scheduler, worker: Worker, pid: int, error: BaseException | None, now: float) -> None:

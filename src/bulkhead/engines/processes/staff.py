@@ -5,7 +5,7 @@ launcher dies. Workers are started and ended because the kernel has decided so; 
 them, but for their answers (see `answers.tell`). What a worker runs is not this module's business.
 
 Invariant: every worker leaves by `_forget`, once, and the kernel hears of its end just after that, unless the pool is
-given up or closed, or a new launcher is asked for the worker again.
+given up or closed, the worker was sent home, or a new launcher is asked for it again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from enum import Enum
 
-from bulkhead._kernel.records import Slot, SlotState
+from bulkhead._kernel.records import Slot, SlotState, Verdict
 from bulkhead._kernel.scheduler import Scheduler
 from bulkhead.config import Pool
 from bulkhead.engines.processes import deaths
@@ -44,6 +44,12 @@ __all__ = ["Staff"]
 
 # Seconds between SIGTERM and SIGKILL for a job that is timed out or cancelled.
 _GRACE = 1.0
+
+# The same for a job that takes too much memory. Why so short: it goes on taking more.
+_HASTE = 0.001
+
+# Seconds that a worker has to leave when it is sent home while the pool goes on; it may have exit handlers to run.
+_LEAVE = 5.0
 
 # Seconds that the launcher may take to report a worker that should be gone, before more is done about it.
 _REPORT = 1.0
@@ -154,6 +160,13 @@ class Staff:
         """End a worker with all it has started; it is reported gone when it is."""
         self._push(worker, _Push.END, now)
 
+    def send_home(self, worker: Worker, now: float) -> None:
+        """Let a worker that has answered leave by itself; its slot gets another one."""
+        worker.leave_slot()
+        self._unblock(worker)
+        worker.writer.close()
+        self.overdue[worker] = now + _LEAVE, _Push.END
+
     def push_overdue(self, now: float) -> None:
         """Do more about the workers that should have been reported gone by now."""
         for worker, (instant, push) in list(self.overdue.items()):
@@ -170,7 +183,7 @@ class Staff:
         for worker in self.workers.values():
             if worker.slot.state is SlotState.IDLE:
                 worker.writer.close()
-            else:
+            elif not worker.is_leaving:
                 self._link.end(worker.number, 0.0)
 
     def end_all(self) -> None:
@@ -246,6 +259,9 @@ class Staff:
         worker = self.workers.get(number)
         if worker is None:
             return
+        if worker.is_leaving:
+            self._forget(worker)
+            return
         slot = worker.slot
         if slot.job is not None:
             worker.busy_seconds += now - worker.began
@@ -276,8 +292,9 @@ class Staff:
     def _push(self, worker: Worker, push: _Push, now: float) -> None:
         """Do more about a worker that should have been reported gone: the launcher may be stopped or stuck."""
         if push is _Push.END:
-            self._link.end(worker.number, _GRACE)
-            self.overdue[worker] = now + _GRACE + _REPORT, _Push.CUT
+            grace = _HASTE if worker.slot.verdict is Verdict.MEMORY else _GRACE
+            self._link.end(worker.number, grace)
+            self.overdue[worker] = now + grace + _REPORT, _Push.CUT
         elif push is _Push.CUT:
             worker.cut()
             self.overdue[worker] = now + _REPORT, _Push.LAUNCHER
