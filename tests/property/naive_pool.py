@@ -1,8 +1,8 @@
 """What a pool promises, in the most literal form: lists that are searched from end to end at every step.
 
 Written from the promises (A3-A6, A8, A11, A12, A15, B3, C4, C5, C13, C15), not from the kernel: no heap, no counters
-that could drift, no states but the words of the promises. Each stimulus returns what must follow from it. Two choices are
-left to the kernel: which free worker takes a job, and how long it waits before it replaces a worker that died early.
+that could drift, no states but the words of the promises. Each stimulus returns what must follow from it. Two choices
+are left to the kernel: which free worker takes a job, and how long it waits before it replaces one that died early.
 """
 
 from __future__ import annotations
