@@ -39,10 +39,10 @@ from bulkhead.errors import (
     WorkerCrashed,
 )
 from bulkhead.job import Job
+from bulkhead.prepared import worker_state
 from bulkhead.retry import RetryPolicy
 from bulkhead.stats import BarrierReport, DispatcherStats, PoolStats
 from bulkhead.tracker import JobStatus, Tracker
-from bulkhead.worker_state import worker_state as worker_state
 
 __all__ = [
     "BarrierReport",

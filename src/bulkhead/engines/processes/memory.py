@@ -18,6 +18,7 @@ MIB = 1 << 20
 
 _PAGE = os.sysconf("SC_PAGESIZE")
 _HAS_STATM = os.path.exists("/proc/self/statm")
+_HAS_ROLLUP = os.path.exists("/proc/self/smaps_rollup")
 _HAS_CHILDREN = os.path.exists(f"/proc/self/task/{os.getpid()}/children")
 
 
@@ -40,7 +41,7 @@ def private_bytes_of(pid: int) -> int:
 
     Why besides `rss_of`: what a process had before it forked is resident in both.
     """
-    if not os.path.exists("/proc/self/smaps_rollup"):
+    if not _HAS_ROLLUP:
         return _by_psutil(pid, "memory_full_info", "uss")
     for line in _read(f"/proc/{pid}/smaps_rollup").splitlines():
         if line.startswith(b"Private_Dirty:"):

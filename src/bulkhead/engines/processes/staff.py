@@ -36,6 +36,7 @@ from bulkhead.engines.processes.reading import (
     read_worker,
 )
 from bulkhead.engines.processes.segments import Borrowed
+from bulkhead.engines.processes.use import mib
 from bulkhead.engines.processes.worker import Worker
 from bulkhead.engines.processes.worker_main import Initializer, Kind
 from bulkhead.errors import MissingMainGuard, PoolBroken, RemoteError
@@ -118,6 +119,7 @@ class Staff:
         self.busy_seconds = 0.0
         self._deserted: list[Waiter] = []  # who waits until no worker is left
         self._workers_made = 0
+        self._has_warned = False
         self._launchers_lost = 0
         self._is_dismissed = False
         self._link = self._launch()
@@ -162,10 +164,24 @@ class Staff:
 
     def send_home(self, worker: Worker, now: float) -> None:
         """Let a worker that has answered leave by itself; its slot gets another one."""
+        self._warn_if_at_once(worker)
         worker.leave_slot()
         self._unblock(worker)
         worker.writer.close()
         self.overdue[worker] = now + _LEAVE, _Push.END
+
+    def _warn_if_at_once(self, worker: Worker) -> None:
+        """Say, once, when a single job is too much: then each job pays for a new worker."""
+        usage, wear = worker.usage(), self._scheduler.wear
+        limit = None if wear is None else wear.max_rss_bytes
+        if self._has_warned or limit is None or usage.jobs > 1 or usage.rss_bytes <= limit:
+            return
+        self._has_warned = True
+        text = (
+            "%s: a worker took %s after its first job, more than the limit of %s, and is replaced; "
+            "if most jobs do, raise the limit"
+        )
+        _log.warning(text, self._label, mib(usage.rss_bytes), mib(limit))
 
     def push_overdue(self, now: float) -> None:
         """Do more about the workers that should have been reported gone by now."""

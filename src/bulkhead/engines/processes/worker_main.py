@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from bulkhead import forks, worker_state
+from bulkhead import forks, prepared
 from bulkhead.engines.processes import lifeline, main_module
 from bulkhead.engines.processes.blackbox import BlackBox
 from bulkhead.engines.processes.channel import CHUNK, HEADER, Frame, read_frame, write_all
@@ -162,7 +162,7 @@ def _get_ready(ends: Ends, box: BlackBox, inherited: Initializer | None) -> _Rea
         call = unpack_call(setup.initializer) if setup.initializer is not None else inherited
         if call is not None:
             fn, args, kwargs = call
-            worker_state.keep(fn(*args, **kwargs))
+            prepared.keep(fn(*args, **kwargs))
         use = None if setup.limits is None else WorkerUse(setup.limits, box)
     except BaseException as error:
         box.flush_output()
