@@ -250,16 +250,14 @@ class Scheduler:
         assert job is not None
         self._deaths_in_a_row = 0
         slot.job = job.slot = None
-        is_worn = usage is not None and self.wear is not None and self.wear.is_reached(usage)
-        slot.state = SlotState.VACANT if is_worn else SlotState.IDLE
+        slot.state = SlotState.IDLE
+        self._idle.append(slot)
         self.running -= 1
-        if not is_worn:
-            self._idle.append(slot)
         if error is None:
             self._settle(job, lifecycle.SUCCEED)
         else:
             self._attempt_failed(job, error, now)
-        if is_worn:
+        if usage is not None and self.wear is not None and self.wear.is_reached(usage):
             self._recycle(slot)
         if self._ready or self._offers:
             self._fill()
@@ -535,8 +533,10 @@ class Scheduler:
         self.instructions.extend(RefuseOffer(job) for job in offers)
 
     def _recycle(self, slot: Slot) -> None:
-        """Replace a worker that has answered. Why no pause as after deaths: each one has done some work."""
+        """Replace an idle worker that has done its share. Why no pause as after deaths: each one has done some work."""
         self.recycled += 1
+        self._idle.remove(slot)
+        slot.state = SlotState.VACANT
         self.instructions.append(SendHome(slot))
         self._staff(slot)
 
