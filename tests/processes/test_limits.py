@@ -276,6 +276,19 @@ def test_a_leaking_worker_is_replaced_between_the_items_of_a_map(usual: int, opt
         assert without_restarts(disp.stats()[0]) >= 2
 
 
+def test_a_limit_that_each_job_exceeds_is_warned_of_once(
+    usual: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Dispatcher([Pool(0, 1, max_memory_per_worker=usual + 10 * MIB, name="small")]) as disp:
+        for _ in range(3):
+            disp.dispatch(Job(leaking_jobs.keep, 20 * MIB)).result(PATIENCE)
+        assert without_restarts(disp.stats()[0]) == 3
+    [record] = caplog.records
+    assert (record.name, record.levelname) == ("bulkhead", "WARNING")
+    for part in ("small", "after its first job", f"limit of {(usual + 10 * MIB) / MIB:.1f} MiB", "raise"):
+        assert part in record.getMessage()
+
+
 def test_what_a_job_returns_frees_or_was_given_is_not_held_against_its_worker(usual: int) -> None:
     numpy = pytest.importorskip("numpy")
     with Dispatcher([Pool(0, 1, max_memory_per_worker=usual + 30 * MIB)]) as disp:

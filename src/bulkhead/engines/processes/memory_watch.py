@@ -28,6 +28,10 @@ _LATEST = 0.1
 # Bytes that a process can fill in a second (about what zeroing fresh pages allows; several threads may be faster).
 _FASTEST = 4 << 30
 
+# What looking may take of the time in which this pool does nothing else (a share; arbitrary). Only a job with large
+# copies of itself comes near it.
+_SHARE = 0.1
+
 # How often it is found out which processes a worker's job has started (seconds).
 _FAMILY_EVERY = 0.1
 
@@ -68,6 +72,7 @@ class MemoryWatch:
 
     def look(self, now: float) -> None:
         """See what each worker takes, and have those ended that take too much."""
+        began = time.monotonic()
         watched = [worker for worker in self._staff.workers.values() if _is_at_work(worker)]
         if now >= self._families_due:
             self._families = {one: descendants_of(one.pid) for one in watched if one.pid is not None}
@@ -79,7 +84,8 @@ class MemoryWatch:
                 self._end(worker, taken, now)
             else:
                 most = max(most, taken)
-        self.due = now + min(max((self._limit - most) / _FASTEST, _SOONEST), _LATEST)
+        pause = min(max((self._limit - most) / _FASTEST, _SOONEST), _LATEST)
+        self.due = now + max(pause, (time.monotonic() - began) / _SHARE)
 
     def _taken_by(self, worker: Worker) -> int:
         if worker.pid is None:
