@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import leaking_jobs
@@ -43,6 +44,16 @@ class Killer(threading.Thread):
             time.sleep(pause * draw.random())
 
 
+@contextlib.contextmanager
+def killing(killer: Killer) -> Iterator[None]:
+    killer.start()
+    try:
+        yield
+    finally:
+        killer.is_over = True
+        killer.join(PATIENCE)
+
+
 def run_under_fire(method: str, n_threads: int, each: int, pause: float, seed: int) -> None:
     settled: Counter[Any] = Counter()
     pool = Pool(0, 3, max_jobs_per_worker=4, retry=RETRY, start_method=method)
@@ -59,12 +70,10 @@ def run_under_fire(method: str, n_threads: int, each: int, pause: float, seed: i
                 trackers.append(tracker)
             return trackers
 
-        killer.start()
-        calls = at_once(n_threads, dispatch)
-        trackers = [tracker for call in calls for tracker in call.value(90)]
-        report = disp.barrier(timeout=60)
-        killer.is_over = True
-        killer.join(PATIENCE)
+        with killing(killer):
+            calls = at_once(n_threads, dispatch)
+            trackers = [tracker for call in calls for tracker in call.value(90)]
+            report = disp.barrier(timeout=60)
         results = [tracker.result(0) for tracker in trackers]
         assert [number for number, _ in results] == list(range(n_threads * each))
         assert max(Counter(pid for _, pid in results).values()) <= 4
@@ -84,7 +93,9 @@ def test_no_job_is_lost_or_doubled_when_workers_are_killed_that_are_being_replac
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_nor_in_a_storm(start_method: str, seed: int) -> None:
-    run_under_fire(start_method, 8, 60 if start_method == "spawn" else 200, 0.05, seed)
+    # More kills than starts in the same time would leave no worker alive.
+    each, pause = (40, 1.0) if start_method == "spawn" else (200, 0.05)
+    run_under_fire(start_method, 8, each, pause, seed)
 
 
 def test_a_map_gives_each_result_once_and_in_order_when_workers_are_killed_that_are_being_replaced() -> None:
@@ -92,12 +103,8 @@ def test_a_map_gives_each_result_once_and_in_order_when_workers_are_killed_that_
     with Dispatcher([pool]) as disp:
         assert_whole(disp)
         killer = Killer(disp, random.Random(2), 0.08)
-        killer.start()
-        try:
+        with killing(killer):
             found = list(disp.map(leaking_jobs.leak_and_tell, range(2000), [10] * 2000))
-        finally:
-            killer.is_over = True
-            killer.join(PATIENCE)
         assert [number for number, _ in found] == list(range(2000))
         assert_whole(disp)
         assert disp.stats()[0].recycled > 10
