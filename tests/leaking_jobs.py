@@ -31,6 +31,7 @@ __all__ = [
     "linger_at_exit",
     "make_garbage",
     "make_large",
+    "note_at_exit",
     "note_number",
     "own_bytes",
     "start_a_large_process",
@@ -133,6 +134,16 @@ def linger_at_exit() -> int:
     """Keep this worker from leaving soon when it is sent home."""
     multiprocessing.util.Finalize(None, time.sleep, args=(60,), exitpriority=1)
     return os.getpid()
+
+
+def note_at_exit(path: str) -> None:
+    """Have this worker take its time for something that it does when it leaves."""
+
+    def note_late() -> None:
+        time.sleep(0.2)
+        note(path, "left")
+
+    multiprocessing.util.Finalize(None, note_late, exitpriority=1)
 
 
 def note_number(path: str, number: int) -> int:

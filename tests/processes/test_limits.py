@@ -203,6 +203,12 @@ def test_finalize_ends_a_pool_whose_workers_are_being_replaced(start_method: str
             )
 
 
+def test_finalize_lets_a_worker_that_was_sent_home_run_its_exit_handlers(tmp_path: Path) -> None:
+    with Dispatcher([Pool(0, 1, max_jobs_per_worker=1)]) as disp:
+        disp.dispatch(Job(leaking_jobs.note_at_exit, str(tmp_path / "log"))).result(PATIENCE)
+    assert lines(tmp_path / "log") == ["left"]
+
+
 def test_finalize_does_not_wait_for_a_worker_that_was_sent_home_and_lingers() -> None:
     with Dispatcher([Pool(0, 1, max_jobs_per_worker=1)]) as disp:
         leaving = disp.dispatch(Job(leaking_jobs.linger_at_exit)).result(PATIENCE)
@@ -373,7 +379,8 @@ def test_a_job_that_holds_the_interpreter_lock_is_ended_as_well(usual: int) -> N
 
 
 def test_it_is_found_out_whoever_waits_and_also_when_nobody_does(usual: int, tmp_path: Path) -> None:
-    with Dispatcher([Pool(0, 1, hard_memory_limit=usual + 60 * MIB), (1, 1)]) as disp:
+    with staffed(Dispatcher([Pool(0, 1, hard_memory_limit=usual + 60 * MIB), (1, 1)])) as disp:
+        wait_until(_all_threads_sleep)
         tracker = disp.dispatch(Job(leaking_jobs.grow, tmp_path / "a").options(priority=0))
         wait_until(tracker.done)  # which drives nothing
         tracker = disp.dispatch(Job(leaking_jobs.grow, tmp_path / "b").options(priority=0))

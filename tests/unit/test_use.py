@@ -66,11 +66,11 @@ def test_jobs_and_bytes_are_read_where_the_worker_has_noted_them(
     assert box[1].use() == (0, 0)
     mine.count(1)
     mine.count(3)
-    mine.report(2 * MIB)
-    assert box[1].use() == (4, 3 * MIB)
+    mine.report()
+    assert box[1].use() == (4, 5 * MIB)
     box[0].record("what the job prints " * 1000)
     box[0].note_read(7)
-    assert box[1].use() == (4, 3 * MIB), "nothing else is written there"
+    assert box[1].use() == (4, 5 * MIB), "nothing else is written there"
 
 
 def test_nobody_measures_where_jobs_alone_are_limited(
@@ -79,7 +79,7 @@ def test_nobody_measures_where_jobs_alone_are_limited(
     scales = weigh(monkeypatch, 5 * MIB)
     mine = WorkerUse(UseLimits(10, None, None), box[0])
     mine.count(1)
-    mine.report(0)
+    mine.report()
     assert not mine.is_heavy()
     assert box[1].use() == (1, 0)
     assert scales.asked == 0
@@ -123,9 +123,9 @@ def test_garbage_is_collected_before_a_worker_is_called_heavy(
     monkeypatch.setattr("gc.collect", lambda: collected.append(True))
     weigh(monkeypatch, MIB, 9 * MIB, 3 * MIB, 4 * MIB)
     mine = WorkerUse(UseLimits(None, 5 * MIB, None), box[0])
-    mine.report(0)
+    mine.report()
     assert (box[1].use(), collected) == ((0, 3 * MIB), [True])
-    mine.report(0)
+    mine.report()
     assert (box[1].use(), collected) == ((0, 4 * MIB), [True])
 
 

@@ -65,19 +65,15 @@ class WorkerUse:
         """Note that so many jobs are done."""
         self._jobs += jobs
 
-    def report(self, passing: int) -> None:
-        """Write down what was done and is taken, before an answer is sent.
-
-        Args:
-            passing: Bytes that go when the answer is sent.
-        """
+    def report(self) -> None:
+        """Write down what was done and is taken, before an answer is sent. A large one lies in shared memory by now."""
         taken = 0
         if self._max_bytes is not None:
-            taken = self._own_bytes() - passing
+            taken = self._own_bytes()
             if taken > self._max_bytes:
                 gc.collect()
-                taken = self._own_bytes() - passing
-        self._box.note_use(self._jobs, max(taken, 0))
+                taken = self._own_bytes()
+        self._box.note_use(self._jobs, taken)
 
     @property
     def jobs_left(self) -> int | None:

@@ -202,7 +202,7 @@ def _serve_at(desk: _Desk, ends: Ends, box: BlackBox, sleeper: select.poll) -> N
         del body
         if use is not None:
             use.count(outcome != Kind.CHUNK_DONE)  # a chunk has counted its items
-            use.report(len(packed) if type(packed) is bytes else 0)
+            use.report()
         if type(packed) is bytes and not desk.exchange.let_go:
             write_all(ends.results, outcome, number, packed)
         else:
