@@ -250,7 +250,7 @@ class Scheduler:
         assert job is not None
         self._deaths_in_a_row = 0
         slot.job = job.slot = None
-        slot.state = SlotState.IDLE
+        slot.state = _IDLE
         self._idle.append(slot)
         self.running -= 1
         if error is None:
