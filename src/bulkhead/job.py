@@ -144,10 +144,10 @@ def run_each(fn: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> list[A
     return [fn(*args) for args in calls]
 
 
-def initialize(initializer: Callable[..., object], /, *args: Any) -> None:
+def initialize(initializer: Callable[..., object], /, *args: Any) -> object:
     """Call an executor's initializer in the worker; log its error as the standard library's workers do."""
     try:
-        initializer(*args)
+        return initializer(*args)
     except BaseException:
         logging.getLogger("concurrent.futures").critical("Exception in initializer:", exc_info=True)
         raise

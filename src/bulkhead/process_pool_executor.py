@@ -66,7 +66,13 @@ class ProcessPoolExecutor(PoolExecutor):
                 raise ConfigTypeError(f"initargs must be a tuple, not {initargs!r}")
             initializer, initargs = initialize, (initializer, *initargs)
         pool = Pool(
-            0, n_workers, name="executor", initializer=initializer, initargs=initargs, start_method=method
+            0,
+            n_workers,
+            name="executor",
+            max_jobs_per_worker=max_tasks_per_child,
+            initializer=initializer,
+            initargs=initargs,
+            start_method=method,
         )
         dispatcher = Dispatcher([pool], max_history=0)
         super().__init__(dispatcher, dispatcher._pools[0])

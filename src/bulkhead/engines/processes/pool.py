@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from bulkhead._kernel import lifecycle
 from bulkhead._kernel.lifecycle import JobState
 from bulkhead._kernel.phases import Phase
-from bulkhead._kernel.records import JobRecord
+from bulkhead._kernel.records import JobRecord, Wear
 from bulkhead._kernel.scheduler import Scheduler
 from bulkhead.chunk import Chunk
 from bulkhead.config import Pool
@@ -46,6 +46,7 @@ from bulkhead.engines.processes.segments import SegmentPool
 from bulkhead.engines.processes.settling import Settling
 from bulkhead.engines.processes.sharing import Shared
 from bulkhead.engines.processes.snapshot import snapshot
+from bulkhead.engines.processes.use import UseLimits
 from bulkhead.engines.processes.worker_main import Setup
 from bulkhead.errors import DispatcherFinalized, JobCancelled, JobNotPicklable, NestedDispatch, PoolBroken
 from bulkhead.stats import PoolStats
@@ -90,9 +91,10 @@ def packed_setup(config: Pool, nicer_by: int) -> PackedSetup:
         with collecting(heritage):
             call = pack_initializer(config.initializer, config.initargs)
     main = None if is_fork else main_module.describe()
-    setup = Setup(
-        f"bulkhead-{config.label}", main, call, config.nice, nicer_by, n_descriptors=len(heritage.fds)
-    )
+    limits = _use_limits(config)
+    cpus = None if config.cpus is None else tuple(config.cpus)
+    n_descriptors = len(heritage.fds)
+    setup = Setup(f"bulkhead-{config.label}", main, call, config.nice, nicer_by, cpus, limits, n_descriptors)
     return PackedSetup(pickle.dumps(setup), heritage)
 
 
@@ -133,6 +135,7 @@ class ProcessPool:
             on_accept=ledger.enter,
             expired=deaths.expiry,
             extended=extended,
+            wear=_wear(config),
         )
         self._settling = Settling(self._scheduler, ledger, config.priority)
         self._acting = Acting(
@@ -564,6 +567,16 @@ def _hurry(driving: Driving, scheduler: Scheduler, job: JobRecord) -> None:
     """See to it that who polls knows the instants that a job has brought."""
     if job.due is not None or job.start_by is not None:
         driving.hurry(scheduler.next_deadline)
+
+
+def _use_limits(config: Pool) -> UseLimits | None:
+    limits = UseLimits(config.max_jobs_per_worker, config.max_memory_per_worker, config.hard_memory_limit)
+    return None if all(limit is None for limit in limits) else limits
+
+
+def _wear(config: Pool) -> Wear | None:
+    limits = _use_limits(config)
+    return None if limits is None else Wear(limits.max_jobs, limits.max_bytes)
 
 
 def _close_copies() -> None:

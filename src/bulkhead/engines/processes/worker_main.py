@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from bulkhead import forks
+from bulkhead import forks, prepared
 from bulkhead.engines.processes import lifeline, main_module
 from bulkhead.engines.processes.blackbox import BlackBox
 from bulkhead.engines.processes.channel import CHUNK, HEADER, Frame, read_frame, write_all
@@ -28,6 +28,7 @@ from bulkhead.engines.processes.parcels import Exchange, Opened, Parcel, handed_
 from bulkhead.engines.processes.payload import cannot, cannot_pack_result, pack_error, pack_value, unpack_call
 from bulkhead.engines.processes.progress import Progress
 from bulkhead.engines.processes.segments import Borrowed, SegmentPool
+from bulkhead.engines.processes.use import UseLimits, WorkerUse
 
 __all__ = ["Ends", "Kind", "Setup", "main", "run"]
 
@@ -86,7 +87,13 @@ class Setup(NamedTuple):
     initializer: bytes | None
     nice: int | None
     nicer_by: int
+    cpus: tuple[int, ...] | None
+    limits: UseLimits | None
     n_descriptors: int = 0
+
+
+class _Ready(NamedTuple):
+    use: WorkerUse | None
 
 
 Initializer = tuple[Callable[..., object], tuple[Any, ...], dict[str, Any]]
@@ -103,8 +110,9 @@ def run(ends: Ends, inherited: Initializer | None = None) -> None:
     code = 1
     try:
         box = _settle_in(ends)
-        if _get_ready(ends, box, inherited):
-            _serve(ends, box)
+        ready = _get_ready(ends, box, inherited)
+        if ready is not None:
+            _serve(ends, box, ready.use)
             code = 0
     except OSError:
         pass  # the caller is gone, or the job closed our descriptors; nobody is left to be told
@@ -141,12 +149,14 @@ def _detach_stdin() -> None:
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - lives as long as the process
 
 
-def _get_ready(ends: Ends, box: BlackBox, inherited: Initializer | None) -> bool:
+def _get_ready(ends: Ends, box: BlackBox, inherited: Initializer | None) -> _Ready | None:
     message = read_frame(ends.jobs, b"")
     if message is None:
-        return False
+        return None
     try:
         setup: Setup = pickle.loads(message[2])
+        if setup.cpus is not None:
+            os.sched_setaffinity(0, setup.cpus)
         if setup.nice is not None:
             os.setpriority(os.PRIO_PROCESS, 0, setup.nice)
         elif setup.nicer_by:
@@ -157,13 +167,14 @@ def _get_ready(ends: Ends, box: BlackBox, inherited: Initializer | None) -> bool
         call = inherited if setup.initializer is None else _unpack_initializer(setup, ends)
         if call is not None:
             fn, args, kwargs = call
-            fn(*args, **kwargs)
+            prepared.keep(fn(*args, **kwargs))
+        use = None if setup.limits is None else WorkerUse(setup.limits, box)
     except BaseException as error:
         box.flush_output()
         write_all(ends.results, Kind.NOT_READY, 0, pack_error(error))
-        return False
+        return None
     write_all(ends.results, Kind.READY, os.getpid(), b"")
-    return True
+    return _Ready(use)
 
 
 def _unpack_initializer(setup: Setup, ends: Ends) -> Initializer:
@@ -181,10 +192,10 @@ def _unpack_initializer(setup: Setup, ends: Ends) -> Initializer:
     return fn, tuple(args), kwargs
 
 
-def _serve(ends: Ends, box: BlackBox) -> None:
+def _serve(ends: Ends, box: BlackBox, use: WorkerUse | None) -> None:
     sleeper = select.poll()
     sleeper.register(ends.jobs, select.POLLIN)
-    desk = _Desk(ends)
+    desk = _Desk(ends, use)
     try:
         _serve_at(desk, ends, box, sleeper)
     finally:
@@ -193,6 +204,7 @@ def _serve(ends: Ends, box: BlackBox) -> None:
 
 def _serve_at(desk: _Desk, ends: Ends, box: BlackBox, sleeper: select.poll) -> None:
     rest = b""
+    use = desk.use
     while True:
         first = rest or _next_bytes(ends.jobs, sleeper, desk)
         if not first:
@@ -208,6 +220,9 @@ def _serve_at(desk: _Desk, ends: Ends, box: BlackBox, sleeper: select.poll) -> N
         if box.has_output:
             box.flush_output()
         del body
+        if use is not None:
+            use.count(outcome != Kind.CHUNK_DONE)  # a chunk has counted its items
+            use.report()
         if type(packed) is bytes and not desk.exchange.let_go:
             write_all(ends.results, outcome, number, packed)
         else:
@@ -218,7 +233,8 @@ def _serve_at(desk: _Desk, ends: Ends, box: BlackBox, sleeper: select.poll) -> N
 class _Desk:
     """What a worker needs for everything but small jobs. Its parts cost nothing until they are used."""
 
-    def __init__(self, ends: Ends) -> None:
+    def __init__(self, ends: Ends, use: WorkerUse | None) -> None:
+        self.use = use
         self.segments = SegmentPool(_KEEP_BYTES)
         self.exchange = Exchange(socket.socket(fileno=ends.line), Borrowed())
         self._ends = ends
@@ -257,7 +273,7 @@ class _Desk:
         if self._progress is None:
             self._progress = Progress.in_box(self._ends.box)
         send = partial(self._send_part, number)
-        took = run_chunk(fn, items, order, number, self._progress, send, self.segments)
+        took = run_chunk(fn, items, order, number, self._progress, send, self.segments, self.use)
         return Kind.CHUNK_DONE, _SECONDS.pack(took)
 
     def _send_part(self, number: int, position: int, packed: bytes | Parcel) -> bool:
