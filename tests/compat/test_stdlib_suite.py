@@ -64,11 +64,10 @@ QUICK = "Deadlock.*_exit_|PoolExecutorTest.test_(submit|map_(exc|chunk)|tracebac
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_whole_suite_passes_under_every_start_method() -> None:
-    standalone, dispatcher = run()
-    for passed, failed, others in (standalone, dispatcher):
+    for passed, failed, others in run():
         assert failed == 0
-        assert passed >= 150
-        assert others <= 40
+        assert passed >= 163  # as seen with Python 3.13.0
+        assert others <= 30
 
 
 def test_an_interpreter_without_the_suite_is_named_and_skipped(tmp_path: Path) -> None:

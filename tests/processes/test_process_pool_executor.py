@@ -84,6 +84,12 @@ def test_values_that_cannot_work_are_refused_before_anything_starts(
     assert not Traces.now().beyond(before)
 
 
+def test_a_worker_is_replaced_after_so_many_calls() -> None:
+    with ProcessPoolExecutor(1, context("forkserver"), max_tasks_per_child=3) as executor:
+        pids = [executor.submit(pid).result(PATIENCE) for _ in range(7)]
+    assert [pids.count(one) for one in dict.fromkeys(pids)] == [3, 3, 1]
+
+
 # Initializers
 
 # Why scripts: multiprocessing keeps a process and semaphores of its own until the interpreter ends.
