@@ -61,12 +61,13 @@ def test_a_selection_of_the_suite_passes() -> None:
 QUICK = "Deadlock.*_exit_|PoolExecutorTest.test_(submit|map_(exc|chunk)|traceback)|test_cancel_futures"
 
 
+# What was seen: with Python 3.13.0 163 passed and 30 not applicable, with 3.11.7 153 and 24.
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_whole_suite_passes_under_every_start_method() -> None:
     for passed, failed, others in run():
         assert failed == 0
-        assert passed >= 163  # as seen with Python 3.13.0
+        assert passed >= (163 if others >= 30 else 153)
         assert others <= 30
 
 
