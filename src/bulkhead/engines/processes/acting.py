@@ -46,6 +46,9 @@ __all__ = ["Acting"]
 # How often deadlines are looked at while one answer follows the other (seconds).
 _TICK = 0.001
 
+# An answer that came within this time (seconds) after its job lets expect the next one soon (arbitrary).
+_SOON = 100e-6
+
 # Why: a class's attribute is looked up at each use, on the way of every job.
 _JOB = Kind.JOB
 
@@ -92,6 +95,7 @@ class Acting:
         self.guard = _Guard(self.ruin)
         self._ruin: PoolBroken | None = None
         self._tick_at = 0.0  # when to look at deadlines again
+        self._last_took = 0.0  # from the last answered job to its answer, seconds
         self._dropped: deque[Chunk] = deque()  # whose consumer is gone. Why a deque: see `drop`
         self.staff = Staff(
             config,
@@ -180,7 +184,7 @@ class Acting:
         return deadline
 
     def _is_answer_near(self) -> bool:
-        return self._scheduler.running > 0
+        return self._last_took < _SOON and self._scheduler.running > 0
 
     def _work(self, events: list[tuple[int, int]], polled_at: float, errand: Errand | None) -> None:
         """Do what the polled events ask for, the errand, and what was due at `polled_at`."""
@@ -219,6 +223,7 @@ class Acting:
         now = time.monotonic()
         scheduler = self._scheduler
         for worker, kind, number, size, value, error in answers:
+            self._last_took = now - worker.began
             tell(scheduler, worker, kind, number, size, value, error, now)
         if errand is not None:
             errand(now)

@@ -35,6 +35,9 @@ __all__ = ["Ends", "Kind", "Setup", "main", "run"]
 _LOOK_FOR = 50e-6
 _give_way = getattr(os, "sched_yield", lambda: None)
 
+# A job that took no longer (seconds) lets expect the next one so soon. After others looking would take the CPU from
+# who computes, or leave it to them for longer than a sleeper needs to wake up.
+_SOON = 100e-6
 
 # Free segments for results that a worker keeps for the next ones, together (bytes).
 _KEEP_BYTES = 512 << 20
@@ -201,6 +204,7 @@ class _Desk:
     def __init__(self, ends: Ends) -> None:
         self.segments = SegmentPool(_KEEP_BYTES)
         self.exchange = Exchange(socket.socket(fileno=ends.line), Borrowed())
+        self.has_job_since = 0.0  # seconds of the performance counter
         self._ends = ends
         self._progress: Progress | None = None
 
@@ -251,15 +255,20 @@ class _Desk:
 
 
 def _next_bytes(fd: int, sleeper: select.poll, desk: _Desk) -> bytes:
-    look = sleeper.poll
-    give_up = time.perf_counter() + _LOOK_FOR
-    # Why first of all: the next job cannot be there before the caller has read the last answer.
-    _give_way()
+    look, clock = sleeper.poll, time.perf_counter
+    now = clock()
+    give_up = now + _LOOK_FOR
+    if now > desk.has_job_since + _SOON:
+        give_up = now
+    else:
+        # Why first of all: the next job cannot be there before the caller has read the last answer.
+        _give_way()
     while not look(0):
-        if time.perf_counter() > give_up:
+        if clock() > give_up:
             _sleep(sleeper, desk)
             break
         _give_way()
+    desk.has_job_since = clock()
     return os.read(fd, CHUNK)
 
 
