@@ -89,12 +89,7 @@ class Pool:
         put(self, "initargs", tuple(self.initargs))
         if self.start_method is not None and self.start_method not in _START_METHODS:
             raise ConfigError(f"start_method must be one of {_START_METHODS}, not {self.start_method!r}")
-        if not isinstance(self.capture_output, bool) and self.capture_output not in _CAPTURE_MODES:
-            raise ConfigError(
-                f"capture_output must be a bool or one of {_CAPTURE_MODES}, not {self.capture_output!r}"
-            )
-        if not isinstance(self.forward_logging, bool):
-            raise ConfigTypeError(f"forward_logging must be a bool, not {self.forward_logging!r}")
+        _check_output(self.capture_output, self.forward_logging)
 
     @property
     def capture_mode(self) -> CaptureMode | None:
@@ -124,6 +119,15 @@ def pools_from(pools: Iterable[Pool | tuple[int, int]]) -> list[Pool]:
         if one.priority == other.priority:
             raise ConfigError(f"priority {one.priority} is given to two pools; each pool needs its own")
     return made
+
+
+def _check_output(capture_output: object, forward_logging: object) -> None:
+    if not isinstance(capture_output, (bool, str)):
+        raise ConfigTypeError(f"capture_output must be a bool or a str, not {capture_output!r}")
+    if isinstance(capture_output, str) and capture_output not in _CAPTURE_MODES:
+        raise ConfigError(f"capture_output must be a bool or one of {_CAPTURE_MODES}, not {capture_output!r}")
+    if not isinstance(forward_logging, bool):
+        raise ConfigTypeError(f"forward_logging must be a bool, not {forward_logging!r}")
 
 
 def _pool_from(entry: object) -> Pool:

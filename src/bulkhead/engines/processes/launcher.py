@@ -6,9 +6,9 @@ and it is there to end the workers when the caller is gone. With start method fo
 main module, so that a worker costs milliseconds; with spawn it starts fresh interpreters; with fork it is itself a
 copy of the caller, made before the caller's threads.
 
-Protocol (frames on a stream socket): start(number, names; with the worker's descriptors), end(number, grace) from the caller;
-ready, unsuitable(why), started(number, pid), gone(number, Report) to it. The end of the socket, or of the caller's
-process, ends everything here at once.
+Protocol (frames on a stream socket): start(number, names; with the worker's descriptors), end(number, grace) from the
+caller; ready, unsuitable(why), started(number, pid), gone(number, Report) to it. The end of the socket, or of the
+caller's process, ends everything here at once.
 
 The kill ladder: a signal that makes the worker write down its Python stacks, SIGTERM to the worker's group and to
 descendants that left it, grace, SIGKILL. A worker is reported gone when its group is empty, so that nothing of an

@@ -1,8 +1,8 @@
 """Log records on their way from a worker to the caller's loggers.
 
 In the worker one handler sends each record as one message; in the caller the logger of the same name handles it. What
-stands in a record may be anything: what cannot be pickled, or not be rebuilt by the caller, arrives as text. A traceback
-always does.
+stands in a record may be anything: what cannot be pickled, or not be rebuilt by the caller, arrives as text. So does a
+traceback, always.
 
 Who handles what: handlers that a worker has before its initializer runs are copies of the caller's (by fork, or by
 importing its main module) and are set aside, because the caller's own will handle the records. A handler that is added
@@ -40,7 +40,9 @@ def current_levels() -> Levels:
     """Return the levels that are set in this process."""
     loggers = dict(logging.root.manager.loggerDict)
     named = {
-        name: logger.level for name, logger in loggers.items() if isinstance(logger, logging.Logger) and logger.level
+        name: logger.level
+        for name, logger in loggers.items()
+        if isinstance(logger, logging.Logger) and logger.level
     }
     return Levels(logging.root.manager.disable, logging.root.level, named)
 
@@ -132,10 +134,12 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
 
 
 def _shortened(record: logging.LogRecord) -> bytes:
-    """Return a record that is too long for a message, packed with the beginning of its text and the end of its trace."""
+    """Return a record that is too long for a message, packed: the beginning of its text, the end of its trace."""
     fields = _fields(record)
     text, trace = _message(record), fields["exc_text"]
-    kept = {name: value for name, value in fields.items() if type(value) in _PLAIN and len(str(value)) < _SHORT}
+    kept = {
+        name: value for name, value in fields.items() if type(value) in _PLAIN and len(str(value)) < _SHORT
+    }
     kept["msg"] = f"{text[:_SHORT]} … ({len(text)} characters)"
     kept["exc_text"] = trace and trace[-_SHORT:]
     return pickle.dumps(({**kept, "args": None}, None))

@@ -9,17 +9,21 @@ Guarantees:
   it goes: a thread of the user's that prints in pieces may have a line of a job between two pieces.
 - The streams are those that `sys.stdout` and `sys.stderr` name at that moment.
 - Nothing that a stream or a handler does comes out of here: it is logged, once.
-
-Not guaranteed: that the end of the pool waits for a stream that takes nothing (see `end`).
+- A stream on a pipe, a socket or a terminal is written to when it takes something, so that the thread is not caught in
+  a `write` (and the interpreter not at its exit, in the lock that such a thread holds) when the pool ends. What is left
+  then is dropped, with a warning.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import queue
+import select
+import stat
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -35,6 +39,15 @@ _BATCH = 256 << 10
 # What nobody can write is dropped beyond this (bytes). The pool stops reading long before; only workers that die with
 # full pipes, again and again, while the caller's streams are blocked, come so far.
 _MOST = 16 << 20
+
+
+# How much a pipe takes that is said to take something (characters): a page, of text in up to four bytes each. Between
+# two looks at a stream that takes nothing (milliseconds).
+_PIECE = 1024
+_LOOK_AGAIN = 200
+
+# Seconds that the thread has to notice that it is cut off.
+_UNWIND = 1.0
 
 
 class Lines(NamedTuple):
@@ -72,6 +85,7 @@ class Outlet:
         self._queue: queue.SimpleQueue[Lines | Record | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._complaints: set[str] = set()
+        self._is_cut = False  # nothing more is written
         self.n_put = 0
         self.n_written = 0
         self.is_awaited = False
@@ -103,7 +117,9 @@ class Outlet:
             return
         self._thread.join(patience)
         if self._thread.is_alive():
-            _log.warning("%s: the last output of its jobs is not written, the stream is blocked", self._label)
+            self._is_cut = True
+            self._complain("cut", "the last output of its jobs is not written, the stream is blocked", None)
+            self._thread.join(_UNWIND)
 
     # In the thread
 
@@ -139,13 +155,37 @@ class Outlet:
     def _emit(self, stream: str | None, entries: list[Any]) -> None:
         try:
             if stream is not None:
-                _write(stream, "".join(map(_text, entries)))
+                self._write(stream, [line for entry in entries for line in _shown(entry)])
                 return
             for entry in entries:
                 log_records.deliver(entry.data, entry.facts)
         except BaseException as error:  # whatever a stream or a handler of the user's raises
             where = f"sys.{stream}" if stream else "the loggers"
             self._complain(where, f"output of jobs cannot be given to {where}", error)
+
+    def _write(self, name: str, lines: list[str]) -> None:
+        stream = getattr(sys, name)
+        if stream is None:
+            return
+        fd = _blockable(stream)
+        for text in ["".join(lines)] if fd is None else _pieces(lines):
+            if fd is not None and not self._takes(fd):
+                return
+            try:
+                stream.write(text)
+            except UnicodeEncodeError:
+                encoding = stream.encoding or "ascii"
+                stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            stream.flush()
+
+    def _takes(self, fd: int) -> bool:
+        """Wait until the descriptor takes something; False when the thread is cut off."""
+        poll = select.poll()
+        poll.register(fd, select.POLLOUT)
+        while not self._is_cut:
+            if poll.poll(_LOOK_AGAIN):
+                return True
+        return False
 
     def _complain(self, about: str, text: str, error: BaseException | None) -> None:
         if about in self._complaints:
@@ -161,20 +201,32 @@ def _stream_of(entry: Lines | Record) -> str | None:
     return entry.stream if isinstance(entry, Lines) else None
 
 
-def _text(lines: Lines) -> str:
-    """Return lines as they are shown. Of one that was overwritten (progress bars) the last state alone."""
-    tag = lines.tag
-    shown = (line.rstrip(b"\r").rpartition(b"\r")[2] for line in lines.data.split(b"\n")[:-1])
-    return "".join(f"{tag}{line.decode('utf-8', 'replace')}\n" for line in shown)
+def _shown(lines: Lines) -> Iterator[str]:
+    """Return each line as it is shown. Of one that was overwritten (progress bars) the last state alone."""
+    for line in lines.data.split(b"\n")[:-1]:
+        last = line.rstrip(b"\r").rpartition(b"\r")[2]
+        yield f"{lines.tag}{last.decode('utf-8', 'replace')}\n"
 
 
-def _write(name: str, text: str) -> None:
-    stream = getattr(sys, name)
-    if stream is None:
-        return
+def _blockable(stream: Any) -> int | None:
+    """Return the descriptor of a stream that may take nothing for long, None for others."""
     try:
-        stream.write(text)
-    except UnicodeEncodeError:
-        encoding = stream.encoding or "ascii"
-        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-    stream.flush()
+        fd = int(stream.fileno())
+        mode = os.fstat(fd).st_mode
+    except Exception:  # no file, or a stream of the user's that has its own idea of it
+        return None
+    return fd if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISCHR(mode) else None
+
+
+def _pieces(lines: list[str]) -> Iterator[str]:
+    """Return lines together that a page has room for; one that is longer is not cut."""
+    piece: list[str] = []
+    size = 0
+    for line in lines:
+        if piece and size + len(line) > _PIECE:
+            yield "".join(piece)
+            piece, size = [], 0
+        piece.append(line)
+        size += len(line)
+    if piece:
+        yield "".join(piece)

@@ -154,7 +154,11 @@ class PoolOutput:
     # What may be told to the kernel
 
     def due(
-        self, answers: list[Answer], news: list[News], workers: Mapping[int, Worker], overdue: dict[Worker, Any]
+        self,
+        answers: list[Answer],
+        news: list[News],
+        workers: Mapping[int, Worker],
+        overdue: dict[Worker, Any],
     ) -> tuple[list[Answer], list[News]]:
         """Keep back what has to wait for the outlet; return what need not, or no longer.
 
