@@ -171,15 +171,18 @@ class PoolOutput:
         now = time.monotonic()
         self._outlet.is_awaited = True
         for answer in answers:
-            self._queue(answer[0], answer, None)
+            self._queue(answer[0], _counted(answer))
         passing = []
         for one in news:
             worker = workers.get(one.number) if isinstance(one, Said) and one.kind == Says.GONE else None
-            if worker is None:
+            if not isinstance(one, Said) or worker is None or worker.output is None:
                 passing.append(one)
                 continue
             overdue.pop(worker, None)
-            self._queue(worker, one, now + _LAST_WORDS)
+            worker.output.finish_lines()
+            worker.output.until = now + _LAST_WORDS
+            _count_lost(worker)
+            self._queue(worker, one)
         due_answers: list[Answer] = []
         for worker in list(self._waiting):
             self._release(worker, now, due_answers, passing)
@@ -189,8 +192,8 @@ class PoolOutput:
 
     def next_deadline(self) -> float | None:
         """Return when `due` should be called at the latest, in monotonic seconds."""
-        ends = [end for worker in self._waiting for _, end, _ in _held(worker) if end is not None]
-        return min(ends, default=None)
+        ends = [worker.output.until for worker in self._waiting if worker.output is not None]
+        return min((end for end in ends if end is not None), default=None)
 
     def last_answers(self, worker: Worker, patience: float) -> list[Answer]:
         """Return the answers of a lost worker that have waited, when its output is written or `patience` is over."""
@@ -203,25 +206,23 @@ class PoolOutput:
             time.sleep(0.001)
         self._waiting.pop(worker, None)
         held, output.held = output.held, deque()
-        return [one for _, _, one in held if not isinstance(one, Said)]
+        return [one for _, one in held if not isinstance(one, Said)]
 
-    def _queue(self, worker: Worker, one: Any, end: float | None) -> None:
+    def _queue(self, worker: Worker, one: Answer | Said) -> None:
         output = worker.output
         assert output is not None
-        if end is not None:
-            output.finish_lines()
-            _count(worker, None)
-        output.held.append((output.ticket, end, one if end is not None else _count(worker, one)))
+        output.held.append((output.ticket, one))
         self._waiting[worker] = None
 
     def _release(self, worker: Worker, now: float, answers: list[Answer], news: list[News]) -> None:
-        held = _held(worker)
-        while held:
-            ticket, end, one = held[0]
-            is_late = self._is_hasty or (end is not None and end <= now)
+        output = worker.output
+        assert output is not None
+        is_late = self._is_hasty or (output.until is not None and output.until <= now)
+        while output.held:
+            ticket, one = output.held[0]
             if ticket > self._outlet.n_written and not is_late:
                 return
-            held.popleft()
+            output.held.popleft()
             if isinstance(one, Said):
                 news.append(one)
             else:
@@ -249,19 +250,19 @@ class PoolOutput:
 
     # For the sources
 
-    def keep(self, worker: Worker, data: bytes) -> None:
-        """Keep what a job has printed with its tracker."""
-        job = _job_of(worker)
-        if job is not None and not isinstance(job, Chunk):
-            job.add_output(data)
-
     def put_lines(self, worker: Worker, stream: str, data: bytes) -> None:
-        """Have whole lines written."""
+        """Have lines kept with their job's tracker and written, the last one with or without its newline."""
         job = _job_of(worker)
         assert worker.output is not None
+        if job is not None and not isinstance(job, Chunk):
+            # Of a line that was taken in pieces, the other stream may have its lines between.
+            is_new = worker.output.unended not in (None, stream)
+            job.add_output(b"\n" + data if is_new else data)
+        is_ended = data.endswith(b"\n")
+        worker.output.unended = None if is_ended else stream
         if self._mode != "silent":
             tag = self._tag(job, worker.output.pid) if self._mode == "tagged" else ""
-            self._outlet.put(Lines(stream, tag, data))
+            self._outlet.put(Lines(stream, tag, data if is_ended else data + b"\n"))
             worker.output.ticket = self._outlet.n_put
 
     def put_record(self, worker: Worker, data: bytes) -> None:
@@ -289,15 +290,19 @@ class WorkerOutput:
         names: Of the worker's ends, as in `worker_main.Ends`.
         theirs: The worker's ends; whoever gives them away closes them.
         ticket: The outlet's number of what it printed last.
-        held: What it has said that waits: for which ticket, until when at most, and what.
+        held: What it has said that waits: for which ticket, and what.
+        until: When nothing of it waits any longer, in monotonic seconds; None while it lives.
+        unended: The stream whose line, the last one that its job's tracker has, has no end yet.
     """
 
-    __slots__ = ("held", "names", "pid", "sources", "theirs", "ticket")
+    __slots__ = ("held", "names", "pid", "sources", "theirs", "ticket", "unended", "until")
 
     def __init__(self, worker: Worker, pool: PoolOutput) -> None:
         self.pid: int | None = None
         self.ticket = 0
-        self.held: deque[tuple[int, float | None, Any]] = deque()
+        self.unended: str | None = None
+        self.held: deque[tuple[int, Answer | Said]] = deque()
+        self.until: float | None = None
         self.sources: list[_Source] = []
         self.names: tuple[str, ...] = ()
         self.theirs: tuple[int, ...] = ()
@@ -326,6 +331,7 @@ class WorkerOutput:
         """Let nothing wait for the end of its line."""
         for source in self.sources:
             source.finish_line()
+        self.unended = None
 
     def close_theirs(self) -> None:
         """Close the worker's ends here, once it has them."""
@@ -393,7 +399,6 @@ class _Stream(_Source):
         self._rest = b""  # a line whose end has not come
 
     def take(self, data: bytes) -> None:
-        self._pool.keep(self._worker, data)
         data = self._rest + data
         end = data.rfind(b"\n") + 1
         self._rest = data[end:]
@@ -405,7 +410,7 @@ class _Stream(_Source):
     def finish_line(self) -> None:
         if self._rest:
             data, self._rest = self._rest, b""
-            self._pool.put_lines(self._worker, self._name, data + b"\n")
+            self._pool.put_lines(self._worker, self._name, data)
 
     def _cut(self) -> None:
         """Take a piece of a line that is too long, between two characters of UTF-8."""
@@ -413,7 +418,7 @@ class _Stream(_Source):
         while end > _LONGEST_LINE - 4 and self._rest[end] & 0xC0 == 0x80:
             end -= 1
         piece, self._rest = self._rest[:end], self._rest[end:]
-        self._pool.put_lines(self._worker, self._name, piece + b"\n")
+        self._pool.put_lines(self._worker, self._name, piece)
 
 
 class _Logs(_Source):
@@ -424,11 +429,6 @@ class _Logs(_Source):
 
     def take(self, data: bytes) -> None:
         self._pool.put_record(self._worker, data)
-
-
-def _held(worker: Worker) -> deque[tuple[int, float | None, Any]]:
-    assert worker.output is not None
-    return worker.output.held
 
 
 def _job_of(worker: Worker) -> Any:
@@ -442,13 +442,16 @@ def _name_of(job: Any) -> Any:
     return None if job is None else job.id
 
 
-def _count(worker: Worker, answer: Any) -> Any:
+def _counted(answer: Answer) -> Answer:
     """Let what a job has printed count as a part of its result, of which the history keeps so much."""
+    worker, kind, number, size, value, error = answer
     job = _job_of(worker)
     if job is None or isinstance(job, Chunk):
         return answer
-    if answer is None:
-        job.size = job.output_size
-        return None
-    worker, kind, number, size, value, error = answer
     return worker, kind, number, size + job.output_size, value, error
+
+
+def _count_lost(worker: Worker) -> None:
+    job = _job_of(worker)
+    if job is not None and not isinstance(job, Chunk):
+        job.size = job.output_size
