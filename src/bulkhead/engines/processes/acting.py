@@ -205,7 +205,7 @@ class Acting:
                 elif self.output is None or not self.output.read(fd):
                     staff.read(fd, answers, news)
             if self.output is not None:
-                self.output.collect(answers)
+                self.output.collect(answers, news, staff.workers)
             with driving.lock:
                 if self._ruin is None:
                     guard = self.guard

@@ -140,12 +140,23 @@ class PoolOutput:
         source.read(_READ)
         return True
 
-    def collect(self, answers: list[Answer]) -> None:
-        """Read all that the workers had printed when they gave these answers."""
+    def collect(self, answers: list[Answer], news: list[News], workers: Mapping[int, Worker]) -> None:
+        """Read all that the workers had printed when they gave these answers.
+
+        Args:
+            answers: That have just come.
+            news: That have come with them.
+            workers: By number.
+        """
+        for one in news:
+            # Race: the news that it has started may be read together with its last words, and are told to it later.
+            started = workers.get(one.number) if isinstance(one, Said) and one.kind == Says.STARTED else None
+            if isinstance(one, Said) and started is not None and started.output is not None:
+                started.output.pid = one.body
         for worker, kind, number, *_ in answers:
             output = worker.output
             if output is not None:
-                if kind == Kind.READY:
+                if kind == Kind.READY or kind == Kind.NOT_READY:
                     output.pid = number
                 output.drain()
                 if kind != Kind.PART:

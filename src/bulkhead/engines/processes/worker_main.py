@@ -184,7 +184,7 @@ def _get_ready(ends: Ends, box: BlackBox, inherited: Initializer | None) -> bool
             fn(*args, **kwargs)
     except BaseException as error:
         box.flush_output()
-        write_all(ends.results, Kind.NOT_READY, 0, pack_error(error))
+        write_all(ends.results, Kind.NOT_READY, os.getpid(), pack_error(error))
         return False
     if box.has_output:
         box.flush_output()
