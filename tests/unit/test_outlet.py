@@ -135,7 +135,7 @@ def test_what_raises_when_it_is_made_text_arrives_as_the_name_of_its_type(
         def __repr__(self) -> str:
             raise ZeroDivisionError
 
-    assert "<Mute>" in arrived(packed(record(Mute())), caplog).getMessage()
+    assert "Mute>" in arrived(packed(record(Mute())), caplog).getMessage()
 
 
 def test_a_record_that_a_handler_has_formatted_before_is_formatted_anew(
