@@ -233,6 +233,16 @@ def test_a_worker_can_be_killed_while_it_is_busy_or_idle(disp: Dispatcher, gate:
     assert testing.kill_worker(disp) != os.getpid()
 
 
+def test_a_busy_worker_is_not_killed_before_it_has_begun_its_job() -> None:
+    with Dispatcher([Pool(0, 1)]) as disp:
+        for _ in range(20):
+            tracker = disp.dispatch(Job(testing.hang))
+            pid = testing.kill_worker(disp, state="busy")
+            error = tracker.exception(PATIENCE)
+            assert isinstance(error, WorkerCrashed)
+            assert error.pid == pid
+
+
 def test_who_is_not_there_cannot_be_killed(disp: Dispatcher) -> None:
     with pytest.raises(WaitTimeout, match="busy"):
         testing.kill_worker(disp, state="busy", timeout=0)

@@ -8,8 +8,10 @@ import time
 from typing import Literal
 
 from bulkhead import validate
+from bulkhead._kernel.lifecycle import JobState
 from bulkhead.dispatcher import Dispatcher
 from bulkhead.errors import ConfigError, UnknownPriority, WaitTimeout
+from bulkhead.tracker import Tracker
 
 __all__ = ["kill_worker"]
 
@@ -30,7 +32,7 @@ def kill_worker(
     Args:
         dispatcher: Whose worker.
         priority: Of its pool.
-        state: Take one that runs a job ("busy") or waits for one ("idle"); None takes either, busy ones first.
+        state: Take one that has begun a job ("busy") or waits for one ("idle"); None takes either, busy ones first.
         signal: What is sent.
         timeout: Longest wait for such a worker in seconds.
 
@@ -56,7 +58,11 @@ def _find(dispatcher: Dispatcher, priority: int, wanted: tuple[str, ...]) -> int
     pools = dispatcher.stats().pools
     if priority not in pools:
         raise UnknownPriority(f"priority {priority!r} has no pool", priority=priority, known=tuple(pools))
-    found = [(one.state, one.pid) for one in pools[priority].processes if one.pid is not None]
+    # Why not all that are busy: a job that its worker has not begun is given to another one when this one dies.
+    begun = {status.pid for status in map(Tracker.status, dispatcher.jobs(JobState.RUNNING))}
+    found = [
+        (one.state, one.pid) for one in pools[priority].processes if one.state == "idle" or one.pid in begun
+    ]
     return next((pid for state in wanted for its, pid in found if its == state), None)
 
 
