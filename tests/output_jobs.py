@@ -170,6 +170,18 @@ def square_aloud(number: int) -> int:
     return number * number
 
 
+def say_much_and_return_much(number: int) -> bytes:
+    print("x" * 60_000)
+    return bytes(200_000 + number)
+
+
+class Nameless:
+    """An id that cannot be printed."""
+
+    def __str__(self) -> str:
+        raise ValueError("no name")
+
+
 # Jobs that log
 
 

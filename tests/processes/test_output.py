@@ -144,6 +144,17 @@ def test_the_tag_has_the_name_of_the_pool_and_the_id_of_the_job(capsys: pytest.C
         assert capsys.readouterr().out == f"[thumbnails · job a.png · pid {tracker.status().pid}] text\n"
 
 
+def test_an_id_that_makes_no_line_of_text_harms_nobody(
+    disp: Dispatcher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disp.dispatch(Job(output_jobs.say, "one").options(id="a\nb")).result(PATIENCE)
+    disp.dispatch(Job(output_jobs.say, "two").options(id=output_jobs.Nameless())).result(PATIENCE)
+    (pid,) = worker_pids(disp)
+    one, two = capsys.readouterr().out.splitlines()
+    assert one == f"[pool 0 · job 'a\\nb' · pid {pid}] one"
+    assert two == f"[pool 0 · job <Nameless> · pid {pid}] two"
+
+
 def test_lines_of_two_workers_are_never_mixed(capsys: pytest.CaptureFixture[str]) -> None:
     with Dispatcher([Pool(0, 2, capture_output="plain"), Pool(1, 1, capture_output="plain")]) as disp:
         for priority, piece in ((0, "ab"), (0, "cd"), (1, "ef")):
@@ -397,6 +408,20 @@ def test_a_stream_that_takes_nothing_stops_the_jobs_that_print_and_no_others(
         blocked.is_open.set()
         assert printing.result(PATIENCE) == "hello"
         assert f"{tag(printing.id, printing.status().pid)}hello\n" in blocked.getvalue()
+
+
+def test_items_that_print_and_return_much_stop_at_a_blocked_stream_and_lose_nothing(blocked: Blocked) -> None:
+    with Dispatcher([Pool(0, 1, capture_output="plain")]) as disp, contextlib.redirect_stdout(blocked):
+        call = Call(list, disp.map(output_jobs.say_much_and_return_much, range(40), chunksize=40))
+        output = disp._pools[0]._acting.output
+        assert output is not None
+        wait_until(lambda: output._is_paused)
+        (pid,) = worker_pids(disp)
+        wait_until(lambda: psutil.Process(pid).status() == psutil.STATUS_SLEEPING)
+        assert output._outlet.backlog < 600_000
+        blocked.is_open.set()
+        assert [len(value) for value in call.value()] == [200_000 + number for number in range(40)]
+    assert blocked.getvalue() == ("x" * 60_000 + "\n") * 40
 
 
 def test_finalize_with_cancel_does_not_wait_for_a_stream_that_takes_nothing(

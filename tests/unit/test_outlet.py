@@ -76,6 +76,9 @@ def test_what_nobody_takes_is_dropped_beyond_a_bound(made: Outlet, caplog: pytes
     for _ in range(100):
         made.put(entry)
     assert made.n_put == 17
+    with contextlib.redirect_stdout(io.StringIO()):
+        made.begin()
+        made.end(20.0)
     assert caplog.text.count("dropped") == 1
 
 

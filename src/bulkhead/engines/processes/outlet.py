@@ -86,6 +86,7 @@ class Outlet:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._complaints: set[str] = set()
         self._is_cut = False  # nothing more is written
+        self._is_dropping = False
         self.n_put = 0
         self.n_written = 0
         self.is_awaited = False
@@ -104,7 +105,7 @@ class Outlet:
     def put(self, entry: Lines | Record) -> None:
         """Have an entry written. Does not wait."""
         if self.backlog > _MOST:
-            self._complain("full", "output of jobs is dropped, because nobody takes it", None)
+            self._is_dropping = True
             return
         self.n_put += 1
         self._bytes_put += len(entry.data)
@@ -132,6 +133,8 @@ class Outlet:
                 self._emit(stream, list(entries))
             self._bytes_written += sum(len(entry.data) for entry in batch)
             self.n_written += len(batch)
+            if self._is_dropping:  # Why here: who drives must not wait for a handler of the user's
+                self._complain("full", "output of jobs was dropped, because nobody took it", None)
             # Race: whoever waits sets this first and looks at `n_written` then.
             if self.is_awaited:
                 self._on_progress()

@@ -89,8 +89,9 @@ class PoolOutput:
         return cls(config, driving)
 
     def begin(self) -> None:
-        """Start the outlet."""
-        self._outlet.begin()
+        """Start the outlet, if anything is to come out of it."""
+        if self._mode != "silent" or self._is_forwarding:
+            self._outlet.begin()
 
     def hasten(self) -> None:
         """Let nothing wait for the outlet from now on: everything is being cancelled."""
@@ -141,7 +142,7 @@ class PoolOutput:
         return True
 
     def collect(self, answers: list[Answer], news: list[News], workers: Mapping[int, Worker]) -> None:
-        """Read all that the workers had printed when they gave these answers.
+        """Read all that the workers had printed when they gave these answers, those that end a job.
 
         Args:
             answers: That have just come.
@@ -155,12 +156,12 @@ class PoolOutput:
                 started.output.pid = one.body
         for worker, kind, number, *_ in answers:
             output = worker.output
-            if output is not None:
-                if kind == Kind.READY or kind == Kind.NOT_READY:
-                    output.pid = number
-                output.drain()
-                if kind != Kind.PART:
-                    output.finish_lines()
+            if output is None or kind == Kind.PART:
+                continue  # Why: a part must not make room for who prints while nothing is read
+            if kind == Kind.READY or kind == Kind.NOT_READY:
+                output.pid = number
+            output.drain()
+            output.finish_lines()
 
     # What may be told to the kernel
 
@@ -181,20 +182,25 @@ class PoolOutput:
         """
         now = time.monotonic()
         self._outlet.is_awaited = True
+        due_answers: list[Answer] = []
         for answer in answers:
-            self._queue(answer[0], _counted(answer))
+            worker, kind = answer[:2]
+            if worker.output is None or (kind == Kind.PART and not worker.output.held):
+                due_answers.append(answer)
+            else:
+                self._queue(worker, _counted(answer))
         passing = []
         for one in news:
-            worker = workers.get(one.number) if isinstance(one, Said) and one.kind == Says.GONE else None
-            if not isinstance(one, Said) or worker is None or worker.output is None:
+            lost = workers.get(one.number) if isinstance(one, Said) and one.kind == Says.GONE else None
+            if not isinstance(one, Said) or lost is None or lost.output is None:
                 passing.append(one)
                 continue
-            overdue.pop(worker, None)
-            worker.output.finish_lines()
-            worker.output.until = now + _LAST_WORDS
-            _count_lost(worker)
-            self._queue(worker, one)
-        due_answers: list[Answer] = []
+            overdue.pop(lost, None)
+            lost.output.drain()
+            lost.output.finish_lines()
+            lost.output.until = now + _LAST_WORDS
+            _count_lost(lost)
+            self._queue(lost, one)
         for worker in list(self._waiting):
             self._release(worker, now, due_answers, passing)
         self._regulate()
@@ -289,9 +295,11 @@ class PoolOutput:
         worker.output.ticket = self._outlet.n_put
 
     def _tag(self, job: Any, pid: int | None) -> str:
-        name = _name_of(job)
+        if job is None:
+            return f"[{self._label} · pid {pid}] "
+        name = _text(_name_of(job))
         what = name if isinstance(job, Chunk) else f"job {name}"
-        return f"[{self._label} · pid {pid}] " if job is None else f"[{self._label} · {what} · pid {pid}] "
+        return f"[{self._label} · {what} · pid {pid}] "
 
 
 class WorkerOutput:
@@ -451,6 +459,15 @@ def _name_of(job: Any) -> Any:
     if isinstance(job, Chunk):
         return job.describe(None).removesuffix(" of a map")
     return None if job is None else job.id
+
+
+def _text(job_id: object) -> str:
+    """Return an id of the user's as a part of a line."""
+    try:
+        text = str(job_id)
+        return text if text.isprintable() else repr(text)
+    except Exception:  # a __str__ of the user's that raises
+        return f"<{type(job_id).__qualname__}>"
 
 
 def _counted(answer: Answer) -> Answer:
