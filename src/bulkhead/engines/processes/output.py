@@ -19,11 +19,8 @@ Everything here is on the way of a pool that captures or forwards; others have n
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
-import struct
-import termios
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -36,6 +33,7 @@ from bulkhead.engines.processes.driving import Driving
 from bulkhead.engines.processes.launcher import Says
 from bulkhead.engines.processes.log_records import MESSAGE
 from bulkhead.engines.processes.outlet import Lines, Outlet, Record
+from bulkhead.engines.processes.output_sources import Logs, Source, Stream
 from bulkhead.engines.processes.parcels import socket_pair
 from bulkhead.engines.processes.poller import READABLE
 from bulkhead.engines.processes.reading import News, Said
@@ -47,16 +45,9 @@ __all__ = ["PoolOutput", "WorkerOutput"]
 # Bytes that may wait for the caller's streams before nothing more is read (arbitrary: some pipes full).
 _ENOUGH = 256 << 10
 
-# A line that is longer comes out in pieces (bytes).
-_LONGEST_LINE = 64 << 10
-
-_READ = 64 << 10
-
 # How long the end of a worker waits for its last output to be written, and the end of the pool (seconds).
 _LAST_WORDS = 1.0
 _LAST_OF_ALL = 5.0
-
-_SIZE = struct.Struct("i")
 
 
 class PoolOutput:
@@ -76,7 +67,7 @@ class PoolOutput:
         self._is_forwarding = config.forward_logging
         self._driving = driving
         self._outlet = Outlet(f"bulkhead-{config.label}-output", config.label, self._wake)
-        self._by_fd: dict[int, _Source] = {}  # that are polled, or would be if it were not paused
+        self._by_fd: dict[int, Source] = {}  # that are polled, or would be if it were not paused
         self._waiting: dict[Worker, None] = {}  # of whom something waits, in the order in which that began
         self._is_paused = False
         self._is_hasty = False  # nothing waits for the outlet any more
@@ -127,7 +118,7 @@ class PoolOutput:
             for source in worker.output.sources:
                 self._leave(source)
 
-    def _leave(self, source: _Source) -> None:
+    def _leave(self, source: Source) -> None:
         if self._by_fd.pop(source.fd, None) is not None and not self._is_paused:
             self._driving.poller.unregister(source.fd)
 
@@ -138,7 +129,7 @@ class PoolOutput:
         source = self._by_fd.get(fd)
         if source is None:
             return False
-        source.read(_READ)
+        source.read()
         return True
 
     def collect(self, answers: list[Answer], news: list[News], workers: Mapping[int, Worker]) -> None:
@@ -322,19 +313,19 @@ class WorkerOutput:
         self.unended: str | None = None
         self.held: deque[tuple[int, Answer | Said]] = deque()
         self.until: float | None = None
-        self.sources: list[_Source] = []
+        self.sources: list[Source] = []
         self.names: tuple[str, ...] = ()
         self.theirs: tuple[int, ...] = ()
         worker.output = self  # so that what is open is closed when the next cannot be opened
         if pool._mode is not None:
-            self._open(_Stream(worker, pool, "stdout"), "out", os.pipe())
-            self._open(_Stream(worker, pool, "stderr"), "err", os.pipe())
+            self._open(Stream(worker, pool, "stdout"), "out", os.pipe())
+            self._open(Stream(worker, pool, "stderr"), "err", os.pipe())
         if pool._is_forwarding:
             ours, theirs = socket_pair()
             theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MESSAGE)
-            self._open(_Logs(worker, pool), "logs", (ours.detach(), theirs.detach()))
+            self._open(Logs(worker, pool), "logs", (ours.detach(), theirs.detach()))
 
-    def _open(self, source: _Source, name: str, pair: tuple[int, int]) -> None:
+    def _open(self, source: Source, name: str, pair: tuple[int, int]) -> None:
         source.fd, theirs = pair
         os.set_blocking(source.fd, False)
         self.sources.append(source)
@@ -363,91 +354,6 @@ class WorkerOutput:
         self.close_theirs()
         for source in self.sources:
             source.close()
-
-
-class _Source:
-    """One descriptor that a worker writes to. Owner: who drives."""
-
-    def __init__(self, worker: Worker, pool: PoolOutput) -> None:
-        self._worker = worker
-        self._pool = pool
-        self.fd = -1
-        self.is_at_end = False
-
-    def read(self, size: int) -> int:
-        """Read at most so many bytes; return how many there were."""
-        try:
-            data = os.read(self.fd, size)
-        except OSError:  # nothing there; or closed meanwhile, by another thread that has given the pool up
-            return 0
-        if data:
-            self.take(data)
-        else:
-            self.is_at_end = True
-        return len(data)
-
-    def drain(self) -> None:
-        """Read as much as is there now."""
-        if self.fd < 0 or self.is_at_end:
-            return
-        try:
-            (left,) = _SIZE.unpack(fcntl.ioctl(self.fd, termios.FIONREAD, bytes(_SIZE.size)))
-        except OSError:  # as in `read`
-            return
-        while left > 0 and (n := self.read(_READ)):
-            left -= n
-
-    def take(self, data: bytes) -> None:
-        raise NotImplementedError
-
-    def finish_line(self) -> None:
-        pass
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            os.close(fd)
-
-
-class _Stream(_Source):
-    """A pipe of text, cut into lines."""
-
-    def __init__(self, worker: Worker, pool: PoolOutput, name: str) -> None:
-        super().__init__(worker, pool)
-        self._name = name
-        self._rest = b""  # a line whose end has not come
-
-    def take(self, data: bytes) -> None:
-        data = self._rest + data
-        end = data.rfind(b"\n") + 1
-        self._rest = data[end:]
-        if end:
-            self._pool.put_lines(self._worker, self._name, data[:end])
-        while len(self._rest) > _LONGEST_LINE:
-            self._cut()
-
-    def finish_line(self) -> None:
-        if self._rest:
-            data, self._rest = self._rest, b""
-            self._pool.put_lines(self._worker, self._name, data)
-
-    def _cut(self) -> None:
-        """Take a piece of a line that is too long, between two characters of UTF-8."""
-        end = _LONGEST_LINE
-        while end > _LONGEST_LINE - 4 and self._rest[end] & 0xC0 == 0x80:
-            end -= 1
-        piece, self._rest = self._rest[:end], self._rest[end:]
-        self._pool.put_lines(self._worker, self._name, piece)
-
-
-class _Logs(_Source):
-    """A socket of messages, each a packed record."""
-
-    def read(self, size: int) -> int:
-        return super().read(MESSAGE)
-
-    def take(self, data: bytes) -> None:
-        self._pool.put_record(self._worker, data)
 
 
 def _job_of(worker: Worker) -> Any:
