@@ -31,6 +31,7 @@ from bulkhead.engines.base import Ledger
 from bulkhead.engines.processes import chunks
 from bulkhead.engines.processes.answers import Answer, tell
 from bulkhead.engines.processes.driving import Driving, Errand, reentered
+from bulkhead.engines.processes.output import PoolOutput
 from bulkhead.engines.processes.payload import cannot
 from bulkhead.engines.processes.reading import News, read_worker
 from bulkhead.engines.processes.segments import Borrowed, SegmentPool
@@ -70,6 +71,7 @@ class Acting:
         driving: The driver's role, which makes the turns.
         staff: The workers.
         guard: Goes around each change.
+        output: What the workers print and log; None when that is not wanted here.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Acting:
         self.driving = Driving(
             f"bulkhead-{config.label}", self._work, self._next_deadline, self._is_answer_near
         )
+        self.output = PoolOutput.wanted_by(config, self.driving)
         # Owner of the rest: the lock.
         self.guard = _Guard(self.ruin)
         self._ruin: PoolBroken | None = None
@@ -104,6 +107,7 @@ class Acting:
             scheduler=scheduler,
             carry_out=self.carry_out,
             borrowed=self._borrowed,
+            output=self.output,
         )
         self._tidying = Tidying(segments, self._borrowed, self.staff)
 
@@ -175,6 +179,10 @@ class Acting:
         if self.staff.overdue:
             overdue = self.staff.next_push()
             deadline = overdue if deadline is None else min(deadline, overdue)
+        if self.output is not None:
+            patience = self.output.next_deadline()
+            if patience is not None and (deadline is None or patience < deadline):
+                deadline = patience
         if self._segments.is_used or self._borrowed.is_used:
             tidying = self._tidying.plan()
             if tidying is not None and (deadline is None or tidying < deadline):
@@ -198,8 +206,10 @@ class Acting:
                     read_worker(worker, answers, news)
                 elif driving.is_alarm(fd):
                     driving.silence()
-                else:
+                elif self.output is None or not self.output.read(fd):
                     staff.read(fd, answers, news)
+            if self.output is not None:
+                self.output.collect(answers, news, staff.workers)
             with driving.lock:
                 if self._ruin is None:
                     guard = self.guard
@@ -221,6 +231,8 @@ class Acting:
     ) -> None:
         """Tell the kernel what was read, and do what it decides. Under the lock."""
         now = time.monotonic()
+        if self.output is not None:
+            answers, news = self.output.due(answers, news, self.staff.workers, self.staff.overdue)
         scheduler = self._scheduler
         for worker, kind, number, size, value, error in answers:
             self._last_took = now - worker.began

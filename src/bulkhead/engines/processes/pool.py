@@ -26,7 +26,7 @@ from bulkhead._kernel.scheduler import Scheduler
 from bulkhead.chunk import Chunk
 from bulkhead.config import Pool
 from bulkhead.engines.base import Ledger
-from bulkhead.engines.processes import deaths, main_module
+from bulkhead.engines.processes import deaths, log_records, main_module
 from bulkhead.engines.processes.acting import Acting
 from bulkhead.engines.processes.callbacks import CallbackThread, DoneCallback
 from bulkhead.engines.processes.chunks import extended
@@ -75,7 +75,8 @@ def packed_setup(config: Pool, nicer_by: int) -> bytes:
         assert isinstance(packed, bytes)
         call = packed
     main = None if is_fork else main_module.describe()
-    return pickle.dumps(Setup(f"bulkhead-{config.label}", main, call, config.nice, nicer_by))
+    levels = log_records.current_levels() if config.forward_logging else None
+    return pickle.dumps(Setup(f"bulkhead-{config.label}", main, call, config.nice, nicer_by, levels))
 
 
 class ProcessPool:
@@ -139,6 +140,8 @@ class ProcessPool:
     def begin(self) -> None:
         """Start the threads and the workers."""
         self._driving.begin()
+        if self._acting.output is not None:
+            self._acting.output.begin()
         with calm(), self.lock, self._guard:
             self._scheduler.begin()
             self._carry_out(time.monotonic())
@@ -361,6 +364,8 @@ class ProcessPool:
         """Cancel every job that has not settled."""
         with calm(), self.lock, self._guard:
             now = time.monotonic()
+            if self._acting.output is not None:
+                self._acting.output.hasten()
             for job in self._scheduler.unsettled_jobs():
                 self._scheduler.cancel(job, JobCancelled(f"job {job.id!r} was cancelled by finalize"), now)
             self._carry_out(now)
@@ -398,6 +403,8 @@ class ProcessPool:
             self._settling.fail_rest(PoolBroken(f"{self.config.label} was stopped"))
             self.segments.close()
             self._driving.close()
+        if self._acting.output is not None:
+            self._acting.output.end()
         _live_pools.discard(self)
 
     def close_copy(self) -> None:

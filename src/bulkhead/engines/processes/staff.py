@@ -24,6 +24,7 @@ from bulkhead.engines.processes.answers import Answer, recorded, tell
 from bulkhead.engines.processes.driving import Driving, Waiter, fire
 from bulkhead.engines.processes.launcher import Report, Says, Unsuitable
 from bulkhead.engines.processes.launcher_link import LauncherLink
+from bulkhead.engines.processes.output import PoolOutput
 from bulkhead.engines.processes.poller import READABLE, WRITABLE
 from bulkhead.engines.processes.reading import (
     Garbled,
@@ -77,6 +78,7 @@ class Staff:
         carry_out: Does what the kernel has decided, as of an instant. For the one piece of news, the end of a launcher,
             on which the kernel is told more than one thing that depend on each other.
         borrowed: Where it is noted what the workers have lent.
+        output: Where what they print goes; None when that is not captured.
 
     Attributes:
         workers: By number, from the moment they are asked for until they are forgotten.
@@ -94,6 +96,7 @@ class Staff:
         scheduler: Scheduler,
         carry_out: Callable[[float], None],
         borrowed: Borrowed,
+        output: PoolOutput | None,
     ) -> None:
         self._label = config.label
         self._method = config.start_method or "forkserver"
@@ -105,6 +108,7 @@ class Staff:
         self._scheduler = scheduler
         self._carry_out = carry_out
         self._borrowed = borrowed
+        self._output = output
         self.workers: dict[int, Worker] = {}
         self.by_result_pipe: dict[int, Worker] = {}
         self._blocked: dict[int, Worker] = {}  # by descriptor of the job pipe, while it takes no more
@@ -127,6 +131,8 @@ class Staff:
         self._workers_made += 1
         try:
             worker = Worker(self._workers_made, slot, self._borrowed)
+            if self._output is not None:
+                self._output.attach(worker)
         except OSError as error:  # no descriptors left, most likely; the next try may find some
             _log.warning("%s: a worker cannot be started: %s", self._label, error)
             failure = PoolBroken(f"{self._label} is given up, its workers cannot be started: {error}")
@@ -135,7 +141,8 @@ class Staff:
             return
         slot.worker = worker
         self.workers[worker.number] = worker
-        self._link.start(worker.number, worker.give_away())
+        names = () if worker.output is None else worker.output.names
+        self._link.start(worker.number, worker.give_away(), names)
         worker.close_theirs()
         self.by_result_pipe[worker.reader.fd] = worker
         self._driving.poller.register(worker.reader.fd, READABLE)
@@ -241,6 +248,8 @@ class Staff:
         worker = self.workers.get(number)
         if worker is not None:
             worker.pid = pid
+            if self._output is not None:
+                self._output.listen(worker)
 
     def _gone(self, number: int, report: Report, now: float) -> None:
         worker = self.workers.get(number)
@@ -294,6 +303,8 @@ class Staff:
         del self.workers[worker.number]
         self._stop_reading(worker)
         self._unblock(worker)
+        if self._output is not None:
+            self._output.forget(worker)
         self.overdue.pop(worker, None)
         self.busy_seconds += worker.busy_seconds
         if worker.slot.worker is worker:
@@ -353,6 +364,8 @@ class Staff:
         while not worker.reader.is_at_end and time.monotonic() < end:
             read_worker(worker, answers, [])
             time.sleep(0.001)
+        if self._output is not None:
+            answers = self._output.last_answers(worker, _REPORT) + answers
         answers.append(recorded(worker))
         sent = worker.message
         for answer in answers:

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bulkhead import forks
 from bulkhead.engines.processes import lifeline, main_module
@@ -28,7 +28,10 @@ from bulkhead.engines.processes.payload import cannot, pack_error, pack_value, u
 from bulkhead.engines.processes.progress import Progress
 from bulkhead.engines.processes.segments import Borrowed, SegmentPool
 
-__all__ = ["Ends", "Kind", "Setup", "main", "run"]
+if TYPE_CHECKING:
+    from bulkhead.engines.processes.log_records import Levels
+
+__all__ = ["ALWAYS", "Ends", "Kind", "Setup", "main", "run"]
 
 # How long a worker looks for its next job before it sleeps (seconds). Why: a producer that is at work sends the next
 # job within some ten microseconds, and waking a sleeper costs more than that. It gives the CPU away at each look.
@@ -68,13 +71,27 @@ _JOB = Kind.JOB
 
 
 class Ends(NamedTuple):
-    """The worker's descriptors: jobs in, results out, life line, line for descriptors, black box."""
+    """The worker's descriptors: jobs in, results out, life line, line for descriptors, black box.
+
+    And those that are -1 unless its pool captures output (`out`, `err`) or forwards log records (`logs`).
+    """
 
     jobs: int
     results: int
     life: int
     line: int
     box: int
+    out: int = -1
+    err: int = -1
+    logs: int = -1
+
+    def opened(self) -> list[int]:
+        """Return those that there are."""
+        return [fd for fd in self if fd >= 0]
+
+
+# Those that every worker has.
+ALWAYS = tuple(name for name in Ends._fields if name not in Ends._field_defaults)
 
 
 class Setup(NamedTuple):
@@ -85,6 +102,7 @@ class Setup(NamedTuple):
     initializer: bytes | None
     nice: int | None
     nicer_by: int
+    log_levels: Levels | None = None  # of the caller's loggers, when records are forwarded
 
 
 Initializer = tuple[Callable[..., object], tuple[Any, ...], dict[str, Any]]
@@ -125,9 +143,16 @@ def _settle_in(ends: Ends) -> BlackBox:
         signal.signal(number, signal.SIG_DFL)
     lifeline.hold(ends.life)
     _detach_stdin()
-    box = BlackBox(ends.box)
+    box = BlackBox(ends.box) if ends.out < 0 else _captured(ends)
     box.watch()
     return box
+
+
+def _captured(ends: Ends) -> BlackBox:
+    from bulkhead.engines.processes.stdio import CapturedBox, redirect
+
+    redirect(ends.out, ends.err)
+    return CapturedBox(ends.box)
 
 
 def _detach_stdin() -> None:
@@ -152,14 +177,20 @@ def _get_ready(ends: Ends, box: BlackBox, inherited: Initializer | None) -> bool
         if setup.main is not None:
             main_module.prepare(setup.main, setup.process_name)
             main_module.import_main(setup.main)
+        if setup.log_levels is not None:
+            from bulkhead.engines.processes.log_records import install
+
+            install(ends.logs, setup.log_levels)
         call = unpack_call(setup.initializer) if setup.initializer is not None else inherited
         if call is not None:
             fn, args, kwargs = call
             fn(*args, **kwargs)
     except BaseException as error:
         box.flush_output()
-        write_all(ends.results, Kind.NOT_READY, 0, pack_error(error))
+        write_all(ends.results, Kind.NOT_READY, os.getpid(), pack_error(error))
         return False
+    if box.has_output:
+        box.flush_output()
     write_all(ends.results, Kind.READY, os.getpid(), b"")
     return True
 
