@@ -24,9 +24,11 @@ from bulkhead.errors import (
     JobNotPicklable,
     JobsFailed,
     JobTimeout,
+    MemoryLimitExceeded,
     MissingMainGuard,
     NestedDispatch,
     NoSharedMemory,
+    NoWorkerState,
     PoolBroken,
     PoolFull,
     RemoteError,
@@ -37,6 +39,7 @@ from bulkhead.errors import (
     WorkerCrashed,
 )
 from bulkhead.job import Job
+from bulkhead.prepared import worker_state
 from bulkhead.retry import RetryPolicy
 from bulkhead.stats import BarrierReport, DispatcherStats, PoolStats
 from bulkhead.tracker import JobStatus, Tracker
@@ -59,9 +62,11 @@ __all__ = [
     "JobStatus",
     "JobTimeout",
     "JobsFailed",
+    "MemoryLimitExceeded",
     "MissingMainGuard",
     "NestedDispatch",
     "NoSharedMemory",
+    "NoWorkerState",
     "Pool",
     "PoolBroken",
     "PoolFull",
@@ -75,6 +80,7 @@ __all__ = [
     "Unrecoverable",
     "WaitTimeout",
     "WorkerCrashed",
+    "worker_state",
 ]
 
 __version__ = "0.1.0"

@@ -22,9 +22,11 @@ __all__ = [
     "JobNotPicklable",
     "JobTimeout",
     "JobsFailed",
+    "MemoryLimitExceeded",
     "MissingMainGuard",
     "NestedDispatch",
     "NoSharedMemory",
+    "NoWorkerState",
     "PoolBroken",
     "PoolFull",
     "RemoteError",
@@ -148,6 +150,24 @@ class WorkerCrashed(BulkheadError):
     peak_rss_bytes: int | None = None
     out_of_memory: bool = False
     output: str = ""
+
+
+class MemoryLimitExceeded(WorkerCrashed, MemoryError):
+    """The job took more memory than its pool's `hard_memory_limit`; its process and all it had started are ended.
+
+    A retry policy that names `WorkerCrashed` or `MemoryError` covers it.
+
+    Attributes:
+        rss_bytes: What the worker and the processes that the job had started took: resident memory of their own.
+        limit_bytes: What they were allowed.
+    """
+
+    rss_bytes: int = 0
+    limit_bytes: int = 0
+
+
+class NoWorkerState(BulkheadError, LookupError):
+    """`worker_state()` was called where there is none: outside of a worker, or in a pool without initializer."""
 
 
 class JobCancelled(BulkheadError):

@@ -1,8 +1,8 @@
 """What a pool promises, in the most literal form: lists that are searched from end to end at every step.
 
-Written from the promises (A3-A6, A8, A11, A12, A15, B3, C4, C13, C15), not from the kernel: no heap, no counters that
-could drift, no states but the words of the promises. Each stimulus returns what must follow from it. Two choices are
-left to the kernel: which free worker takes a job, and how long it waits before it replaces a worker that died early.
+Written from the promises (A3-A6, A8, A11, A12, A15, B3, C4, C5, C13, C15), not from the kernel: no heap, no counters
+that could drift, no states but the words of the promises. Each stimulus returns what must follow from it. Two choices
+are left to the kernel: which free worker takes a job, and how long it waits before it replaces one that died early.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class NaiveJob:
     times_out_at: float | None = None
     item_began: float | None = None  # None before the first item of this sending
     is_cancelling: bool = False
-    is_timed_out: bool = False
+    ended_for: str | None = None  # why its worker was told to end: "timeout", "memory"
     returns: int = 0  # in a row, unread
     turn: int = 0  # place in the line of ready jobs
     phase: int = -1
@@ -63,12 +63,16 @@ class Expected:
     accepted: list[NaiveJob] = field(default_factory=list)
     refused: list[NaiveJob] = field(default_factory=list)
     ended: list[NaiveJob] = field(default_factory=list)  # jobs whose worker is to be ended
+    sent_home: list[int] = field(default_factory=list)  # workers that are to be replaced after their answer
 
 
 class NaivePool:
     """A pool, with its workers in plain words: starting, idle, busy, ending, missing."""
 
-    def __init__(self, n_workers: int, backlog: int | None) -> None:
+    def __init__(self, n_workers: int, backlog: int | None, most_jobs: int | None = None) -> None:
+        self.most_jobs = most_jobs
+        self.done = [0] * n_workers  # jobs of each worker, or items
+        self.recycled = 0
         self.room = None if backlog is None else n_workers + backlog
         self.workers = ["starting"] * n_workers
         self.has: list[NaiveJob | None] = [None] * n_workers
@@ -102,7 +106,7 @@ class NaivePool:
                 found.append(job.due)
             if job.start_by is not None and self._has_not_started(job):
                 found.append(job.start_by)
-            if job.stage == "running" and not (job.is_timed_out or job.is_cancelling):
+            if job.stage == "running" and not (job.ended_for or job.is_cancelling):
                 found.append(job.times_out_at)
         return [instant for instant in found if instant is not None]
 
@@ -138,7 +142,7 @@ class NaivePool:
         if not job.is_unsettled:
             return False
         if job.stage == "running":
-            if not (job.is_timed_out or job.is_cancelling):
+            if not (job.ended_for or job.is_cancelling):
                 self.out.ended.append(job)
                 self.workers[self.has.index(job)] = "ending"
             job.is_cancelling = True
@@ -168,21 +172,34 @@ class NaivePool:
 
     def came_up(self, worker: int, now: float) -> None:
         self.workers[worker] = "idle"
+        self.done[worker] = 0
         self.failed_starts = 0
         self._go_on(now)
 
-    def answered(self, worker: int, error: str | None, now: float) -> None:
-        """Take an answer; `error` is a word out of `retried_on`, or None for a success."""
+    def answered(self, worker: int, error: str | None, now: float, n_jobs: int = 1) -> None:
+        """Take an answer; `error` is a word out of `retried_on`, or None for a success. A chunk is `n_jobs` jobs."""
         if self.workers[worker] == "ending":
             return
         job = self.has[worker]
         assert job is not None
         self.workers[worker], self.has[worker] = "idle", None
+        self.done[worker] += n_jobs
+        if self.most_jobs is not None and self.done[worker] >= self.most_jobs:
+            self.workers[worker] = "missing"
+            self.recycled += 1
+            self.out.sent_home.append(worker)
         if error is None:
             self._settle(job, "succeeded")
         else:
             self._fail_attempt(job, error, now)
         self._go_on(now)
+
+    def takes_too_much(self, worker: int) -> None:
+        """Learn that a worker takes more memory than any may."""
+        job = self.has[worker]
+        if self.workers[worker] == "busy":
+            assert job is not None
+            self._end(job, "memory")
 
     def item_begins(self, job: NaiveJob, now: float) -> None:
         assert job.has_items
@@ -212,15 +229,13 @@ class NaivePool:
             job.stage = "queued"
             self._take_turn(job)
         for job in self.staged("running"):
-            is_ending = job.is_timed_out or job.is_cancelling
+            is_ending = job.ended_for is not None or job.is_cancelling
             if job.times_out_at is not None and job.times_out_at <= now and not is_ending:
                 until = self._until(job)
                 if until > now:
                     job.times_out_at = until
                     continue
-                job.is_timed_out = True
-                self.out.ended.append(job)
-                self.workers[self.has.index(job)] = "ending"
+                self._end(job, "timeout")
         self._go_on(now)
 
     def break_down(self) -> None:
@@ -232,6 +247,11 @@ class NaivePool:
             self._settle(job, "failed")
 
     # What follows
+
+    def _end(self, job: NaiveJob, why: str) -> None:
+        job.ended_for = why
+        self.out.ended.append(job)
+        self.workers[self.has.index(job)] = "ending"
 
     def _until(self, job: NaiveJob) -> float:
         """Return up to when a job may run whose time seems to be up."""
@@ -300,7 +320,7 @@ class NaivePool:
             self._settle(job, "failed")
             return
         job.stage = "retrying"
-        job.is_timed_out = False
+        job.ended_for = None
         job.due = now + min(job.initial * job.factor ** (job.attempt - 1), job.maximum)
         self._take_turn(job)
         self.retried += 1
@@ -312,8 +332,8 @@ class NaivePool:
             self._settle(job, "succeeded")
         elif loss == "rest" and not self.is_broken:
             self._give_back(job, returns=0)
-        elif job.is_timed_out:
-            self._fail_attempt(job, "timeout", now)
+        elif job.ended_for is not None:
+            self._fail_attempt(job, job.ended_for, now)
         elif loss == "unread" and job.returns < UNREAD_RETURNS and not self.is_broken:
             self._give_back(job, returns=job.returns + 1)
         else:
@@ -322,7 +342,7 @@ class NaivePool:
     def _give_back(self, job: NaiveJob, returns: int) -> None:
         job.returns = returns
         job.attempt -= 1
-        job.is_timed_out = False
+        job.ended_for = None
         job.stage = "queued"  # with its old turn
 
     def _refuse_offers(self) -> None:

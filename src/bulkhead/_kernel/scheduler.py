@@ -25,13 +25,14 @@ from bulkhead._kernel import lifecycle
 from bulkhead._kernel.deadlines import Alarm, Deadlines
 from bulkhead._kernel.lifecycle import JobState
 from bulkhead._kernel.phases import Phases
-from bulkhead._kernel.records import JobRecord, Loss, Slot, SlotState, Verdict
+from bulkhead._kernel.records import JobRecord, Loss, Slot, SlotState, Usage, Verdict, Wear
 
 __all__ = [
     "AcceptOffer",
     "EndWorker",
     "RefuseOffer",
     "Scheduler",
+    "SendHome",
     "SettleJob",
     "StartJob",
     "StartWorker",
@@ -100,7 +101,13 @@ class EndWorker(NamedTuple):
     slot: Slot
 
 
-Instruction = StartJob | SettleJob | AcceptOffer | RefuseOffer | StartWorker | EndWorker
+class SendHome(NamedTuple):
+    """Let the slot's process leave; its end is of no interest any more, and another may be started at once."""
+
+    slot: Slot
+
+
+Instruction = StartJob | SettleJob | AcceptOffer | RefuseOffer | StartWorker | EndWorker | SendHome
 
 
 class Scheduler:
@@ -114,6 +121,7 @@ class Scheduler:
         on_accept: Called with each job at the moment it is accepted, before it can start.
         expired: Makes the error of a job whose start deadline has passed.
         extended: Asked when a job's time is up: returns the instant up to which it has time after all, or None.
+        wear: After how much use workers are recycled.
     """
 
     def __init__(
@@ -126,13 +134,15 @@ class Scheduler:
         on_accept: Callable[[JobRecord], None],
         expired: Callable[[JobRecord], BaseException],
         extended: Callable[[JobRecord], float | None],
+        wear: Wear | None = None,
     ) -> None:
         self.slots = [Slot(index) for index in range(n_workers)]
         self.phases = Phases(keep_failures)
         self.instructions: list[Instruction] = []
         self.broken: BaseException | None = None
         self.is_refusing = False
-        self.succeeded = self.failed = self.cancelled = self.retried = self.restarts = 0
+        self.succeeded = self.failed = self.cancelled = self.retried = self.restarts = self.recycled = 0
+        self.wear = wear
         self.running = 0
         self.unsettled = 0
         self._capacity = None if backlog is None else n_workers + backlog
@@ -222,8 +232,17 @@ class Scheduler:
         self._idle.append(slot)
         self._fill()
 
-    def attempt_ended(self, slot: Slot, error: BaseException | None, now: float) -> None:
-        """The slot's worker has answered; `error` is None for a success. A worker told to end has lost its say."""
+    def attempt_ended(
+        self, slot: Slot, error: BaseException | None, now: float, usage: Usage | None = None
+    ) -> None:
+        """The slot's worker has answered; `error` is None for a success. A worker told to end has lost its say.
+
+        Args:
+            slot: The slot.
+            error: What the attempt failed with.
+            now: Monotonic seconds.
+            usage: What the worker has done and takes, where `wear` asks for it.
+        """
         self._now = now
         if slot.state is not _BUSY:
             return
@@ -238,8 +257,17 @@ class Scheduler:
             self._settle(job, lifecycle.SUCCEED)
         else:
             self._attempt_failed(job, error, now)
+        if usage is not None and self.wear is not None and self.wear.is_reached(usage):
+            self._recycle(slot)
         if self._ready or self._offers:
             self._fill()
+
+    def memory_exceeded(self, slot: Slot, now: float) -> None:
+        """The slot's worker takes more memory than any may: its job fails when it is gone, unless it has answered."""
+        self._now = now
+        if slot.state is SlotState.BUSY:
+            assert slot.job is not None
+            self._end(slot.job, Verdict.MEMORY)
 
     def worker_gone(
         self,
@@ -503,6 +531,14 @@ class Scheduler:
         offers = list(self._offers)
         self._offers.clear()
         self.instructions.extend(RefuseOffer(job) for job in offers)
+
+    def _recycle(self, slot: Slot) -> None:
+        """Replace an idle worker that has done its share. Why no pause as after deaths: each one has done some work."""
+        self.recycled += 1
+        self._idle.remove(slot)
+        slot.state = SlotState.VACANT
+        self.instructions.append(SendHome(slot))
+        self._staff(slot)
 
     def _staff(self, slot: Slot) -> None:
         if self.broken is None and not self._is_stopping:

@@ -21,6 +21,7 @@ from bulkhead._kernel.scheduler import (
     EndWorker,
     RefuseOffer,
     Scheduler,
+    SendHome,
     SettleJob,
     StartJob,
     StartWorker,
@@ -31,6 +32,7 @@ from bulkhead.engines.base import Ledger
 from bulkhead.engines.processes import chunks
 from bulkhead.engines.processes.answers import Answer, tell
 from bulkhead.engines.processes.driving import Driving, Errand, reentered
+from bulkhead.engines.processes.memory_watch import MemoryWatch
 from bulkhead.engines.processes.output import PoolOutput
 from bulkhead.engines.processes.payload import cannot
 from bulkhead.engines.processes.reading import News, read_worker
@@ -110,6 +112,8 @@ class Acting:
             output=self.output,
         )
         self._tidying = Tidying(segments, self._borrowed, self.staff)
+        limit = config.hard_memory_limit
+        self._memory = None if limit is None else MemoryWatch(limit, scheduler, self.staff)
 
     # Carrying out
 
@@ -130,6 +134,8 @@ class Acting:
                 self.staff.start(instruction.slot)  # type: ignore[union-attr]
             elif kind is EndWorker:
                 self.staff.end(instruction.slot.worker, now)  # type: ignore[union-attr]
+            elif kind is SendHome:
+                self.staff.send_home(instruction.slot.worker, now)  # type: ignore[union-attr]
         instructions.clear()
 
     def abandon(self, abandoned: Iterable[Chunk], now: float) -> None:
@@ -155,6 +161,8 @@ class Acting:
         if job.timeout is not None:
             self._scheduler.arm_timeout(job, now)
             self.driving.hurry(now + job.timeout)
+        if self._memory is not None:
+            self.driving.hurry(self._memory.begin(now))
 
     def _start_noted(self, worker: Worker, job: JobRecord, now: float) -> None:
         order = chunks.order(job) if isinstance(job, Chunk) else None
@@ -187,6 +195,10 @@ class Acting:
             tidying = self._tidying.plan()
             if tidying is not None and (deadline is None or tidying < deadline):
                 deadline = tidying
+        if self._memory is not None:
+            look = self._memory.plan()
+            if look is not None and (deadline is None or look < deadline):
+                deadline = look
         # Whoever polls until then finds that something is due.
         self._tick_at = 0.0
         return deadline
@@ -261,6 +273,8 @@ class Acting:
             self._ledger.sweep()
         if self._tidying.due is not None and self._tidying.due <= now:
             self._tidying.tidy(now)
+        if self._memory is not None and self._memory.due is not None and self._memory.due <= now:
+            self._memory.look(now)
         if self.staff.overdue:
             self.staff.push_overdue(now)
 

@@ -94,7 +94,10 @@ def tell(
     else:
         job.value = value
         job.size = size
-    scheduler.attempt_ended(slot, error, now)
+    if scheduler.wear is None:
+        scheduler.attempt_ended(slot, error, now)
+    else:
+        scheduler.attempt_ended(slot, error, now, worker.usage())
 
 
 def _came_up(scheduler: Scheduler, worker: Worker, pid: int, error: BaseException | None, now: float) -> None:

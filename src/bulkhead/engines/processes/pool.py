@@ -21,7 +21,7 @@ from typing import Any
 from bulkhead._kernel import lifecycle
 from bulkhead._kernel.lifecycle import JobState
 from bulkhead._kernel.phases import Phase
-from bulkhead._kernel.records import JobRecord
+from bulkhead._kernel.records import JobRecord, Wear
 from bulkhead._kernel.scheduler import Scheduler
 from bulkhead.chunk import Chunk
 from bulkhead.config import Pool
@@ -38,6 +38,7 @@ from bulkhead.engines.processes.segments import SegmentPool
 from bulkhead.engines.processes.settling import Settling
 from bulkhead.engines.processes.sharing import Shared
 from bulkhead.engines.processes.snapshot import snapshot
+from bulkhead.engines.processes.use import UseLimits
 from bulkhead.engines.processes.worker_main import Setup
 from bulkhead.errors import DispatcherFinalized, JobCancelled, JobNotPicklable, NestedDispatch, PoolBroken
 from bulkhead.stats import PoolStats
@@ -76,7 +77,10 @@ def packed_setup(config: Pool, nicer_by: int) -> bytes:
         call = packed
     main = None if is_fork else main_module.describe()
     levels = log_records.current_levels() if config.forward_logging else None
-    return pickle.dumps(Setup(f"bulkhead-{config.label}", main, call, config.nice, nicer_by, levels))
+    limits = _use_limits(config)
+    cpus = None if config.cpus is None else tuple(config.cpus)
+    name = f"bulkhead-{config.label}"
+    return pickle.dumps(Setup(name, main, call, config.nice, nicer_by, cpus, limits, levels))
 
 
 class ProcessPool:
@@ -115,6 +119,7 @@ class ProcessPool:
             on_accept=ledger.enter,
             expired=deaths.expiry,
             extended=extended,
+            wear=_wear(config),
         )
         self._settling = Settling(self._scheduler, ledger, config.priority)
         self._acting = Acting(
@@ -476,6 +481,16 @@ def _hurry(driving: Driving, scheduler: Scheduler, job: JobRecord) -> None:
     """See to it that who polls knows the instants that a job has brought."""
     if job.due is not None or job.start_by is not None:
         driving.hurry(scheduler.next_deadline)
+
+
+def _use_limits(config: Pool) -> UseLimits | None:
+    limits = UseLimits(config.max_jobs_per_worker, config.max_memory_per_worker, config.hard_memory_limit)
+    return None if all(limit is None for limit in limits) else limits
+
+
+def _wear(config: Pool) -> Wear | None:
+    limits = _use_limits(config)
+    return None if limits is None else Wear(limits.max_jobs, limits.max_bytes)
 
 
 def _close_copies() -> None:

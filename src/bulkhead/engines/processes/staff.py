@@ -5,7 +5,7 @@ launcher dies. Workers are started and ended because the kernel has decided so; 
 them, but for their answers (see `answers.tell`). What a worker runs is not this module's business.
 
 Invariant: every worker leaves by `_forget`, once, and the kernel hears of its end just after that, unless the pool is
-given up or closed, or a new launcher is asked for the worker again.
+given up or closed, the worker was sent home, or a new launcher is asked for it again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from enum import Enum
 
-from bulkhead._kernel.records import Slot, SlotState
+from bulkhead._kernel.records import Slot, SlotState, Verdict
 from bulkhead._kernel.scheduler import Scheduler
 from bulkhead.config import Pool
 from bulkhead.engines.processes import deaths
@@ -37,6 +37,7 @@ from bulkhead.engines.processes.reading import (
     read_worker,
 )
 from bulkhead.engines.processes.segments import Borrowed
+from bulkhead.engines.processes.use import mib
 from bulkhead.engines.processes.worker import Worker
 from bulkhead.engines.processes.worker_main import Initializer, Kind
 from bulkhead.errors import MissingMainGuard, PoolBroken, RemoteError
@@ -45,6 +46,12 @@ __all__ = ["Staff"]
 
 # Seconds between SIGTERM and SIGKILL for a job that is timed out or cancelled.
 _GRACE = 1.0
+
+# The same for a job that takes too much memory. Why so short: it goes on taking more.
+_HASTE = 0.001
+
+# Seconds that a worker has to leave when it is sent home while the pool goes on; it may have exit handlers to run.
+_LEAVE = 5.0
 
 # Seconds that the launcher may take to report a worker that should be gone, before more is done about it.
 _REPORT = 1.0
@@ -116,6 +123,7 @@ class Staff:
         self.busy_seconds = 0.0
         self._deserted: list[Waiter] = []  # who waits until no worker is left
         self._workers_made = 0
+        self._has_warned = False
         self._launchers_lost = 0
         self._is_dismissed = False
         self._link = self._launch()
@@ -161,6 +169,27 @@ class Staff:
         """End a worker with all it has started; it is reported gone when it is."""
         self._push(worker, _Push.END, now)
 
+    def send_home(self, worker: Worker, now: float) -> None:
+        """Let a worker that has answered leave by itself; its slot gets another one."""
+        self._warn_if_at_once(worker)
+        worker.leave_slot()
+        self._unblock(worker)
+        worker.writer.close()
+        self.overdue[worker] = now + _LEAVE, _Push.END
+
+    def _warn_if_at_once(self, worker: Worker) -> None:
+        """Say, once, when a single job is too much: then each job pays for a new worker."""
+        usage, wear = worker.usage(), self._scheduler.wear
+        limit = None if wear is None else wear.max_rss_bytes
+        if self._has_warned or limit is None or usage.jobs > 1 or usage.rss_bytes <= limit:
+            return
+        self._has_warned = True
+        text = (
+            "%s: a worker took %s after its first job, more than the limit of %s, and is replaced; "
+            "if most jobs do, raise the limit"
+        )
+        _log.warning(text, self._label, mib(usage.rss_bytes), mib(limit))
+
     def push_overdue(self, now: float) -> None:
         """Do more about the workers that should have been reported gone by now."""
         for worker, (instant, push) in list(self.overdue.items()):
@@ -177,7 +206,7 @@ class Staff:
         for worker in self.workers.values():
             if worker.slot.state is SlotState.IDLE:
                 worker.writer.close()
-            else:
+            elif not worker.is_leaving:
                 self._link.end(worker.number, 0.0)
 
     def end_all(self) -> None:
@@ -255,6 +284,9 @@ class Staff:
         worker = self.workers.get(number)
         if worker is None:
             return
+        if worker.is_leaving:
+            self._forget(worker)
+            return
         slot = worker.slot
         if slot.job is not None:
             worker.busy_seconds += now - worker.began
@@ -285,8 +317,9 @@ class Staff:
     def _push(self, worker: Worker, push: _Push, now: float) -> None:
         """Do more about a worker that should have been reported gone: the launcher may be stopped or stuck."""
         if push is _Push.END:
-            self._link.end(worker.number, _GRACE)
-            self.overdue[worker] = now + _GRACE + _REPORT, _Push.CUT
+            grace = _HASTE if worker.slot.verdict is Verdict.MEMORY else _GRACE
+            self._link.end(worker.number, grace)
+            self.overdue[worker] = now + grace + _REPORT, _Push.CUT
         elif push is _Push.CUT:
             worker.cut()
             self.overdue[worker] = now + _REPORT, _Push.LAUNCHER

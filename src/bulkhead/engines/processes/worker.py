@@ -6,7 +6,7 @@ import os
 import socket
 from typing import TYPE_CHECKING
 
-from bulkhead._kernel.records import Slot
+from bulkhead._kernel.records import Slot, SlotState, Usage
 from bulkhead.engines.processes import blackbox
 from bulkhead.engines.processes.channel import FrameReader, FrameWriter
 from bulkhead.engines.processes.parcels import Exchange, socket_pair
@@ -31,6 +31,7 @@ class Worker:
         let_go: What of it the worker has to be told.
         progress: How far it is with a chunk.
         output: What it prints and logs; None when that is not captured.
+        excess: The memory that it took, and the limit, when it was told to end for that (bytes).
     """
 
     __slots__ = (
@@ -39,6 +40,7 @@ class Worker:
         "_theirs",
         "began",
         "busy_seconds",
+        "excess",
         "exchange",
         "failure",
         "jobs",
@@ -63,6 +65,7 @@ class Worker:
         self.busy_seconds = 0.0
         self.failure: BaseException | None = None
         self.output: WorkerOutput | None = None
+        self.excess: tuple[int, int] | None = None
         opened: list[int] = []
         try:
             for _ in range(3):
@@ -102,6 +105,22 @@ class Worker:
     def has_begun(self) -> bool:
         """Tell whether the worker has begun to read its last message."""
         return self._box.last_read() == self.message
+
+    def usage(self) -> Usage:
+        """Return what it had done and taken when it sent its last answer."""
+        return Usage(*self._box.use())
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it was sent home and its slot is another worker's."""
+        return self.slot.worker is not self
+
+    def leave_slot(self) -> None:
+        """Give the slot to another worker."""
+        index = self.slot.index
+        self.slot.worker = None
+        self.slot = Slot(index)
+        self.slot.state = SlotState.ENDING
 
     def cut(self) -> None:
         """Close the life line: the kernel kills the worker and its group."""

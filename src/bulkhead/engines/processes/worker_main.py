@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bulkhead import forks
+from bulkhead import forks, prepared
 from bulkhead.engines.processes import lifeline, main_module
 from bulkhead.engines.processes.blackbox import BlackBox
 from bulkhead.engines.processes.channel import CHUNK, HEADER, Frame, read_frame, write_all
@@ -27,6 +27,7 @@ from bulkhead.engines.processes.parcels import Exchange, Opened, Parcel
 from bulkhead.engines.processes.payload import cannot, pack_error, pack_value, unpack_call
 from bulkhead.engines.processes.progress import Progress
 from bulkhead.engines.processes.segments import Borrowed, SegmentPool
+from bulkhead.engines.processes.use import UseLimits, WorkerUse
 
 if TYPE_CHECKING:
     from bulkhead.engines.processes.log_records import Levels
@@ -102,7 +103,13 @@ class Setup(NamedTuple):
     initializer: bytes | None
     nice: int | None
     nicer_by: int
+    cpus: tuple[int, ...] | None
+    limits: UseLimits | None
     log_levels: Levels | None = None  # of the caller's loggers, when records are forwarded
+
+
+class _Ready(NamedTuple):
+    use: WorkerUse | None
 
 
 Initializer = tuple[Callable[..., object], tuple[Any, ...], dict[str, Any]]
@@ -119,8 +126,9 @@ def run(ends: Ends, inherited: Initializer | None = None) -> None:
     code = 1
     try:
         box = _settle_in(ends)
-        if _get_ready(ends, box, inherited):
-            _serve(ends, box)
+        ready = _get_ready(ends, box, inherited)
+        if ready is not None:
+            _serve(ends, box, ready.use)
             code = 0
     except OSError:
         pass  # the caller is gone, or the job closed our descriptors; nobody is left to be told
@@ -164,12 +172,14 @@ def _detach_stdin() -> None:
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - lives as long as the process
 
 
-def _get_ready(ends: Ends, box: BlackBox, inherited: Initializer | None) -> bool:
+def _get_ready(ends: Ends, box: BlackBox, inherited: Initializer | None) -> _Ready | None:
     message = read_frame(ends.jobs, b"")
     if message is None:
-        return False
+        return None
     try:
         setup: Setup = pickle.loads(message[2])
+        if setup.cpus is not None:
+            os.sched_setaffinity(0, setup.cpus)
         if setup.nice is not None:
             os.setpriority(os.PRIO_PROCESS, 0, setup.nice)
         elif setup.nicer_by:
@@ -184,21 +194,22 @@ def _get_ready(ends: Ends, box: BlackBox, inherited: Initializer | None) -> bool
         call = unpack_call(setup.initializer) if setup.initializer is not None else inherited
         if call is not None:
             fn, args, kwargs = call
-            fn(*args, **kwargs)
+            prepared.keep(fn(*args, **kwargs))
+        use = None if setup.limits is None else WorkerUse(setup.limits, box)
     except BaseException as error:
         box.flush_output()
         write_all(ends.results, Kind.NOT_READY, os.getpid(), pack_error(error))
-        return False
+        return None
     if box.has_output:
         box.flush_output()
     write_all(ends.results, Kind.READY, os.getpid(), b"")
-    return True
+    return _Ready(use)
 
 
-def _serve(ends: Ends, box: BlackBox) -> None:
+def _serve(ends: Ends, box: BlackBox, use: WorkerUse | None) -> None:
     sleeper = select.poll()
     sleeper.register(ends.jobs, select.POLLIN)
-    desk = _Desk(ends)
+    desk = _Desk(ends, use)
     try:
         _serve_at(desk, ends, box, sleeper)
     finally:
@@ -207,6 +218,7 @@ def _serve(ends: Ends, box: BlackBox) -> None:
 
 def _serve_at(desk: _Desk, ends: Ends, box: BlackBox, sleeper: select.poll) -> None:
     rest = b""
+    use = desk.use
     while True:
         first = rest or _next_bytes(ends.jobs, sleeper, desk)
         if not first:
@@ -222,6 +234,9 @@ def _serve_at(desk: _Desk, ends: Ends, box: BlackBox, sleeper: select.poll) -> N
         if box.has_output:
             box.flush_output()
         del body
+        if use is not None:
+            use.count(outcome != Kind.CHUNK_DONE)  # a chunk has counted its items
+            use.report()
         if type(packed) is bytes and not desk.exchange.let_go:
             write_all(ends.results, outcome, number, packed)
         else:
@@ -232,7 +247,8 @@ def _serve_at(desk: _Desk, ends: Ends, box: BlackBox, sleeper: select.poll) -> N
 class _Desk:
     """What a worker needs for everything but small jobs. Its parts cost nothing until they are used."""
 
-    def __init__(self, ends: Ends) -> None:
+    def __init__(self, ends: Ends, use: WorkerUse | None) -> None:
+        self.use = use
         self.segments = SegmentPool(_KEEP_BYTES)
         self.exchange = Exchange(socket.socket(fileno=ends.line), Borrowed())
         self.has_job_since = 0.0  # seconds of the performance counter
@@ -272,7 +288,7 @@ class _Desk:
         if self._progress is None:
             self._progress = Progress.in_box(self._ends.box)
         send = partial(self._send_part, number)
-        took = run_chunk(fn, items, order, number, self._progress, send, self.segments)
+        took = run_chunk(fn, items, order, number, self._progress, send, self.segments, self.use)
         return Kind.CHUNK_DONE, _SECONDS.pack(took)
 
     def _send_part(self, number: int, position: int, packed: bytes | Parcel) -> bool:
