@@ -6,6 +6,7 @@ disp.barrier()         # phase over
 """
 
 import logging
+from typing import TYPE_CHECKING, Any
 
 from bulkhead import _platform as _platform
 from bulkhead._kernel.lifecycle import JobState
@@ -44,6 +45,9 @@ from bulkhead.retry import RetryPolicy
 from bulkhead.stats import BarrierReport, DispatcherStats, PoolStats
 from bulkhead.tracker import JobStatus, Tracker
 
+if TYPE_CHECKING:
+    from bulkhead.process_pool_executor import ProcessPoolExecutor as ProcessPoolExecutor
+
 __all__ = [
     "BarrierReport",
     "BarrierTimeout",
@@ -71,6 +75,7 @@ __all__ = [
     "PoolBroken",
     "PoolFull",
     "PoolStats",
+    "ProcessPoolExecutor",
     "RemoteError",
     "RetryPolicy",
     "Shared",
@@ -87,3 +92,13 @@ __version__ = "0.1.0"
 
 # Why: a library is quiet unless the user's own logging asks for its records.
 logging.getLogger("bulkhead").addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> Any:
+    # Why not above: it imports concurrent.futures.process, and every worker imports this.
+    if name == "ProcessPoolExecutor":
+        from bulkhead.process_pool_executor import ProcessPoolExecutor
+
+        globals()[name] = ProcessPoolExecutor
+        return ProcessPoolExecutor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -194,10 +194,15 @@ class RemoteError(BulkheadError):
     Attributes:
         type_name: Qualified name of the original exception type.
         traceback: The remote traceback as text.
+        original: The exception itself where it could be rebuilt: one that is no `Exception`, such as SystemExit, or
+            what the pickling of a result has raised.
+        is_unreadable: What arrived (a job in the worker, a result in the caller) could not be unpickled there.
     """
 
     type_name: str = ""
     traceback: str = ""
+    original: BaseException | None = None
+    is_unreadable: bool = False
 
 
 class Unrecoverable(BulkheadError):
@@ -213,6 +218,11 @@ class RemoteTraceback(Exception):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.text = text
+
+    @property
+    def tb(self) -> str:
+        """The text, under the name that it has in the standard library."""
+        return self.text
 
     def __str__(self) -> str:
         return f'\n"""\n{self.text}"""'

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import logging
+from collections.abc import Callable, Hashable, Iterable
 from datetime import datetime
 from typing import Any
 
@@ -10,7 +11,7 @@ from bulkhead import validate
 from bulkhead.errors import ConfigError, ConfigTypeError
 from bulkhead.retry import RetryPolicy
 
-__all__ = ["Job", "Options", "call_of", "options_of", "run_object"]
+__all__ = ["Job", "Options", "call_of", "initialize", "options_of", "run_each", "run_object"]
 
 Options = dict[str, Any]
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
@@ -136,6 +137,20 @@ def options_of(job: object) -> Options:
 def run_object(job: Any) -> Any:
     """Run a job object in the worker."""
     return job.run()
+
+
+def run_each(fn: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """Call a function with each of the arguments, in the worker."""
+    return [fn(*args) for args in calls]
+
+
+def initialize(initializer: Callable[..., object], /, *args: Any) -> object:
+    """Call an executor's initializer in the worker; log its error as the standard library's workers do."""
+    try:
+        return initializer(*args)
+    except BaseException:
+        logging.getLogger("concurrent.futures").critical("Exception in initializer:", exc_info=True)
+        raise
 
 
 def _checked(options: Options) -> Options:

@@ -77,7 +77,7 @@ class NaivePool:
         self.workers = ["starting"] * n_workers
         self.has: list[NaiveJob | None] = [None] * n_workers
         self.jobs: list[NaiveJob] = []
-        self.offers: list[NaiveJob] = []
+        self.line: list[NaiveJob] = []  # for room: offers, and submitted jobs, which are accepted already
         self.phase = 0
         self.is_broken = False
         self.is_refusing = False
@@ -92,8 +92,13 @@ class NaivePool:
     def staged(self, *stages: str) -> list[NaiveJob]:
         return [job for job in self.jobs if job.stage in stages]
 
+    @property
+    def offers(self) -> list[NaiveJob]:
+        return self.staged("offered")
+
     def ready(self) -> list[NaiveJob]:
-        return sorted(self.staged("queued"), key=lambda job: job.turn)
+        ready = [job for job in self.staged("queued") if job not in self.line]
+        return sorted(ready, key=lambda job: job.turn)
 
     def unsettled(self, phase: int | None = None) -> list[NaiveJob]:
         return [job for job in self.jobs if job.is_unsettled and phase in (None, job.phase)]
@@ -123,19 +128,25 @@ class NaivePool:
             self._accept(job, "scheduled")
             return True
         job.due = None
-        if not self.offers and self._has_room():
+        if not self.line and self._has_room():
             self._accept(job, "queued")
             self._go_on(now)
             return True
         if patient:
-            self.offers.append(job)
+            self.line.append(job)
             job.stage = "offered"
         else:
             job.stage = "gone"
         return False
 
+    def submit(self, job: NaiveJob, now: float) -> None:
+        self.jobs.append(job)
+        self.line.append(job)
+        self._accept(job, "queued")
+        self._go_on(now)
+
     def withdraw(self, job: NaiveJob) -> None:
-        self.offers.remove(job)
+        self.line.remove(job)
         job.stage = "gone"
 
     def cancel(self, job: NaiveJob, now: float) -> bool:
@@ -265,10 +276,13 @@ class NaivePool:
             ready = self.ready()
             if ready and self._n_free() > 0:
                 self._start(ready[0], now)
-            elif self.offers and self._has_room():
-                job = self.offers.pop(0)
-                self._accept(job, "queued")
-                self.out.accepted.append(job)
+            elif self.line and self._has_room():
+                job = self.line.pop(0)
+                if job.is_accepted:
+                    self._take_turn(job)
+                else:
+                    self._accept(job, "queued")
+                    self.out.accepted.append(job)
             else:
                 return
 
@@ -287,7 +301,7 @@ class NaivePool:
         return self.workers.count("idle") - len(self.to_place)
 
     def _has_room(self) -> bool:
-        return self.room is None or len(self.staged("queued", "running")) < self.room
+        return self.room is None or len(self.ready()) + len(self.staged("running")) < self.room
 
     def _has_not_started(self, job: NaiveJob) -> bool:
         return job.attempt == 0 and job.stage in ("offered", "scheduled", "queued")
@@ -303,14 +317,16 @@ class NaivePool:
 
     def _miss(self, job: NaiveJob) -> None:
         """Fail a job that did not start in time; one that was only offered is accepted first, to be told about."""
-        if job in self.offers:
-            self.offers.remove(job)
+        if job.stage == "offered":
+            self.line.remove(job)
             self._accept(job, "queued")
             self.out.accepted.append(job)
         self._settle(job, "failed")
 
     def _settle(self, job: NaiveJob, stage: str) -> None:
         assert job.is_unsettled
+        if job in self.line:
+            self.line.remove(job)
         job.stage = stage
         self.out.settled.append(job)
 
@@ -346,7 +362,8 @@ class NaivePool:
         job.stage = "queued"  # with its old turn
 
     def _refuse_offers(self) -> None:
-        for job in self.offers:
+        refused = [job for job in self.line if job.stage == "offered"]
+        self.line = [job for job in self.line if job.stage != "offered"]
+        for job in refused:
             job.stage = "gone"
-        self.out.refused += self.offers
-        self.offers = []
+        self.out.refused += refused

@@ -59,6 +59,7 @@ STATES = {
 class Wish(NamedTuple):
     """What a caller asks for; instants are given in seconds from now."""
 
+    is_submitted: bool
     patient: bool
     delay: float | None
     start_within: float | None
@@ -76,6 +77,7 @@ losses = st.sampled_from(Loss)
 returns = st.sampled_from([Loss.UNREAD, Loss.UNREAD, Loss.UNREAD, Loss.REST])
 wishes = st.builds(
     Wish,
+    is_submitted=st.booleans(),
     patient=st.booleans(),
     delay=st.one_of(st.none(), st.none(), moments),
     start_within=st.one_of(st.none(), st.none(), moments),
@@ -344,7 +346,7 @@ class KernelAgainstModel(RuleBasedStateMachine):
     def no_free_worker_while_a_job_waits(self) -> None:
         if self.model.staged("queued"):
             assert not self.workers("idle")
-        if self.model.offers:
+        if self.model.line:
             assert not self.kernel.has_room()
 
     @invariant()
@@ -460,6 +462,8 @@ class KernelAgainstModel(RuleBasedStateMachine):
                 maximum=1.0,
                 retry_on=RETRY_ON[wish.retried_on],
             )
+        if wish.is_submitted:
+            wish = wish._replace(delay=None, start_within=None)
         record = JobRecord(b"", 0, wish.timeout, policy)
         record.due = None if wish.delay is None else self.now + wish.delay
         # A map has no start deadline, so of a job that has one no part can be done.
@@ -478,6 +482,11 @@ class KernelAgainstModel(RuleBasedStateMachine):
             has_items=wish.has_items,
         )
         self.records[record] = job
+        if wish.is_submitted:
+            self.kernel.submit(record, self.now)
+            self.model.submit(job, self.now)
+            self.compare()
+            return
         had_room = self.kernel.has_room()
         taken = self.kernel.offer(record, self.now, patient=wish.patient)
         assert taken == self.model.offer(job, self.now, patient=wish.patient)

@@ -1453,3 +1453,86 @@ def test_the_kernel_keeps_no_job_alive_that_is_over(fate: str) -> None:
     gc.collect()
     assert seen() is None
     assert len(kernel.unsettled_jobs()) == len(blocking)
+
+
+# Jobs that are submitted
+
+
+def test_a_submitted_job_is_accepted_whatever_the_backlog_is() -> None:
+    kernel = staffed(n_workers=1, backlog=0)
+    jobs = [a_job() for _ in range(5)]
+    for job in jobs:
+        kernel.submit(job, 0.0)
+    assert [job.state for job in jobs] == [JobState.RUNNING, *[JobState.QUEUED] * 4]
+    assert (kernel.running, kernel.waiting, kernel.unsettled) == (1, 4, 5)
+    assert kernel.unsettled_jobs() == jobs
+    assert not kernel.has_room()
+    for job in jobs:
+        assert kernel.slots[0].job is job
+        kernel.attempt_ended(kernel.slots[0], None, 1.0)
+    assert (kernel.succeeded, kernel.waiting, kernel.unsettled) == (5, 0, 0)
+
+
+def test_offers_and_submitted_jobs_start_in_the_order_in_which_they_came() -> None:
+    kernel = staffed(n_workers=1, backlog=0)
+    first, second, third, fourth = (a_job() for _ in range(4))
+    kernel.submit(first, 0.0)
+    kernel.submit(second, 0.0)
+    assert not kernel.offer(third, 0.0)
+    kernel.submit(fourth, 0.0)
+    started = []
+    for _ in range(4):
+        started.append(kernel.slots[0].job)
+        kernel.instructions.clear()
+        kernel.attempt_ended(kernel.slots[0], None, 1.0)
+        accepted = [one.job for one in kernel.instructions if isinstance(one, AcceptOffer)]
+        assert accepted == ([third] if kernel.slots[0].job is third else [])
+    assert started == [first, second, third, fourth]
+
+
+def test_a_submitted_job_in_line_can_be_cancelled_and_not_be_withdrawn() -> None:
+    kernel = staffed(n_workers=1, backlog=0)
+    first, second, third = (a_job() for _ in range(3))
+    for job in (first, second, third):
+        kernel.submit(job, 0.0)
+    assert not kernel.withdraw(second)
+    assert kernel.cancel(second, JobCancelled("cancelled"), 0.0)
+    assert (second.state, kernel.waiting) == (JobState.CANCELLED, 1)
+    kernel.attempt_ended(kernel.slots[0], None, 1.0)
+    assert kernel.slots[0].job is third
+
+
+def test_refusing_keeps_submitted_jobs_and_breaking_fails_them() -> None:
+    kernel = staffed(n_workers=1, backlog=0)
+    running, submitted, offered = (a_job() for _ in range(3))
+    kernel.submit(running, 0.0)
+    kernel.submit(submitted, 0.0)
+    kernel.offer(offered, 0.0)
+    kernel.instructions.clear()
+    kernel.refuse()
+    assert kernel.instructions == [RefuseOffer(offered)]
+    assert submitted.state is JobState.QUEUED
+    kernel.break_down(PoolBroken("given up"))
+    assert submitted.state is JobState.FAILED
+    assert (kernel.waiting, kernel.unsettled) == (0, 1)
+
+
+def test_ruin_returns_offers_alone() -> None:
+    kernel = staffed(n_workers=1, backlog=0)
+    running, submitted, offered = (a_job() for _ in range(3))
+    kernel.submit(running, 0.0)
+    kernel.submit(submitted, 0.0)
+    kernel.offer(offered, 0.0)
+    assert kernel.ruin(PoolBroken("ruined")) == [offered]
+
+
+def test_jobs_are_promised_to_workers_that_are_coming_up() -> None:
+    kernel = unstaffed(n_workers=2, backlog=1)
+    jobs = [a_job() for _ in range(4)]
+    for job in jobs:
+        kernel.submit(job, 0.0)
+    assert kernel.promised() == jobs[:2]
+    kernel.worker_ready(kernel.slots[0], 0.0)
+    assert kernel.promised() == [jobs[1]]
+    kernel.worker_ready(kernel.slots[1], 0.0)
+    assert kernel.promised() == []

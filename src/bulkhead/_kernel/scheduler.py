@@ -7,8 +7,10 @@ lock, starts no process. The engine calls one method per stimulus, under the poo
 
 Guarantees, argued for in README.md of this folder:
 - Jobs start in the order in which they became ready; a retry becomes ready when its pause is over.
-- Callers that wait for room are served in the order in which they came, after the jobs that are accepted already.
-- running + waiting never exceeds n_workers + backlog by an accepted offer (only a due or returned job can exceed it).
+- Callers that wait for room, and jobs that were submitted without waiting for it, are served in the order in which
+  they came, after the jobs that are ready already.
+- running + ready never exceeds n_workers + backlog by an accepted offer or a submitted job (only a due or returned job
+  can exceed it).
 - Every accepted job gets exactly one `SettleJob`.
 
 Source: decisions apart from actions as in distributed's worker_state_machine.py.
@@ -17,6 +19,7 @@ Source: decisions apart from actions as in distributed's worker_state_machine.py
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -152,6 +155,7 @@ class Scheduler:
         self._extended = extended
         self._idle: list[Slot] = []  # Why a stack: the worker that ended last is warmest.
         self._ready: OrderedDict[JobRecord, None] = OrderedDict()
+        # In line for room: offers, whose callers wait, and submitted jobs, which are accepted already.
         self._offers: OrderedDict[JobRecord, None] = OrderedDict()
         self._pausing: dict[JobRecord, None] = {}  # scheduled or retrying
         self._deadlines = Deadlines(self._is_live)
@@ -184,9 +188,21 @@ class Scheduler:
             self._deadlines.add(job.start_by, Alarm.START_DEADLINE, _handle(job))
         return job.state is not None
 
+    def submit(self, job: JobRecord, now: float) -> None:
+        """Accept a job whatever the backlog is; without room it gets in line behind the offers that wait.
+
+        The engine has checked `broken` and `is_refusing`. For jobs without `due` and `start_by`.
+        """
+        self._now = now
+        if not self._offers and self._has_room():
+            self._take(job)
+        else:
+            self._accept(job, lifecycle.ACCEPT)
+            self._offers[job] = None
+
     def withdraw(self, job: JobRecord) -> bool:
         """Forget the offer of a caller that waits no longer; False when it was accepted just before."""
-        if job not in self._offers:
+        if job.state is not None or job not in self._offers:
             return False
         del self._offers[job]
         _drop_handle(job)
@@ -202,6 +218,7 @@ class Scheduler:
             self._end(job, Verdict.CANCEL)
             return True
         self._ready.pop(job, None)
+        self._offers.pop(job, None)
         self._settle(job, lifecycle.CANCEL)
         self._fill()
         return True
@@ -322,15 +339,16 @@ class Scheduler:
             return
         self.broken = error
         self._refuse_offers()
-        for job in [*self._ready, *self._pausing]:
+        for job in [*self._ready, *self._offers, *self._pausing]:
             job.error = _copy_of(error)
             self._settle(job, lifecycle.FAIL)
         self._ready.clear()
+        self._offers.clear()
 
     def ruin(self, error: BaseException) -> list[JobRecord]:
         """Forget everything, for an engine that cannot trust this state any more; return the jobs that were offered."""
         self.broken = self.broken or error
-        offers = list(self._offers)
+        offers = [job for job in self._offers if job.state is None]
         for phase in self.phases.unreported:
             phase.unsettled = 0
         self._idle.clear()
@@ -353,7 +371,7 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Number of accepted jobs that wait for a slot."""
-        return len(self._ready)
+        return self.unsettled - self.running - len(self._pausing)
 
     @property
     def delayed(self) -> int:
@@ -366,10 +384,16 @@ class Scheduler:
         capacity = self._capacity
         return not self._offers and (capacity is None or self.running + len(self._ready) < capacity)
 
+    def promised(self) -> list[JobRecord]:
+        """Return the waiting jobs that are the next for slots whose workers are not up (again) yet."""
+        n_absent = sum(slot.state not in (SlotState.IDLE, SlotState.BUSY) for slot in self.slots)
+        return list(itertools.islice(self._ready, n_absent))
+
     def unsettled_jobs(self) -> list[JobRecord]:
         """Return the accepted jobs that have not settled: running, then waiting, then pausing ones."""
         running = [slot.job for slot in self.slots if slot.job is not None]
-        return [*running, *self._ready, *self._pausing]
+        submitted = [job for job in self._offers if job.state is not None]
+        return [*running, *self._ready, *submitted, *self._pausing]
 
     # Decisions
 
@@ -385,7 +409,9 @@ class Scheduler:
         phase.unsettled += 1
 
     def _take(self, job: JobRecord) -> None:
-        self._accept(job, lifecycle.ACCEPT)
+        """Make a job ready that has room, or start it if it need not wait; a submitted one is accepted already."""
+        if job.state is None:
+            self._accept(job, lifecycle.ACCEPT)
         self._turns = job.turn = self._turns + 1
         if self._ready or not self._idle:
             self._ready[job] = None
@@ -429,8 +455,10 @@ class Scheduler:
             self._start_ready()
         while self._offers and self._has_room():
             job, _ = self._offers.popitem(last=False)
+            is_offer = job.state is None
             self._take(job)
-            self.instructions.append(_new(AcceptOffer, (job,)))
+            if is_offer:
+                self.instructions.append(_new(AcceptOffer, (job,)))
 
     def _attempt_failed(self, job: JobRecord, error: BaseException, now: float) -> None:
         job.error = error
@@ -528,9 +556,9 @@ class Scheduler:
         self._settle(job, lifecycle.FAIL)
 
     def _refuse_offers(self) -> None:
-        offers = list(self._offers)
-        self._offers.clear()
-        self.instructions.extend(RefuseOffer(job) for job in offers)
+        for job in [job for job in self._offers if job.state is None]:
+            del self._offers[job]
+            self.instructions.append(RefuseOffer(job))
 
     def _recycle(self, slot: Slot) -> None:
         """Replace an idle worker that has done its share. Why no pause as after deaths: each one has done some work."""

@@ -21,6 +21,7 @@
 | interrupts.py | keeping a Ctrl-C out of the middle of a change |
 | channel.py | bytes through a pipe without being held up |
 | payload.py | pickling both ways |
+| heritage.py | what of multiprocessing only new processes inherit, for initializers |
 | callbacks.py | running users' done callbacks |
 | deaths.py | what a worker's end means for its job, and what is told of it |
 | poller.py | waiting for descriptors |

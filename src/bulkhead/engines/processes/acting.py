@@ -32,6 +32,7 @@ from bulkhead.engines.base import Ledger
 from bulkhead.engines.processes import chunks
 from bulkhead.engines.processes.answers import Answer, tell
 from bulkhead.engines.processes.driving import Driving, Errand, reentered
+from bulkhead.engines.processes.heritage import Heritage
 from bulkhead.engines.processes.memory_watch import MemoryWatch
 from bulkhead.engines.processes.output import PoolOutput
 from bulkhead.engines.processes.payload import cannot
@@ -65,6 +66,7 @@ class Acting:
         config: The pool.
         scheduler: Its kernel.
         setup: What its workers are told first.
+        heritage: The descriptors that go with it.
         ledger: Says when it wants to be swept.
         settling: Tells who waits for the jobs that settle.
         segments: Where the large parts of jobs wait for their worker.
@@ -82,6 +84,7 @@ class Acting:
         scheduler: Scheduler,
         *,
         setup: bytes,
+        heritage: Heritage,
         ledger: Ledger,
         settling: Settling,
         segments: SegmentPool,
@@ -105,6 +108,7 @@ class Acting:
         self.staff = Staff(
             config,
             setup,
+            heritage,
             self.driving,
             scheduler=scheduler,
             carry_out=self.carry_out,

@@ -174,6 +174,6 @@ def _unreadable(error: BaseException) -> RemoteError:
     trace = text_of(error, error.__traceback__)
     # Why as text: an error may be kept for long, and the frames would keep the black box or a segment mapped.
     BaseException.with_traceback(error, None)
-    remote = RemoteError(text, type_name=name, traceback=trace)
+    remote = RemoteError(text, type_name=name, traceback=trace, is_unreadable=True)
     remote.__cause__ = error
     return remote

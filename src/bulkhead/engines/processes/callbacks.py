@@ -48,6 +48,14 @@ class CallbackThread:
                 return
         _call(callback, subject)
 
+    def wait_until_run(self) -> None:
+        """Wait until what was submitted so far has run; not in a callback. Blocking: as long as callbacks take."""
+        if self._thread is None or self._thread is threading.current_thread():
+            return
+        has_run = threading.Event()
+        self.submit(lambda _: has_run.set(), None)
+        has_run.wait()
+
     def end(self, timeout: float | None) -> None:
         """Run what is there and end. Blocking: until that is done or `timeout`; not at all in a callback."""
         with self._lock:
@@ -71,7 +79,7 @@ def _call(callback: Callable[[Any], object], subject: Any) -> None:
     try:
         callback(subject)
     except BaseException:
-        _log.exception("a done callback of job %r raised", subject.id)
+        _log.exception("a done callback of job %r raised", getattr(subject, "id", subject))
 
 
 class DoneCallback:

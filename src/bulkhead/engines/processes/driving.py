@@ -54,6 +54,10 @@ _LONGEST = 86_400.0
 # seconds). What the kernel decides upon it is carried out.
 Errand = Callable[[float], None]
 
+# So many jobs have to wait before somebody who submits them takes the role from the background thread (arbitrary). It
+# gets it back within `_HESITATION`, which is too long for a few jobs.
+_CROWD = 64
+
 _BACKGROUND = object()
 _NOT_POLLING = float("-inf")
 
@@ -162,6 +166,7 @@ class Driving:
         self._gate.acquire()
         self._is_gate_shut = False  # whether the background thread waits for it without limit
         self._is_urgent = False  # whether the background thread should not hesitate
+        self._is_in_the_way = False  # whether it should give the role up, though nobody waits
         self._is_closed = False
         self._thread = threading.Thread(target=self._background, name=name, daemon=True)
 
@@ -205,6 +210,12 @@ class Driving:
             self._turns += 1
             return True
         return False
+
+    def crowd_in(self, n_waiting: int) -> None:
+        """Under the lock: have the background thread leave the role to whoever submits so many jobs that wait."""
+        if n_waiting >= _CROWD and self._role is _BACKGROUND and not self._is_in_the_way:
+            self._is_in_the_way = True
+            self._alarm.ring()
 
     def leave(self, waiter: Waiter, beneath: object | None = None) -> None:
         """Give the role back, if the waiter has it, and let somebody else drive. Does no harm twice.
@@ -405,7 +416,8 @@ class Driving:
             while self._role is _BACKGROUND:
                 self._step(None, None)
                 with self.lock:
-                    if self._sleepers or self._is_closed:
+                    if self._sleepers or self._is_closed or self._is_in_the_way:
+                        self._is_in_the_way = False
                         self._role = None
                         self._pass_on()
         except BaseException:  # the pool has given itself up; whoever still waits for its end may drive

@@ -22,6 +22,7 @@ from bulkhead.config import Pool
 from bulkhead.engines.processes import deaths
 from bulkhead.engines.processes.answers import Answer, recorded, tell
 from bulkhead.engines.processes.driving import Driving, Waiter, fire
+from bulkhead.engines.processes.heritage import Heritage
 from bulkhead.engines.processes.launcher import Report, Says, Unsuitable
 from bulkhead.engines.processes.launcher_link import LauncherLink
 from bulkhead.engines.processes.output import PoolOutput
@@ -80,6 +81,7 @@ class Staff:
     Args:
         config: The pool.
         setup: What workers are told first.
+        heritage: The descriptors that go with it.
         driving: Whose poller watches the pipes.
         scheduler: The kernel, which is told of workers that are gone and when the pool has to be given up.
         carry_out: Does what the kernel has decided, as of an instant. For the one piece of news, the end of a launcher,
@@ -98,6 +100,7 @@ class Staff:
         self,
         config: Pool,
         setup: bytes,
+        heritage: Heritage,
         driving: Driving,
         *,
         scheduler: Scheduler,
@@ -111,6 +114,7 @@ class Staff:
             (config.initializer, config.initargs, {}) if config.initializer else None
         )
         self._setup = setup
+        self._heritage = heritage
         self._driving = driving
         self._scheduler = scheduler
         self._carry_out = carry_out
@@ -141,6 +145,7 @@ class Staff:
             worker = Worker(self._workers_made, slot, self._borrowed)
             if self._output is not None:
                 self._output.attach(worker)
+            worker.exchange.hand_down(self._heritage.fds)
         except OSError as error:  # no descriptors left, most likely; the next try may find some
             _log.warning("%s: a worker cannot be started: %s", self._label, error)
             failure = PoolBroken(f"{self._label} is given up, its workers cannot be started: {error}")
@@ -228,6 +233,7 @@ class Staff:
         """Forget every worker and end the launcher, which is killed if it does not leave within `patience` seconds."""
         self._forget_all()
         self._link.close(patience)
+        self._inherited = None
 
     def wait_until_gone(self, patience: float) -> None:
         """Wait until no worker is left, `patience` seconds at most. Without the lock."""

@@ -23,8 +23,9 @@ from bulkhead.engines.processes import lifeline, main_module
 from bulkhead.engines.processes.blackbox import BlackBox
 from bulkhead.engines.processes.channel import CHUNK, HEADER, Frame, read_frame, write_all
 from bulkhead.engines.processes.chunk_runner import ChunkOrder, leave_copy, run_chunk
-from bulkhead.engines.processes.parcels import Exchange, Opened, Parcel
-from bulkhead.engines.processes.payload import cannot, pack_error, pack_value, unpack_call
+from bulkhead.engines.processes.heritage import inheriting
+from bulkhead.engines.processes.parcels import Exchange, Opened, Parcel, handed_down
+from bulkhead.engines.processes.payload import cannot, cannot_pack_result, pack_error, pack_value, unpack_call
 from bulkhead.engines.processes.progress import Progress
 from bulkhead.engines.processes.segments import Borrowed, SegmentPool
 from bulkhead.engines.processes.use import UseLimits, WorkerUse
@@ -96,7 +97,10 @@ ALWAYS = tuple(name for name in Ends._fields if name not in Ends._field_defaults
 
 
 class Setup(NamedTuple):
-    """How a worker gets ready. `initializer` is a packed call; under fork it is inherited instead."""
+    """How a worker gets ready. `initializer` is a packed call; under fork it is inherited instead.
+
+    `n_descriptors` come through the line before, for that call's arguments.
+    """
 
     process_name: str
     main: main_module.MainModule | None
@@ -105,6 +109,7 @@ class Setup(NamedTuple):
     nicer_by: int
     cpus: tuple[int, ...] | None
     limits: UseLimits | None
+    n_descriptors: int = 0
     log_levels: Levels | None = None  # of the caller's loggers, when records are forwarded
 
 
@@ -191,7 +196,7 @@ def _get_ready(ends: Ends, box: BlackBox, inherited: Initializer | None) -> _Rea
             from bulkhead.engines.processes.log_records import install
 
             install(ends.logs, setup.log_levels)
-        call = unpack_call(setup.initializer) if setup.initializer is not None else inherited
+        call = inherited if setup.initializer is None else _unpack_initializer(setup, ends)
         if call is not None:
             fn, args, kwargs = call
             prepared.keep(fn(*args, **kwargs))
@@ -204,6 +209,21 @@ def _get_ready(ends: Ends, box: BlackBox, inherited: Initializer | None) -> _Rea
         box.flush_output()
     write_all(ends.results, Kind.READY, os.getpid(), b"")
     return _Ready(use)
+
+
+def _unpack_initializer(setup: Setup, ends: Ends) -> Initializer:
+    assert setup.initializer is not None
+    if setup.n_descriptors:
+        line = socket.socket(fileno=ends.line)
+        try:
+            fds = handed_down(line, setup.n_descriptors)
+        finally:
+            line.detach()
+        with inheriting(fds):
+            fn, args, kwargs = unpack_call(setup.initializer)
+    else:
+        fn, args, kwargs = unpack_call(setup.initializer)
+    return fn, tuple(args), kwargs
 
 
 def _serve(ends: Ends, box: BlackBox, use: WorkerUse | None) -> None:
@@ -352,7 +372,10 @@ def _attempt(
     try:
         fn, args, kwargs = unpack_call(body, buffers)
     except BaseException as error:
-        return Kind.ERROR, pack_error(cannot("the job could not be unpickled in the worker", error))
+        # Why no variable: a cycle through this frame would keep what the job was given mapped.
+        return Kind.ERROR, pack_error(
+            cannot("the job could not be unpickled in the worker", error, is_unreadable=True)
+        )
     depth = forks.depth
     try:
         value = fn(*args, **kwargs)
@@ -363,8 +386,7 @@ def _attempt(
     try:
         return Kind.VALUE, pack_value(value, segments)
     except BaseException as error:
-        named = f"the job's result of type {type(value).__qualname__} cannot be pickled"
-        return Kind.ERROR, pack_error(cannot(named, error))
+        return Kind.ERROR, pack_error(cannot_pack_result(value, error))
 
 
 def _leave(code: int) -> None:
