@@ -12,11 +12,15 @@ from bulkhead import validate
 from bulkhead.errors import ConfigError, ConfigTypeError
 from bulkhead.retry import RetryPolicy
 
-__all__ = ["Pool", "StartMethod", "niceness_step", "pools_from"]
+__all__ = ["CaptureMode", "Pool", "StartMethod", "niceness_step", "pools_from"]
 
 StartMethod = Literal["fork", "forkserver", "spawn"]
 
 _START_METHODS = ("fork", "forkserver", "spawn")
+
+CaptureMode = Literal["tagged", "plain", "silent"]
+
+_CAPTURE_MODES = ("tagged", "plain", "silent")
 
 # Niceness between two neighbouring ranks. Why 5: the scheduler weighs each step by about 1.25, so 5 steps give the
 # more urgent pool three times the CPU share, and four ranks fit into the scale.
@@ -47,6 +51,11 @@ class Pool:
         initargs: Arguments of `initializer`.
         start_method: "forkserver" (the default), "spawn", or "fork", which copies the caller as it is when the
             dispatcher is made and is safe only while the caller has no other threads.
+        capture_output: Have what jobs print (Python, C code, processes they start) written to the caller's
+            `sys.stdout` and `sys.stderr` line by line, and its last 64 KiB kept as `Tracker.output`. "tagged", the same
+            as True, puts `[pool 0 · job 17 · pid 4242] ` before each line, "plain" nothing; "silent" keeps it only.
+            False leaves the workers the caller's own descriptors.
+        forward_logging: Have log records of jobs handled by the caller's loggers of the same names.
 
     Raises:
         ConfigError: A value cannot work; the message names the field.
@@ -67,6 +76,8 @@ class Pool:
     initializer: Callable[..., object] | None = None
     initargs: tuple[Any, ...] = ()
     start_method: StartMethod | None = None
+    capture_output: bool | CaptureMode = False
+    forward_logging: bool = False
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -90,6 +101,14 @@ class Pool:
         put(self, "initargs", tuple(self.initargs))
         if self.start_method is not None and self.start_method not in _START_METHODS:
             raise ConfigError(f"start_method must be one of {_START_METHODS}, not {self.start_method!r}")
+        _check_output(self.capture_output, self.forward_logging)
+
+    @property
+    def capture_mode(self) -> CaptureMode | None:
+        """How output is captured; None when it is not."""
+        if isinstance(self.capture_output, bool):
+            return "tagged" if self.capture_output else None
+        return self.capture_output
 
     def _check_limits(self) -> None:
         put = object.__setattr__
@@ -126,6 +145,15 @@ def pools_from(pools: Iterable[Pool | tuple[int, int]]) -> list[Pool]:
         if one.priority == other.priority:
             raise ConfigError(f"priority {one.priority} is given to two pools; each pool needs its own")
     return made
+
+
+def _check_output(capture_output: object, forward_logging: object) -> None:
+    if not isinstance(capture_output, (bool, str)):
+        raise ConfigTypeError(f"capture_output must be a bool or a str, not {capture_output!r}")
+    if isinstance(capture_output, str) and capture_output not in _CAPTURE_MODES:
+        raise ConfigError(f"capture_output must be a bool or one of {_CAPTURE_MODES}, not {capture_output!r}")
+    if not isinstance(forward_logging, bool):
+        raise ConfigTypeError(f"forward_logging must be a bool, not {forward_logging!r}")
 
 
 def _pool_from(entry: object) -> Pool:

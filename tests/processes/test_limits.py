@@ -381,10 +381,14 @@ def test_a_job_that_holds_the_interpreter_lock_is_ended_as_well(usual: int) -> N
 def test_it_is_found_out_whoever_waits_and_also_when_nobody_does(usual: int, tmp_path: Path) -> None:
     with staffed(Dispatcher([Pool(0, 1, hard_memory_limit=usual + 60 * MIB), (1, 1)])) as disp:
         wait_until(_all_threads_sleep)
-        tracker = disp.dispatch(Job(leaking_jobs.grow, tmp_path / "a").options(priority=0))
+        found = disp.try_dispatch(Job(leaking_jobs.grow, tmp_path / "a").options(priority=0))
+        assert found is not None
+        tracker = found
         wait_until(tracker.done)  # which drives nothing
+        assert isinstance(tracker.exception(0), MemoryLimitExceeded)
         tracker = disp.dispatch(Job(leaking_jobs.grow, tmp_path / "b").options(priority=0))
         assert disp.barrier(check=False, timeout=PATIENCE).failed_count == 2
+        assert isinstance(tracker.exception(0), MemoryLimitExceeded)
         tracker = disp.dispatch(Job(leaking_jobs.grow, tmp_path / "c").options(priority=0))
         disp.dispatch(Job(nothing).options(priority=0), timeout=PATIENCE)  # waits for the slot
         assert isinstance(tracker.exception(0), MemoryLimitExceeded)

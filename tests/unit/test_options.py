@@ -73,6 +73,11 @@ BAD_POOLS = [
     ("start_method", "thread", VALUE_ERROR),
     ("start_method", 7, VALUE_ERROR),
     ("start_method", ["fork"], VALUE_ERROR),
+    ("capture_output", "loud", VALUE_ERROR),
+    ("capture_output", None, TYPE_ERROR),
+    ("capture_output", 1, TYPE_ERROR),
+    ("forward_logging", "yes", TYPE_ERROR),
+    ("forward_logging", None, TYPE_ERROR),
 ]
 
 BAD_POLICIES = [
@@ -157,6 +162,8 @@ def test_a_pool_takes_every_value_that_can_work() -> None:
         initializer=print,
         initargs=["ready"],
         start_method="spawn",
+        capture_output="plain",
+        forward_logging=True,
     )
     assert (pool.priority, pool.n_workers, pool.backlog) == (-7, 3, None)
     assert (pool.timeout, pool.retry, pool.nice) == (0.5, retry, -20)

@@ -29,6 +29,10 @@
 | worker_main.py | what runs in a worker |
 | launcher.py, launcher_link.py | starting, ending and reaping workers; the two ends of that conversation |
 | blackbox.py | what a dead worker leaves behind for the report |
+| output.py, output_sources.py | what jobs print and log: whose it is, and that it is out before the result |
+| outlet.py | writing it to the caller's streams and loggers |
+| stdio.py | the standard streams of a worker whose output is captured |
+| log_records.py | log records under way |
 | lifeline.py | no worker outlives its caller |
 | main_module.py | giving workers the caller's `__main__` |
 """

@@ -28,7 +28,7 @@ from bulkhead._kernel.scheduler import Scheduler
 from bulkhead.chunk import Chunk
 from bulkhead.config import Pool
 from bulkhead.engines.base import Ledger
-from bulkhead.engines.processes import deaths, main_module
+from bulkhead.engines.processes import deaths, log_records, main_module
 from bulkhead.engines.processes.acting import Acting
 from bulkhead.engines.processes.callbacks import CallbackThread, DoneCallback
 from bulkhead.engines.processes.chunks import extended
@@ -91,10 +91,11 @@ def packed_setup(config: Pool, nicer_by: int) -> PackedSetup:
         with collecting(heritage):
             call = pack_initializer(config.initializer, config.initargs)
     main = None if is_fork else main_module.describe()
+    levels = log_records.current_levels() if config.forward_logging else None
     limits = _use_limits(config)
     cpus = None if config.cpus is None else tuple(config.cpus)
-    n_descriptors = len(heritage.fds)
-    setup = Setup(f"bulkhead-{config.label}", main, call, config.nice, nicer_by, cpus, limits, n_descriptors)
+    name, n_fds = f"bulkhead-{config.label}", len(heritage.fds)
+    setup = Setup(name, main, call, config.nice, nicer_by, cpus, limits, n_fds, levels)
     return PackedSetup(pickle.dumps(setup), heritage)
 
 
@@ -162,6 +163,8 @@ class ProcessPool:
     def begin(self) -> None:
         """Start the threads and the workers."""
         self._driving.begin()
+        if self._acting.output is not None:
+            self._acting.output.begin()
         with calm(), self.lock, self._guard:
             self._scheduler.begin()
             self._carry_out(time.monotonic())
@@ -455,6 +458,8 @@ class ProcessPool:
         """Cancel every job that has not settled."""
         with calm(), self.lock, self._guard:
             now = time.monotonic()
+            if self._acting.output is not None:
+                self._acting.output.hasten()
             for job in self._scheduler.unsettled_jobs():
                 self._scheduler.cancel(job, JobCancelled(f"job {job.id!r} was cancelled by finalize"), now)
             self._carry_out(now)
@@ -493,6 +498,8 @@ class ProcessPool:
             self.segments.close()
             self._heritage.close()
             self._driving.close()
+        if self._acting.output is not None:
+            self._acting.output.end()
             # Why: the locks and queues among them would live as long as this, which the garbage collector decides.
             self.config = replace(self.config, initializer=None, initargs=())
         _live_pools.discard(self)

@@ -25,6 +25,7 @@ from bulkhead.engines.processes.driving import Driving, Waiter, fire
 from bulkhead.engines.processes.heritage import Heritage
 from bulkhead.engines.processes.launcher import Report, Says, Unsuitable
 from bulkhead.engines.processes.launcher_link import LauncherLink
+from bulkhead.engines.processes.output import PoolOutput
 from bulkhead.engines.processes.poller import READABLE, WRITABLE
 from bulkhead.engines.processes.reading import (
     Garbled,
@@ -86,6 +87,7 @@ class Staff:
         carry_out: Does what the kernel has decided, as of an instant. For the one piece of news, the end of a launcher,
             on which the kernel is told more than one thing that depend on each other.
         borrowed: Where it is noted what the workers have lent.
+        output: Where what they print goes; None when that is not captured.
 
     Attributes:
         workers: By number, from the moment they are asked for until they are forgotten.
@@ -104,6 +106,7 @@ class Staff:
         scheduler: Scheduler,
         carry_out: Callable[[float], None],
         borrowed: Borrowed,
+        output: PoolOutput | None,
     ) -> None:
         self._label = config.label
         self._method = config.start_method or "forkserver"
@@ -116,6 +119,7 @@ class Staff:
         self._scheduler = scheduler
         self._carry_out = carry_out
         self._borrowed = borrowed
+        self._output = output
         self.workers: dict[int, Worker] = {}
         self.by_result_pipe: dict[int, Worker] = {}
         self._blocked: dict[int, Worker] = {}  # by descriptor of the job pipe, while it takes no more
@@ -139,6 +143,8 @@ class Staff:
         self._workers_made += 1
         try:
             worker = Worker(self._workers_made, slot, self._borrowed)
+            if self._output is not None:
+                self._output.attach(worker)
             worker.exchange.hand_down(self._heritage.fds)
         except OSError as error:  # no descriptors left, most likely; the next try may find some
             _log.warning("%s: a worker cannot be started: %s", self._label, error)
@@ -148,7 +154,8 @@ class Staff:
             return
         slot.worker = worker
         self.workers[worker.number] = worker
-        self._link.start(worker.number, worker.give_away())
+        names = () if worker.output is None else worker.output.names
+        self._link.start(worker.number, worker.give_away(), names)
         worker.close_theirs()
         self.by_result_pipe[worker.reader.fd] = worker
         self._driving.poller.register(worker.reader.fd, READABLE)
@@ -276,6 +283,8 @@ class Staff:
         worker = self.workers.get(number)
         if worker is not None:
             worker.pid = pid
+            if self._output is not None:
+                self._output.listen(worker)
 
     def _gone(self, number: int, report: Report, now: float) -> None:
         worker = self.workers.get(number)
@@ -333,6 +342,8 @@ class Staff:
         del self.workers[worker.number]
         self._stop_reading(worker)
         self._unblock(worker)
+        if self._output is not None:
+            self._output.forget(worker)
         self.overdue.pop(worker, None)
         self.busy_seconds += worker.busy_seconds
         if worker.slot.worker is worker:
@@ -392,6 +403,8 @@ class Staff:
         while not worker.reader.is_at_end and time.monotonic() < end:
             read_worker(worker, answers, [])
             time.sleep(0.001)
+        if self._output is not None:
+            answers = self._output.last_answers(worker, _REPORT) + answers
         answers.append(recorded(worker))
         sent = worker.message
         for answer in answers:

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bulkhead import forks, prepared
 from bulkhead.engines.processes import lifeline, main_module
@@ -30,13 +30,19 @@ from bulkhead.engines.processes.progress import Progress
 from bulkhead.engines.processes.segments import Borrowed, SegmentPool
 from bulkhead.engines.processes.use import UseLimits, WorkerUse
 
-__all__ = ["Ends", "Kind", "Setup", "main", "run"]
+if TYPE_CHECKING:
+    from bulkhead.engines.processes.log_records import Levels
+
+__all__ = ["ALWAYS", "Ends", "Kind", "Setup", "main", "run"]
 
 # How long a worker looks for its next job before it sleeps (seconds). Why: a producer that is at work sends the next
 # job within some ten microseconds, and waking a sleeper costs more than that. It gives the CPU away at each look.
 _LOOK_FOR = 50e-6
 _give_way = getattr(os, "sched_yield", lambda: None)
 
+# A job that took no longer (seconds) lets expect the next one so soon. After others looking would take the CPU from
+# who computes, or leave it to them for longer than a sleeper needs to wake up.
+_SOON = 100e-6
 
 # Free segments for results that a worker keeps for the next ones, together (bytes).
 _KEEP_BYTES = 512 << 20
@@ -67,13 +73,27 @@ _JOB = Kind.JOB
 
 
 class Ends(NamedTuple):
-    """The worker's descriptors: jobs in, results out, life line, line for descriptors, black box."""
+    """The worker's descriptors: jobs in, results out, life line, line for descriptors, black box.
+
+    And those that are -1 unless its pool captures output (`out`, `err`) or forwards log records (`logs`).
+    """
 
     jobs: int
     results: int
     life: int
     line: int
     box: int
+    out: int = -1
+    err: int = -1
+    logs: int = -1
+
+    def opened(self) -> list[int]:
+        """Return those that there are."""
+        return [fd for fd in self if fd >= 0]
+
+
+# Those that every worker has.
+ALWAYS = tuple(name for name in Ends._fields if name not in Ends._field_defaults)
 
 
 class Setup(NamedTuple):
@@ -90,6 +110,7 @@ class Setup(NamedTuple):
     cpus: tuple[int, ...] | None
     limits: UseLimits | None
     n_descriptors: int = 0
+    log_levels: Levels | None = None  # of the caller's loggers, when records are forwarded
 
 
 class _Ready(NamedTuple):
@@ -135,9 +156,16 @@ def _settle_in(ends: Ends) -> BlackBox:
         signal.signal(number, signal.SIG_DFL)
     lifeline.hold(ends.life)
     _detach_stdin()
-    box = BlackBox(ends.box)
+    box = BlackBox(ends.box) if ends.out < 0 else _captured(ends)
     box.watch()
     return box
+
+
+def _captured(ends: Ends) -> BlackBox:
+    from bulkhead.engines.processes.stdio import CapturedBox, redirect
+
+    redirect(ends.out, ends.err)
+    return CapturedBox(ends.box)
 
 
 def _detach_stdin() -> None:
@@ -164,6 +192,10 @@ def _get_ready(ends: Ends, box: BlackBox, inherited: Initializer | None) -> _Rea
         if setup.main is not None:
             main_module.prepare(setup.main, setup.process_name)
             main_module.import_main(setup.main)
+        if setup.log_levels is not None:
+            from bulkhead.engines.processes.log_records import install
+
+            install(ends.logs, setup.log_levels)
         call = inherited if setup.initializer is None else _unpack_initializer(setup, ends)
         if call is not None:
             fn, args, kwargs = call
@@ -171,8 +203,10 @@ def _get_ready(ends: Ends, box: BlackBox, inherited: Initializer | None) -> _Rea
         use = None if setup.limits is None else WorkerUse(setup.limits, box)
     except BaseException as error:
         box.flush_output()
-        write_all(ends.results, Kind.NOT_READY, 0, pack_error(error))
+        write_all(ends.results, Kind.NOT_READY, os.getpid(), pack_error(error))
         return None
+    if box.has_output:
+        box.flush_output()
     write_all(ends.results, Kind.READY, os.getpid(), b"")
     return _Ready(use)
 
@@ -237,6 +271,7 @@ class _Desk:
         self.use = use
         self.segments = SegmentPool(_KEEP_BYTES)
         self.exchange = Exchange(socket.socket(fileno=ends.line), Borrowed())
+        self.has_job_since = 0.0  # seconds of the performance counter
         self._ends = ends
         self._progress: Progress | None = None
 
@@ -287,15 +322,20 @@ class _Desk:
 
 
 def _next_bytes(fd: int, sleeper: select.poll, desk: _Desk) -> bytes:
-    look = sleeper.poll
-    give_up = time.perf_counter() + _LOOK_FOR
-    # Why first of all: the next job cannot be there before the caller has read the last answer.
-    _give_way()
+    look, clock = sleeper.poll, time.perf_counter
+    now = clock()
+    give_up = now + _LOOK_FOR
+    if now > desk.has_job_since + _SOON:
+        give_up = now
+    else:
+        # Why first of all: the next job cannot be there before the caller has read the last answer.
+        _give_way()
     while not look(0):
-        if time.perf_counter() > give_up:
+        if clock() > give_up:
             _sleep(sleeper, desk)
             break
         _give_way()
+    desk.has_job_since = clock()
     return os.read(fd, CHUNK)
 
 
