@@ -19,13 +19,16 @@ Exit code: 0 when nothing has failed, 1 when something has, 3 when there is no s
 from __future__ import annotations
 
 import argparse
+import atexit
 import concurrent.futures
+import functools
 import importlib
 import importlib.util
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -406,22 +409,23 @@ def _ask(python: str, arguments: list[str], suite: str | None) -> str:
 
 def _environment(suite: str | None) -> dict[str, str]:
     """Return an environment in which bulkhead and psutil can be imported, by another interpreter, too."""
-    import psutil
-
     import bulkhead
 
-    # Why a link: the folder that psutil lies in holds other packages, perhaps for another version of Python.
-    links = Path(tempfile.gettempdir()) / f"bulkhead-suite-{os.getuid()}"
-    links.mkdir(exist_ok=True)
-    link = links / "psutil"
-    target = Path(psutil.__file__).parent
-    if not link.exists() or link.resolve() != target:
-        link.unlink(missing_ok=True)
-        link.symlink_to(target)
-    places = [str(Path(bulkhead.__file__).parents[1]), str(links)]
+    places = [str(Path(bulkhead.__file__).parents[1]), _psutil_alone()]
     if suite is not None:
         places.insert(0, suite)
     return {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+
+
+@functools.cache
+def _psutil_alone() -> str:
+    """Return a folder that holds psutil. Why: where it lies are other packages, perhaps for another Python."""
+    import psutil
+
+    folder = tempfile.mkdtemp(prefix="bulkhead-suite-")
+    atexit.register(shutil.rmtree, folder)
+    (Path(folder) / "psutil").symlink_to(Path(psutil.__file__).parent)
+    return folder
 
 
 def main() -> int:
