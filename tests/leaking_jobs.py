@@ -60,7 +60,8 @@ def keep(n_bytes: int) -> int:
     """Leak so much; return the process."""
     # Why not from the heap: that may have as much to spare already, above all in a copy of a large process.
     taken = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    taken.write(filled(n_bytes))
+    for page in range(0, n_bytes, mmap.PAGESIZE):
+        taken[page] = 1
     _kept.append(taken)
     return os.getpid()
 
