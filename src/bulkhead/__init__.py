@@ -9,6 +9,7 @@ import logging
 
 from bulkhead import _platform as _platform
 from bulkhead._kernel.lifecycle import JobState
+from bulkhead.composition import ChainTracker, CompositeStatus, GroupTracker, chain, group
 from bulkhead.config import Pool
 from bulkhead.dispatcher import Dispatcher
 from bulkhead.engines.processes.sharing import Shared
@@ -45,12 +46,15 @@ __all__ = [
     "BarrierReport",
     "BarrierTimeout",
     "BulkheadError",
+    "ChainTracker",
+    "CompositeStatus",
     "ConfigError",
     "ConfigTypeError",
     "Dispatcher",
     "DispatcherFinalized",
     "DispatcherStats",
     "DuplicateJobId",
+    "GroupTracker",
     "Job",
     "JobCancelled",
     "JobNotFound",
@@ -75,6 +79,8 @@ __all__ = [
     "Unrecoverable",
     "WaitTimeout",
     "WorkerCrashed",
+    "chain",
+    "group",
 ]
 
 __version__ = "0.1.0"

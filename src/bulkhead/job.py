@@ -20,7 +20,7 @@ __all__ = [
     "fed_call_of",
     "options_of",
     "run_object",
-    "set_times",
+    "times_of",
 ]
 
 Options = dict[str, Any]
@@ -177,16 +177,18 @@ def run_object(job: Any) -> Any:
     return job.run()
 
 
-def set_times(options: Options, job: Any) -> None:
-    """Set the instants `due` and `start_by` of a job that is dispatched, or fed, now."""
+def times_of(options: Options) -> tuple[float | None, float | None]:
+    """Return earliest and latest start, in monotonic seconds, of a job that is dispatched, or fed, now."""
+    due = start_by = None
     if "delay" in options:
-        job.due = time.monotonic() + options["delay"]
+        due = time.monotonic() + options["delay"]
     elif "not_before" in options:
-        job.due = time.monotonic() + _seconds_until(options["not_before"])
+        due = time.monotonic() + _seconds_until(options["not_before"])
     if "start_deadline" in options:
         value = options["start_deadline"]
         is_instant = isinstance(value, datetime)
-        job.start_by = time.monotonic() + (_seconds_until(value) if is_instant else value)
+        start_by = time.monotonic() + (_seconds_until(value) if is_instant else value)
+    return due, start_by
 
 
 def _seconds_until(instant: datetime | float) -> float:

@@ -2,8 +2,8 @@
 
 Every accepted job belongs to the phase that is open at that moment. A barrier closes the open phase and waits until it
 and all before it have no unsettled job; jobs dispatched meanwhile belong to the next phase and are not waited for. A
-retry keeps its job unsettled, so it is waited for. So is a job that follows others of its phase: it belongs to the phase
-that is open when they are dispatched, from before the first of them is accepted. Cost per job: two additions.
+retry keeps its job unsettled, so it is waited for. So is a job that follows others of its phase: it belongs to the
+phase that is open when they are dispatched, from before the first of them is accepted. Cost per job: two additions.
 
 Source: generation counting as in java.util.concurrent.CyclicBarrier.
 """

@@ -145,7 +145,9 @@ class Scheduler:
         self._offers: OrderedDict[JobRecord, None] = OrderedDict()
         self._pausing: dict[JobRecord, None] = {}  # scheduled or retrying
         self._promised: dict[JobRecord, None] = {}  # counted in, not accepted yet
-        self._unfed: set[JobRecord] = set()  # of those that pause: have no instant, but wait for something else
+        self._unfed: set[JobRecord] = (
+            set()
+        )  # of those that pause: have no instant, but wait for something else
         self._deadlines = Deadlines(self._is_live)
         self._now = 0.0  # of the last stimulus
         self._starts = 0

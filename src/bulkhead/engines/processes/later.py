@@ -34,7 +34,9 @@ class Later:
 
     __slots__ = ("_body", "_buffers")
 
-    def __init__(self, pack: Pack, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, pack: Pack, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         copies = _Copies()
         packed = pack(fn, args, kwargs, copies)
         self._body: Any = packed
@@ -44,7 +46,9 @@ class Later:
             self._body = next(own) if packed.body_size else packed.body
             first_shared = 0 if packed.segment is None else 1
             for which, _, _ in packed.layout:
-                self._buffers.append(next(own) if which < first_shared else packed.shared[which - first_shared])
+                self._buffers.append(
+                    next(own) if which < first_shared else packed.shared[which - first_shared]
+                )
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         buffers = [pickle.PickleBuffer(buffer) for buffer in self._buffers]

@@ -3,14 +3,15 @@
     promise ──▶ keep ──▶ feed ──▶ as any accepted job that has become due
        └──▶ retract        └─────▶ call_off
 
-Promised: barriers and finalize wait for the job, nobody else knows of it. Kept: accepted, with an id, scheduled. Fed: it
-has all it needs. Each step may be asked for twice, late, or in a pool that has been given up meanwhile: a kept job always
-settles. A job that is fed needs no room, as one that comes due: it was accepted with those before it. So whoever feeds is
-never held up.
+Promised: barriers and finalize wait for the job, nobody else knows of it. Kept: accepted, with an id, scheduled. Fed:
+it has all it needs. Each step may be asked for twice, late, or in a pool that has been given up meanwhile: a kept job
+always settles. A job that is fed needs no room, as one that comes due: it was accepted with those before it. So
+whoever feeds is never held up.
 
-Who does that when the job before has ended: this pool's thread for follow-ups, made with the first promise. Why a thread:
-jobs end under the lock of their pool, where nobody may pickle, take another pool's lock or wait. Why the following pool's
-and not the ending one's: what takes long is the pickling of what the job is fed, and that is the following pool's affair.
+Who does that when the job before has ended: this pool's thread for follow-ups, made with the first promise. Why a
+thread: jobs end under the lock of their pool, where nobody may pickle, take another pool's lock or wait. Why the
+following pool's and not the ending one's: what takes long is the pickling of what the job is fed, and that is the
+following pool's affair.
 """
 
 from __future__ import annotations
