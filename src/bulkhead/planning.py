@@ -13,7 +13,8 @@ accepts a waiting offer, by the end of the first job: a Ctrl-C may keep the firs
 the dispatching thread, by the pool that refuses).
 
 What happens when a job ends: its waiters are fired under its pool's lock, where they do no more than count; the last
-one hands an errand to the thread of the pool that is next (links.py). Errands take one pool's lock at a time.
+one hands an errand to the thread of the pool that is next (links.py). An errand takes no lock but its own pool's: what
+concerns another it hands on to that one's thread.
 
 Nothing can follow itself: groups, chains and Jobs are made of what exists already, and cannot be changed.
 """
@@ -227,15 +228,12 @@ class Plan:
 
     def withdraw(self) -> None:
         """Undo `reserve` and `promise`: the first job is not accepted."""
-        self._retract()
+        for link in self._rest:
+            link.pool.links.retract(link)
         self._release()
         for link in self.links:
             # Why: this and its links hold one another, and large data should not wait for the garbage collector.
             link.payload = link.call = None
-
-    def _retract(self) -> None:
-        for link in self._rest:
-            link.pool.links.retract(link)
 
     def _release(self) -> None:
         for link in self.links:
@@ -258,8 +256,19 @@ class Plan:
     def _head_moved(self) -> None:
         """The first job was accepted or refused while the caller waited. Under the lock of its pool."""
         # Why not all of `withdraw`: the caller may do so at the same time, and an id may be taken again after that.
-        step = self._retract if self.head.state is None else self.begin
+        step = self._have_retracted if self.head.state is None else self._have_begun
         self._rest[0].pool.links.submit(lambda _: step(), self.head)
+
+    def _have_retracted(self) -> None:
+        for link in self._rest:
+            link.pool.links.submit(link.pool.links.retract, link)
+
+    def _have_begun(self) -> None:
+        for link in self._rest:
+            if not link.is_extra:
+                link.pool.links.submit(link.pool.links.keep, link)
+        for link, previous in self._starters[1:]:
+            link.pool.links.submit(partial(_send, previous), link)
 
     # What has ended; under the lock of the pool whose job was the last of it
 
@@ -289,7 +298,7 @@ class Plan:
         for part in (link.on_success, link.on_failure):
             if part is not chosen:
                 for one in _links_of(part):
-                    one.pool.links.retract(one)
+                    one.pool.links.submit(one.pool.links.retract, one)
                     self._history.release(one)
         if chosen is None:
             link.on_success = link.on_failure = None
@@ -298,7 +307,7 @@ class Plan:
         else:
             link.on_success = None
         for one in _leaves(chosen):
-            one.pool.links.keep(one)
+            one.pool.links.submit(one.pool.links.keep, one)
         if chosen is not None:
             _feed(chosen, link.value if link.error is None else link.error)
 
