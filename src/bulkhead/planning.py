@@ -287,12 +287,17 @@ class Plan:
     # What follows; in the thread of the pool that is next
 
     def _go_on(self, before: Part, source: Part, after: Part) -> None:
-        error = error_of(before)
-        if error is None:
-            _feed(after, value_of(source))
-            return
-        for link in _leaves(after):
-            link.pool.links.submit(partial(_call_off, before, error), link)
+        try:
+            error = error_of(before)
+            if error is None:
+                _feed(after, value_of(source))
+            else:
+                for link in _leaves(after):
+                    link.pool.links.submit(partial(_call_off, before, error), link)
+        except Exception as failure:  # for want of memory; whoever waits must not wait for ever
+            for link in _leaves(after):
+                link.pool.links.fail(link, failure)
+            raise
 
     def _follow(self, link: Link, chosen: Part | None) -> None:
         for part in (link.on_success, link.on_failure):

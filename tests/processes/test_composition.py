@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import pickle
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -937,6 +941,61 @@ def test_ctrl_c_while_a_chain_waits_for_room_leaves_nothing_of_it(disp: Dispatch
     assert all(one.result(PATIENCE) for one in held)
 
 
+def test_results_are_freed_with_the_handle() -> None:
+    with Dispatcher([(HERE, 1), (THERE, 1)], max_history=0) as disp:
+        jobs = [Job(numbers, 10), there(Job(add, 1)).options(on_success=Job(len), on_failure=Job(describe))]
+        handle = disp.dispatch(chain([Job(numbers, 10), group([Job(echo), there(Job(add, 1))])]))
+        single = disp.dispatch(Job(numbers, 10).options(on_success=jobs[1]))
+        listed = list(disp.dispatch_all([chain(jobs)]))
+        disp.barrier()
+        whole = [handle, single, single.follow_up, *listed]
+        arrays = [leaf.value for one in whole for leaf in getattr(one, "leaves", (one,))]
+        watched = [weakref.ref(array) for array in arrays if isinstance(array, np.ndarray)]
+        assert len(watched) == 7
+        gc.disable()
+        try:
+            del handle, single, listed, whole, arrays
+            wait_until(
+                lambda: not any(one() is not None for one in watched), "all are freed without the collector"
+            )
+        finally:
+            gc.enable()
+
+
+def test_chains_run_under_every_start_method(start_method: Any) -> None:
+    with Dispatcher(
+        [Pool(HERE, 1, start_method=start_method), Pool(THERE, 1, start_method=start_method)]
+    ) as disp:
+        handle = disp.dispatch(
+            chain([Job(echo, 1), there(Job(add, 1)), Doubler(), group([there(Job(add, 5))])])
+        )
+        assert handle.result(PATIENCE) == [9]
+
+
+SCRIPT = """
+from bulkhead import Dispatcher, Job, chain
+
+def double(number): return 2 * number
+
+class Triple:
+    priority = 0
+    def run(self, number): return 3 * number
+
+if __name__ == "__main__":
+    with Dispatcher([(0, 1)]) as disp:
+        print(disp.dispatch(chain([Job(double, 1), Job(double), Triple(), Job(lambda n, m: n + m, 1)])).result())
+"""
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_what_the_main_module_defines_can_be_a_later_job(tmp_path: Path, is_file: bool) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    call = [sys.executable, str(path)] if is_file else [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == ("13\n", "")
+
+
 class Storm:
     """Random compositions of jobs that succeed, fail, crash and run late, of both pools."""
 
@@ -1005,9 +1064,33 @@ def test_in_a_storm_every_job_settles_once_and_follows_the_rules(seed: int) -> N
         assert leaves == len(known) == report.succeeded + report.failed_count + report.cancelled
 
 
-def check(part: Any) -> None:
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 12))])
+def test_in_a_storm_that_is_cancelled_every_job_settles(seed: int) -> None:
+    storm = Storm(seed)
+    wholes = [storm.composition() for _ in range(60)]
+    disp = Dispatcher([Pool(HERE, 2, backlog=10), Pool(THERE, 2)])
+    handles: list[Any] = []
+
+    def dispatch(index: int) -> None:
+        try:
+            for whole in wholes[index::3]:
+                handles.append(disp.dispatch(whole))
+        except DispatcherFinalized:
+            pass
+
+    calls = at_once(3, dispatch)
+    wait_until(lambda: len(handles) > 5 + 3 * seed % 40, "some are under way")
+    disp.finalize(cancel=True)
+    for call in calls:
+        call.value()
+    for handle in handles:
+        check(handle, within=5.0)
+    assert all(pool._scheduler.unsettled == 0 for pool in disp._pools.values())
+
+
+def check(part: Any, within: float = 0.0) -> None:
     """Prove that what became of a part is what its jobs and its form say."""
-    assert part.done()
+    assert part.wait(within)
     if isinstance(part, ChainTracker):
         ends = [state_of(one) for one in part.trackers]
         first = next((at for at, end in enumerate(ends) if end != "succeeded"), len(ends))
@@ -1018,9 +1101,9 @@ def check(part: Any) -> None:
         )
         assert state_of(part) == (ends[first] if first < len(ends) else "succeeded")
     for one in getattr(part, "trackers", ()):
-        check(one)
+        check(one, within)
     if not hasattr(part, "trackers") and part.follow_up is not None:
-        check(part.follow_up)
+        check(part.follow_up, within)
 
 
 def state_of(part: Any) -> str:
