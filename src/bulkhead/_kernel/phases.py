@@ -52,6 +52,11 @@ class Phases:
         self.open = Phase()
         self.unreported = [self.open]
 
+    def join(self, job: JobRecord) -> None:
+        """Count a job in; the kernel does it itself where it is on the way of every job."""
+        job.phase = self.open
+        self.open.unsettled += 1
+
     def retract(self, job: JobRecord) -> Phase:
         """Count a job out that will never be accepted, and return its phase, which forgets it."""
         phase = job.phase
