@@ -168,6 +168,7 @@ class Composite:
 
     Attributes:
         trackers: Of its parts, in order: trackers of jobs, and handles of the groups and chains inside it.
+        leaves: The trackers of all its jobs, in order.
     """
 
     __slots__ = ("__weakref__", "leaves", "trackers")
