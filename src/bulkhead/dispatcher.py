@@ -145,22 +145,25 @@ class Dispatcher:
         if timeout is not None:
             deadline = time.monotonic() + validate.seconds("timeout", timeout, zero=True)
         pool, tracker = self._prepared(job)
-        plan = tracker.plan
+        if pool is None:
+            pool = self._first_pool(tracker.plan)
+            is_accepted, whole = _accepted(tracker, lambda: pool.dispatch(tracker, deadline))
+            if not is_accepted:
+                pool.check_open()
+                raise _full(pool, timeout)
+            return whole
         try:
-            if plan is not None:
-                plan.reserve()
-                plan.promise()
-            elif tracker.id is not None:
+            if tracker.id is not None:
                 self._history.reserve(tracker.id, tracker)
             is_accepted = pool.dispatch(tracker, deadline)
             if not is_accepted:
                 pool.check_open()
         finally:
             if tracker.state is None:
-                self._forget(tracker)
+                self._history.release(tracker)
         if not is_accepted:
-            raise PoolFull(f"no worker of {pool.config.label} came free within {timeout} s")
-        return tracker if plan is None else plan.handed_over()
+            raise _full(pool, timeout)
+        return tracker
 
     @overload
     def try_dispatch(self, job: Group) -> GroupTracker | None: ...
@@ -176,20 +179,16 @@ class Dispatcher:
             What `dispatch` raises, but PoolFull.
         """
         pool, tracker = self._prepared(job)
-        plan = tracker.plan
+        if pool is None:
+            pool = self._first_pool(tracker.plan)
+            return _accepted(tracker, lambda: pool.try_dispatch(tracker))[1]
         try:
-            if plan is not None:
-                plan.reserve()
-                plan.promise()
-            elif tracker.id is not None:
+            if tracker.id is not None:
                 self._history.reserve(tracker.id, tracker)
-            is_accepted = pool.try_dispatch(tracker)
+            return tracker if pool.try_dispatch(tracker) else None
         finally:
             if tracker.state is None:
-                self._forget(tracker)
-        if not is_accepted:
-            return None
-        return tracker if plan is None else plan.handed_over()
+                self._history.release(tracker)
 
     def dispatch_all(self, jobs: Iterable[Any], *, lookahead: int = 1000) -> Iterator[Any]:
         """Dispatch jobs of mixed priorities; a full pool does not keep another pool's job from starting.
@@ -409,19 +408,22 @@ class Dispatcher:
             f"<Dispatcher {[(pool.config.priority, pool.config.n_workers) for pool in self._pools.values()]}>"
         )
 
-    def _prepared(self, job: Any) -> tuple[ProcessPool, Tracker]:
-        """Check a job, pickle it and find its pool; nothing is claimed yet."""
+    def _prepared(self, job: Any) -> tuple[ProcessPool | None, Tracker]:
+        """Check a job, pickle it and find its pool; nothing is claimed yet.
+
+        For what others follow None is returned instead of the pool; the tracker is its first job's and has a plan.
+        """
         if self._depth != forks.depth:
             self._refuse_elsewhere()
         if type(job) is Job:
             # Why here too: it is on the way of every job.
             (fn, args, kwargs), options = job.call, job.checked
         elif isinstance(job, Composition):
-            return self._composed(job)
+            return None, Plan(job, self._route, self._history).head
         else:
             (fn, args, kwargs), options = call_of(job), options_of(job)
         if options and ("on_success" in options or "on_failure" in options):
-            return self._composed(job)
+            return None, Plan(job, self._route, self._history).head
         pool = self._pool_of(options["priority"]) if "priority" in options else self._default_pool
         if pool is None:
             pool = self._pool_of(None)
@@ -432,12 +434,8 @@ class Dispatcher:
             self._apply(options, tracker)
         return pool, tracker
 
-    def _composed(self, job: Any) -> tuple[ProcessPool, Tracker]:
-        """As `_prepared`, for a job that others follow; the tracker is the first job's and has a plan."""
-        plan = Plan(job, self._route, self._history)
-        if not plan.links:
-            return cast(ProcessPool, self._nowhere), plan.head
-        return plan.links[0].pool, plan.head
+    def _first_pool(self, plan: Plan) -> ProcessPool:
+        return plan.links[0].pool if plan.links else cast(ProcessPool, self._nowhere)
 
     def _route(self, options: Options) -> ProcessPool:
         pool = self._pool_of(options["priority"]) if "priority" in options else self._default_pool
@@ -445,9 +443,10 @@ class Dispatcher:
 
     def _reserved(self, job: Any) -> tuple[ProcessPool, Tracker]:
         pool, tracker = self._prepared(job)
-        if tracker.plan is not None:
+        if pool is None:
             tracker.plan.reserve()
-        elif tracker.id is not None:
+            return self._first_pool(tracker.plan), tracker
+        if tracker.id is not None:
             self._history.reserve(tracker.id, tracker)
         return pool, tracker
 
@@ -484,6 +483,23 @@ class Dispatcher:
                 "this Dispatcher belongs to another process: a job cannot dispatch, wait at a barrier or finalize; "
                 "return what is to be done next and let the caller dispatch it"
             )
+
+
+def _accepted(head: Tracker, offer: Callable[[], bool]) -> tuple[bool, Any]:
+    """Have all of a plan accepted if its first job is; return the handle on the whole, too."""
+    plan = head.plan
+    try:
+        plan.reserve()
+        plan.promise()
+        is_accepted = offer()
+    finally:
+        if head.state is None:
+            plan.withdraw()
+    return is_accepted, plan.handed_over() if is_accepted else None
+
+
+def _full(pool: ProcessPool, timeout: float | None) -> PoolFull:
+    return PoolFull(f"no worker of {pool.config.label} came free within {timeout} s")
 
 
 def _end(pools: list[ProcessPool], *, cancel: bool, deadline: float | None) -> None:

@@ -152,7 +152,7 @@ class Plan:
         for link in self.links:
             if link.job is not None:
                 link.pack_later()
-        self.head: Link | _Nobody = self._starters[0][0] if self._starters else _Nobody()
+        self.head: Any = self._starters[0][0] if self._starters else _Nobody()
         self.head.plan = self
         self._rest = [link for link in self.links if link is not self.head]
         self._wire(self._whole)
