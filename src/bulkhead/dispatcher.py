@@ -15,6 +15,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self, cast, overload
 
@@ -147,10 +148,12 @@ class Dispatcher:
         pool, tracker = self._prepared(job)
         if pool is None:
             pool = self._first_pool(tracker.plan)
-            is_accepted, whole = _accepted(tracker, lambda: pool.dispatch(tracker, deadline))
+            # Why no lambda: it would make cells of these variables, and slow down every call.
+            is_accepted, whole = _accepted(tracker, partial(pool.dispatch, tracker, deadline))
             if not is_accepted:
                 pool.check_open()
                 raise _full(pool, timeout)
+            assert whole is not None
             return whole
         try:
             if tracker.id is not None:
@@ -181,7 +184,7 @@ class Dispatcher:
         pool, tracker = self._prepared(job)
         if pool is None:
             pool = self._first_pool(tracker.plan)
-            return _accepted(tracker, lambda: pool.try_dispatch(tracker))[1]
+            return _accepted(tracker, partial(pool.try_dispatch, tracker))[1]
         try:
             if tracker.id is not None:
                 self._history.reserve(tracker.id, tracker)
@@ -485,7 +488,9 @@ class Dispatcher:
             )
 
 
-def _accepted(head: Tracker, offer: Callable[[], bool]) -> tuple[bool, Any]:
+def _accepted(
+    head: Tracker, offer: Callable[[], bool]
+) -> tuple[bool, Tracker | GroupTracker | ChainTracker | None]:
     """Have all of a plan accepted if its first job is; return the handle on the whole, too."""
     plan = head.plan
     try:
