@@ -26,6 +26,7 @@ from settings import StartMethod
 __all__ = [
     "BULKHEAD",
     "BULKHEAD_DIST",
+    "BULKHEAD_EXECUTOR",
     "BY_NAME",
     "CONTESTANTS",
     "EXECUTOR",
@@ -127,6 +128,14 @@ def _open_bulkhead_backlog(workers: int, method: StartMethod) -> Iterator[Sessio
 
 
 @contextmanager
+def _open_bulkhead_executor(workers: int, method: StartMethod) -> Iterator[Session]:
+    from bulkhead import Dispatcher, Pool
+
+    with Dispatcher([Pool(0, workers, start_method=method)]) as dispatcher:
+        yield _executor_session(dispatcher.executor())
+
+
+@contextmanager
 def _open_stdlib_pool(workers: int, method: StartMethod) -> Iterator[Session]:
     pool = multiprocessing.get_context(method).Pool(workers)
     try:
@@ -202,12 +211,14 @@ def _executor_session(executor: Any) -> Session:
 
 BULKHEAD_DIST = "bulkhead-pool"
 BULKHEAD = Contestant("bulkhead", BULKHEAD_DIST, "bulkhead", _open_bulkhead)
+BULKHEAD_EXECUTOR = Contestant("bulkhead executor.submit", BULKHEAD_DIST, "bulkhead", _open_bulkhead_executor)
 STDLIB_POOL = Contestant("multiprocessing.Pool", None, "multiprocessing", _open_stdlib_pool)
 EXECUTOR = Contestant("ProcessPoolExecutor", None, "concurrent.futures", _open_executor)
 CONTESTANTS = (
     BULKHEAD,
     Contestant("bulkhead, each result read", BULKHEAD_DIST, "bulkhead", _open_bulkhead_collecting),
     Contestant("bulkhead, backlog=1000", BULKHEAD_DIST, "bulkhead", _open_bulkhead_backlog),
+    BULKHEAD_EXECUTOR,
     STDLIB_POOL,
     Contestant("multiprocessing.Pool, fork", None, "multiprocessing", _open_stdlib_pool_fork),
     EXECUTOR,

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+from bulkhead import testing
 from bulkhead.engines.processes.segments import SegmentPool
 
 MEGABYTE = 1_000_000
@@ -102,17 +103,9 @@ def append(path: Path, text: object) -> None:
 # Jobs that end their process
 
 
-def kill_self(number: int = signal.SIGKILL) -> None:
-    os.kill(os.getpid(), number)
-    time.sleep(10**6)
-
-
-def exit_with(code: int) -> None:
-    os._exit(code)
-
-
-def segfault() -> None:
-    ctypes.string_at(0)
+kill_self = testing.crash
+exit_with = testing.exit_process
+segfault = testing.segfault
 
 
 def speak_and_segfault(lines: int) -> None:

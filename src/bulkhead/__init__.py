@@ -6,6 +6,7 @@ disp.barrier()         # phase over
 """
 
 import logging
+from typing import TYPE_CHECKING, Any
 
 from bulkhead import _platform as _platform
 from bulkhead._kernel.lifecycle import JobState
@@ -25,9 +26,11 @@ from bulkhead.errors import (
     JobNotPicklable,
     JobsFailed,
     JobTimeout,
+    MemoryLimitExceeded,
     MissingMainGuard,
     NestedDispatch,
     NoSharedMemory,
+    NoWorkerState,
     PoolBroken,
     PoolFull,
     RemoteError,
@@ -38,9 +41,13 @@ from bulkhead.errors import (
     WorkerCrashed,
 )
 from bulkhead.job import Job
+from bulkhead.prepared import worker_state
 from bulkhead.retry import RetryPolicy
 from bulkhead.stats import BarrierReport, DispatcherStats, PoolStats
 from bulkhead.tracker import JobStatus, Tracker
+
+if TYPE_CHECKING:
+    from bulkhead.process_pool_executor import ProcessPoolExecutor as ProcessPoolExecutor
 
 __all__ = [
     "BarrierReport",
@@ -63,13 +70,16 @@ __all__ = [
     "JobStatus",
     "JobTimeout",
     "JobsFailed",
+    "MemoryLimitExceeded",
     "MissingMainGuard",
     "NestedDispatch",
     "NoSharedMemory",
+    "NoWorkerState",
     "Pool",
     "PoolBroken",
     "PoolFull",
     "PoolStats",
+    "ProcessPoolExecutor",
     "RemoteError",
     "RetryPolicy",
     "Shared",
@@ -81,9 +91,20 @@ __all__ = [
     "WorkerCrashed",
     "chain",
     "group",
+    "worker_state",
 ]
 
 __version__ = "0.1.0"
 
 # Why: a library is quiet unless the user's own logging asks for its records.
 logging.getLogger("bulkhead").addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> Any:
+    # Why not above: it imports concurrent.futures.process, and every worker imports this.
+    if name == "ProcessPoolExecutor":
+        from bulkhead.process_pool_executor import ProcessPoolExecutor
+
+        globals()[name] = ProcessPoolExecutor
+        return ProcessPoolExecutor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass
 from itertools import pairwise
@@ -11,11 +12,15 @@ from bulkhead import validate
 from bulkhead.errors import ConfigError, ConfigTypeError
 from bulkhead.retry import RetryPolicy
 
-__all__ = ["Pool", "StartMethod", "niceness_step", "pools_from"]
+__all__ = ["CaptureMode", "Pool", "StartMethod", "niceness_step", "pools_from"]
 
 StartMethod = Literal["fork", "forkserver", "spawn"]
 
 _START_METHODS = ("fork", "forkserver", "spawn")
+
+CaptureMode = Literal["tagged", "plain", "silent"]
+
+_CAPTURE_MODES = ("tagged", "plain", "silent")
 
 # Niceness between two neighbouring ranks. Why 5: the scheduler weighs each step by about 1.25, so 5 steps give the
 # more urgent pool three times the CPU share, and four ranks fit into the scale.
@@ -35,11 +40,22 @@ class Pool:
         name: For messages and statistics; "pool <priority>" by default.
         timeout: Longest run of one attempt in seconds; None is unlimited. A job's own timeout beats it.
         retry: Retry policy of jobs that bring none.
+        max_jobs_per_worker: A worker is replaced after so many jobs, at least 1: attempts of jobs, items of a map.
+        max_memory_per_worker: A worker that takes more bytes than this when a job is over is replaced. Counted is
+            resident memory of its own, without mapped files and shared memory. Between items of a map, too.
+        hard_memory_limit: A worker that takes more bytes than this while a job runs, together with the processes that
+            the job has started, is ended and the job fails with MemoryLimitExceeded.
         nice: Niceness of the workers, -20 to 19; by default 0 for the most urgent pool and 5 more for each rank below.
-        initializer: Called once in each worker before its first job.
+        cpus: Numbers of the CPUs that the workers, and what they start, may run on; by default all of the caller's.
+        initializer: Called once in each worker before its first job; `worker_state()` gives jobs what it returns.
         initargs: Arguments of `initializer`.
         start_method: "forkserver" (the default), "spawn", or "fork", which copies the caller as it is when the
             dispatcher is made and is safe only while the caller has no other threads.
+        capture_output: Have what jobs print (Python, C code, processes they start) written to the caller's
+            `sys.stdout` and `sys.stderr` line by line, and its last 64 KiB kept as `Tracker.output`. "tagged", the same
+            as True, puts `[pool 0 · job 17 · pid 4242] ` before each line, "plain" nothing; "silent" keeps it only.
+            False leaves the workers the caller's own descriptors.
+        forward_logging: Have log records of jobs handled by the caller's loggers of the same names.
 
     Raises:
         ConfigError: A value cannot work; the message names the field.
@@ -52,10 +68,16 @@ class Pool:
     name: str | None = None
     timeout: float | None = None
     retry: RetryPolicy | None = None
+    max_jobs_per_worker: int | None = None
+    max_memory_per_worker: int | None = None
+    hard_memory_limit: int | None = None
     nice: int | None = None
+    cpus: Iterable[int] | None = None
     initializer: Callable[..., object] | None = None
     initargs: tuple[Any, ...] = ()
     start_method: StartMethod | None = None
+    capture_output: bool | CaptureMode = False
+    forward_logging: bool = False
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -69,6 +91,7 @@ class Pool:
             put(self, "timeout", validate.seconds("timeout", self.timeout))
         if self.retry is not None and not isinstance(self.retry, RetryPolicy):
             raise ConfigTypeError(f"retry must be a RetryPolicy, not {self.retry!r}")
+        self._check_limits()
         if self.nice is not None:
             put(self, "nice", validate.whole_number("nice", self.nice, at_least=-20, at_most=19))
         if self.initializer is not None:
@@ -78,6 +101,28 @@ class Pool:
         put(self, "initargs", tuple(self.initargs))
         if self.start_method is not None and self.start_method not in _START_METHODS:
             raise ConfigError(f"start_method must be one of {_START_METHODS}, not {self.start_method!r}")
+        _check_output(self.capture_output, self.forward_logging)
+
+    @property
+    def capture_mode(self) -> CaptureMode | None:
+        """How output is captured; None when it is not."""
+        if isinstance(self.capture_output, bool):
+            return "tagged" if self.capture_output else None
+        return self.capture_output
+
+    def _check_limits(self) -> None:
+        put = object.__setattr__
+        for option in ("max_jobs_per_worker", "max_memory_per_worker", "hard_memory_limit"):
+            limit = getattr(self, option)
+            if limit is not None:
+                put(self, option, validate.whole_number(option, limit, at_least=1))
+        soft, hard = self.max_memory_per_worker, self.hard_memory_limit
+        if soft is not None and hard is not None and soft > hard:
+            raise ConfigError(
+                f"max_memory_per_worker={soft} must not exceed hard_memory_limit={hard}, or no worker comes so far"
+            )
+        if self.cpus is not None:
+            put(self, "cpus", _usable_cpus(self.cpus))
 
     @property
     def label(self) -> str:
@@ -102,12 +147,41 @@ def pools_from(pools: Iterable[Pool | tuple[int, int]]) -> list[Pool]:
     return made
 
 
+def _check_output(capture_output: object, forward_logging: object) -> None:
+    if not isinstance(capture_output, (bool, str)):
+        raise ConfigTypeError(f"capture_output must be a bool or a str, not {capture_output!r}")
+    if isinstance(capture_output, str) and capture_output not in _CAPTURE_MODES:
+        raise ConfigError(f"capture_output must be a bool or one of {_CAPTURE_MODES}, not {capture_output!r}")
+    if not isinstance(forward_logging, bool):
+        raise ConfigTypeError(f"forward_logging must be a bool, not {forward_logging!r}")
+
+
 def _pool_from(entry: object) -> Pool:
     if isinstance(entry, Pool):
         return entry
     if isinstance(entry, tuple) and len(entry) == 2:
         return Pool(entry[0], entry[1])
     raise ConfigTypeError(f"pools must hold Pool or (priority, n_workers), not {entry!r}")
+
+
+def _usable_cpus(cpus: object) -> tuple[int, ...]:
+    if isinstance(cpus, (str, bytes)) or not isinstance(cpus, Iterable):
+        raise ConfigTypeError(f"cpus must be numbers of CPUs, such as [0, 1], not {cpus!r}")
+    numbers = sorted(validate.whole_number("cpus", number) for number in cpus)
+    if not numbers:
+        raise ConfigError("cpus must name at least one CPU, not none")
+    if len(set(numbers)) != len(numbers):
+        raise ConfigError(f"cpus must name each CPU once, not {numbers}")
+    if not hasattr(os, "sched_setaffinity"):
+        raise ConfigError(
+            "cpus is not supported on this system, which does not let a process choose its CPUs"
+        )
+    usable = os.sched_getaffinity(0)
+    if not usable.issuperset(numbers):
+        raise ConfigError(
+            f"cpus must be among those of this process, which are {sorted(usable)}, not {numbers}"
+        )
+    return tuple(numbers)
 
 
 def niceness_step(rank: int) -> int:

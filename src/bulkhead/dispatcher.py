@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, NoReturn, Self, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, cast, overload
 
 from bulkhead import forks, validate
 from bulkhead._kernel.lifecycle import JobState
@@ -44,6 +44,9 @@ from bulkhead.mapping import MapOptions, Results
 from bulkhead.planning import Nowhere, Plan
 from bulkhead.stats import BarrierReport, DispatcherStats, PhaseCounts
 from bulkhead.tracker import Tracker
+
+if TYPE_CHECKING:
+    from bulkhead.executor import PoolExecutor
 
 __all__ = ["Dispatcher"]
 
@@ -269,6 +272,32 @@ class Dispatcher:
         options = MapOptions(ordered, chunksize, buffersize, timeout)
         pool = self._default_pool if priority is None else self._pool_of(priority)
         return Results.of(pool or self._pool_of(None), fn, iterables, options)
+
+    def executor(self, priority: int | None = None) -> PoolExecutor:
+        """Return one pool as a `concurrent.futures.Executor`, for code that is written against that interface.
+
+        `submit` waits for nothing: what it is given waits in line with the callers of `dispatch`, bounded by memory
+        alone. The pool's timeout and retry policy apply, and barriers wait for these jobs, too.
+
+        Args:
+            priority: The pool; by default the only pool, else pool 0.
+
+        Returns:
+            A new executor. Its `shutdown` ends its own futures alone; the pool lives on.
+
+        Raises:
+            UnknownPriority: There is no such pool.
+
+        Example:
+            >>> with Dispatcher([(0, 2)]) as disp:
+            ...     disp.executor().submit(pow, 2, 10).result()
+            1024
+        """
+        from bulkhead.executor import PoolExecutor  # Why here: it imports what workers need not
+
+        self._refuse_elsewhere()
+        pool = self._default_pool if priority is None else self._pool_of(priority)
+        return PoolExecutor(self, pool or self._pool_of(None))
 
     def share(self, obj: Any) -> Shared:
         """Place an object in shared memory once; every job that is given the handle gets the object.

@@ -22,9 +22,11 @@ __all__ = [
     "JobNotPicklable",
     "JobTimeout",
     "JobsFailed",
+    "MemoryLimitExceeded",
     "MissingMainGuard",
     "NestedDispatch",
     "NoSharedMemory",
+    "NoWorkerState",
     "PoolBroken",
     "PoolFull",
     "RemoteError",
@@ -150,6 +152,24 @@ class WorkerCrashed(BulkheadError):
     output: str = ""
 
 
+class MemoryLimitExceeded(WorkerCrashed, MemoryError):
+    """The job took more memory than its pool's `hard_memory_limit`; its process and all it had started are ended.
+
+    A retry policy that names `WorkerCrashed` or `MemoryError` covers it.
+
+    Attributes:
+        rss_bytes: What the worker and the processes that the job had started took: resident memory of their own.
+        limit_bytes: What they were allowed.
+    """
+
+    rss_bytes: int = 0
+    limit_bytes: int = 0
+
+
+class NoWorkerState(BulkheadError, LookupError):
+    """`worker_state()` was called where there is none: outside of a worker, or in a pool without initializer."""
+
+
 class JobCancelled(BulkheadError):
     """The job was cancelled before it ended."""
 
@@ -174,10 +194,15 @@ class RemoteError(BulkheadError):
     Attributes:
         type_name: Qualified name of the original exception type.
         traceback: The remote traceback as text.
+        original: The exception itself where it could be rebuilt: one that is no `Exception`, such as SystemExit, or
+            what the pickling of a result has raised.
+        is_unreadable: What arrived (a job in the worker, a result in the caller) could not be unpickled there.
     """
 
     type_name: str = ""
     traceback: str = ""
+    original: BaseException | None = None
+    is_unreadable: bool = False
 
 
 class Unrecoverable(BulkheadError):
@@ -193,6 +218,11 @@ class RemoteTraceback(Exception):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.text = text
+
+    @property
+    def tb(self) -> str:
+        """The text, under the name that it has in the standard library."""
+        return self.text
 
     def __str__(self) -> str:
         return f'\n"""\n{self.text}"""'

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from datetime import datetime
 from typing import Any
 
@@ -18,7 +19,9 @@ __all__ = [
     "Options",
     "call_of",
     "fed_call_of",
+    "initialize",
     "options_of",
+    "run_each",
     "run_object",
     "times_of",
 ]
@@ -175,6 +178,20 @@ def options_of(job: object) -> Options:
 def run_object(job: Any) -> Any:
     """Run a job object in the worker."""
     return job.run()
+
+
+def run_each(fn: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """Call a function with each of the arguments, in the worker."""
+    return [fn(*args) for args in calls]
+
+
+def initialize(initializer: Callable[..., object], /, *args: Any) -> object:
+    """Call an executor's initializer in the worker; log its error as the standard library's workers do."""
+    try:
+        return initializer(*args)
+    except BaseException:
+        logging.getLogger("concurrent.futures").critical("Exception in initializer:", exc_info=True)
+        raise
 
 
 def times_of(options: Options) -> tuple[float | None, float | None]:

@@ -134,7 +134,7 @@ class _Source:
         self._is_star = len(iterables) != 1
         self._input = _Input(_zipped(iterables))
         pool.pack_items(fn, [])  # so that a function that cannot be sent is refused at once
-        self._sizing = _Sizing(options, pool.config.n_workers)
+        self._sizing = _Sizing(options, pool.config.n_workers, pool.config.max_jobs_per_worker)
         # Chunks that may be with the pool: those that run, and the next ones.
         self._depth = 2 * pool.config.n_workers
         self._offers = Offers(_forget, self._depth)
@@ -470,14 +470,17 @@ class _Input:
 class _Sizing:
     """How many items the next chunk should have, and how many may be read ahead, from what the last ones took."""
 
-    def __init__(self, options: MapOptions, n_workers: int) -> None:
+    def __init__(self, options: MapOptions, n_workers: int, max_jobs: int | None = None) -> None:
         self._n_workers = n_workers
         self._is_fixed = options.chunksize is not None
-        self._limit = _MAX_ITEMS
+        # No worker does more, and what it gives back has to be sent again.
+        self._limit = _MAX_ITEMS if max_jobs is None else min(_MAX_ITEMS, max_jobs)
         if options.buffersize is not None:
-            self._limit = max(1, options.buffersize // (2 * n_workers))
+            self._limit = max(1, min(self._limit, options.buffersize // (2 * n_workers)))
         self._items = self._seconds = self._bytes = 0.0  # of the last chunks, older ones counting less
         self.size = options.chunksize or 1
+        if max_jobs is not None:
+            self.size = min(self.size, max_jobs)
 
     @property
     def lookahead(self) -> int:

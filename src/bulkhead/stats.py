@@ -21,12 +21,15 @@ class WorkerStats:
         state: "starting", "idle", "busy" or "ending".
         jobs: Attempts it has answered.
         busy_seconds: Time it had a job.
+        rss_bytes: Resident memory of its own at this moment, without mapped files and shared memory; what the limits of
+            its pool count. None until it is started.
     """
 
     pid: int | None
     state: str
     jobs: int
     busy_seconds: float
+    rss_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,7 @@ class PoolStats:
         delayed: Accepted jobs that wait for an instant (a delayed start, the next attempt) or for the job before them.
         retried: Attempts that were followed by another.
         restarts: Workers that were started to replace another.
+        recycled: Workers that were sent home after so many jobs or for the memory they took.
         busy_seconds: Time workers had jobs, those that are gone included.
         processes: The workers of the moment.
     """
@@ -59,6 +63,7 @@ class PoolStats:
     cancelled: int
     retried: int
     restarts: int
+    recycled: int
     busy_seconds: float
     processes: tuple[WorkerStats, ...]
 

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 __all__ = ["JobStatus", "Tracker"]
 
 
+# How much of what a job prints is kept (bytes).
+_KEPT_OUTPUT = 64 << 10
+
+
 @dataclass(frozen=True, slots=True)
 class JobStatus:
     """A job at one moment. Times are aware datetimes in UTC; what does not apply (yet) is None.
@@ -82,7 +86,8 @@ class Tracker(JobRecord):
     Concurrency: any thread of the process that made the dispatcher.
     """
 
-    __slots__ = ("__weakref__", "_home")
+    # Why no value from the beginning: most jobs print nothing that is captured, and all are made in a hurry.
+    __slots__ = ("__weakref__", "_home", "_printed")
 
     def __init__(
         self,
@@ -114,6 +119,23 @@ class Tracker(JobRecord):
                 pid,
                 *_described(self.error),
             )
+
+    @property
+    def output(self) -> str:
+        """What the job has printed so far, at most the last 64 KiB of it, if its pool captures output; else "".
+
+        Standard output and standard error as they came, of all attempts. What is no UTF-8 is replaced.
+        """
+        return getattr(self, "_printed", b"").decode("utf-8", "replace")
+
+    @property
+    def output_size(self) -> int:
+        """How much of its output is kept, in bytes."""
+        return len(getattr(self, "_printed", b""))
+
+    def add_output(self, data: bytes) -> None:
+        """Note what the job has printed. For the engine."""
+        self._printed = (getattr(self, "_printed", b"") + data)[-_KEPT_OUTPUT:]
 
     def done(self) -> bool:
         """Tell whether the job has settled: succeeded, failed or cancelled."""

@@ -9,7 +9,7 @@ from jobs import echo, lines, note, pid
 from staffing import staffed
 from watching import wait_until, wait_until_whole, worker_pids
 
-from bulkhead import Dispatcher, Job, Pool
+from bulkhead import Dispatcher, Job, NoWorkerState, Pool, worker_state
 
 _settings: dict[str, object] = {}
 
@@ -49,6 +49,46 @@ def test_a_worker_that_takes_anothers_place_is_prepared_too(start_method: str, t
         second, found = disp.dispatch(Job(colour)).result()
     assert found == "red"
     assert lines(ran) == [str(first), str(second)]
+
+
+def make_ledger(*entries: str) -> list[str]:
+    """What a pool's initializer may well make: something that each worker has of its own."""
+    return list(entries)
+
+
+def enter(entry: str) -> tuple[int, list[str]]:
+    worker_state().append(entry)
+    return os.getpid(), list(worker_state())
+
+
+def test_jobs_get_what_the_initializer_of_their_worker_has_returned(start_method: str) -> None:
+    pool = Pool(0, 2, initializer=make_ledger, initargs=("made",), start_method=start_method)
+    with staffed(Dispatcher([pool])) as disp:
+        states: dict[int, list[str]] = {}
+        for entry in map(str, range(12)):
+            pid, found = disp.dispatch(Job(enter, entry)).result(20)
+            assert found == [*states.get(pid, ["made"]), entry]
+            states[pid] = found
+    with pytest.raises(NoWorkerState):
+        worker_state()
+
+
+def test_the_state_of_a_recycled_worker_goes_and_the_next_one_has_its_own() -> None:
+    with Dispatcher([Pool(0, 1, initializer=make_ledger, max_jobs_per_worker=2)]) as disp:
+        found = [disp.dispatch(Job(enter, str(number))).result(20)[1] for number in range(4)]
+    assert found == [["0"], ["0", "1"], ["2"], ["2", "3"]]
+
+
+def test_none_is_a_state_and_a_pool_without_initializer_has_none() -> None:
+    with Dispatcher([Pool(0, 1, initializer=pid_and_nothing), (1, 1)]) as disp:
+        assert disp.dispatch(Job(worker_state).options(priority=0)).result(20) is None
+        error = disp.dispatch(Job(worker_state).options(priority=1)).exception(20)
+        assert isinstance(error, NoWorkerState)
+        assert "Pool(initializer=)" in str(error)
+
+
+def pid_and_nothing() -> None:
+    os.getpid()
 
 
 def test_an_initializer_may_be_a_closure_where_cloudpickle_is_installed(

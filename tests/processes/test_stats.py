@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 
+import leaking_jobs
 import pytest
 from gates import Gate
 from jobs import echo, fail, fail_at_first, nap
@@ -99,6 +100,16 @@ def test_each_worker_counts_its_jobs_and_its_busy_time() -> None:
         assert (worker.state, worker.jobs) == ("idle", 3)
         assert 0.15 <= worker.busy_seconds < 0.5
         assert disp.stats()[0].busy_seconds == worker.busy_seconds
+
+
+def test_each_worker_tells_the_memory_of_its_own() -> None:
+    with staffed(Dispatcher([(0, 1)])) as disp:
+        [before] = disp.stats()[0].processes
+        disp.dispatch(Job(leaking_jobs.keep, 40 * leaking_jobs.MIB)).result()
+        [after] = disp.stats()[0].processes
+        assert before.rss_bytes is not None
+        assert after.rss_bytes is not None
+        assert 40 <= (after.rss_bytes - before.rss_bytes) / leaking_jobs.MIB < 60
 
 
 def test_stats_are_a_frozen_snapshot() -> None:

@@ -1,8 +1,8 @@
 """What a pool promises, in the most literal form: lists that are searched from end to end at every step.
 
-Written from the promises (A3-A6, A8, A11, A12, A15, B3, C4, C13, C15), not from the kernel: no heap, no counters that
-could drift, no states but the words of the promises. Each stimulus returns what must follow from it. Two choices are
-left to the kernel: which free worker takes a job, and how long it waits before it replaces a worker that died early.
+Written from the promises (A3-A6, A8, A11, A12, A15, B3, C4, C5, C13, C15), not from the kernel: no heap, no counters
+that could drift, no states but the words of the promises. Each stimulus returns what must follow from it. Two choices
+are left to the kernel: which free worker takes a job, and how long it waits before it replaces one that died early.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class NaiveJob:
     times_out_at: float | None = None
     item_began: float | None = None  # None before the first item of this sending
     is_cancelling: bool = False
-    is_timed_out: bool = False
+    ended_for: str | None = None  # why its worker was told to end: "timeout", "memory"
     returns: int = 0  # in a row, unread
     turn: int = 0  # place in the line of ready jobs
     phase: int = -1
@@ -70,17 +70,21 @@ class Expected:
     accepted: list[NaiveJob] = field(default_factory=list)
     refused: list[NaiveJob] = field(default_factory=list)
     ended: list[NaiveJob] = field(default_factory=list)  # jobs whose worker is to be ended
+    sent_home: list[int] = field(default_factory=list)  # workers that are to be replaced after their answer
 
 
 class NaivePool:
     """A pool, with its workers in plain words: starting, idle, busy, ending, missing."""
 
-    def __init__(self, n_workers: int, backlog: int | None) -> None:
+    def __init__(self, n_workers: int, backlog: int | None, most_jobs: int | None = None) -> None:
+        self.most_jobs = most_jobs
+        self.done = [0] * n_workers  # jobs of each worker, or items
+        self.recycled = 0
         self.room = None if backlog is None else n_workers + backlog
         self.workers = ["starting"] * n_workers
         self.has: list[NaiveJob | None] = [None] * n_workers
         self.jobs: list[NaiveJob] = []
-        self.offers: list[NaiveJob] = []
+        self.line: list[NaiveJob] = []  # for room: offers, and submitted jobs, which are accepted already
         self.phase = 0
         self.is_broken = False
         self.is_refusing = False
@@ -95,8 +99,13 @@ class NaivePool:
     def staged(self, *stages: str) -> list[NaiveJob]:
         return [job for job in self.jobs if job.stage in stages]
 
+    @property
+    def offers(self) -> list[NaiveJob]:
+        return self.staged("offered")
+
     def ready(self) -> list[NaiveJob]:
-        return sorted(self.staged("queued"), key=lambda job: job.turn)
+        ready = [job for job in self.staged("queued") if job not in self.line]
+        return sorted(ready, key=lambda job: job.turn)
 
     def unsettled(self) -> list[NaiveJob]:
         return [job for job in self.jobs if job.is_unsettled]
@@ -115,7 +124,7 @@ class NaivePool:
                 found.append(job.due)
             if job.start_by is not None and self._has_not_started(job):
                 found.append(job.start_by)
-            if job.stage == "running" and not (job.is_timed_out or job.is_cancelling):
+            if job.stage == "running" and not (job.ended_for or job.is_cancelling):
                 found.append(job.times_out_at)
         return [instant for instant in found if instant is not None]
 
@@ -132,26 +141,32 @@ class NaivePool:
             self._accept(job, "scheduled")
             return True
         job.due = None
-        if not self.offers and self._has_room():
+        if not self.line and self._has_room():
             self._accept(job, "queued")
             self._go_on(now)
             return True
         if patient:
-            self.offers.append(job)
+            self.line.append(job)
             job.stage = "offered"
         else:
             job.stage = "gone"
         return False
 
+    def submit(self, job: NaiveJob, now: float) -> None:
+        self.jobs.append(job)
+        self.line.append(job)
+        self._accept(job, "queued")
+        self._go_on(now)
+
     def withdraw(self, job: NaiveJob) -> None:
-        self.offers.remove(job)
+        self.line.remove(job)
         job.stage = "gone"
 
     def cancel(self, job: NaiveJob, now: float) -> bool:
         if not job.is_unsettled:
             return False
         if job.stage == "running":
-            if not (job.is_timed_out or job.is_cancelling):
+            if not (job.ended_for or job.is_cancelling):
                 self.out.ended.append(job)
                 self.workers[self.has.index(job)] = "ending"
             job.is_cancelling = True
@@ -220,21 +235,34 @@ class NaivePool:
 
     def came_up(self, worker: int, now: float) -> None:
         self.workers[worker] = "idle"
+        self.done[worker] = 0
         self.failed_starts = 0
         self._go_on(now)
 
-    def answered(self, worker: int, error: str | None, now: float) -> None:
-        """Take an answer; `error` is a word out of `retried_on`, or None for a success."""
+    def answered(self, worker: int, error: str | None, now: float, n_jobs: int = 1) -> None:
+        """Take an answer; `error` is a word out of `retried_on`, or None for a success. A chunk is `n_jobs` jobs."""
         if self.workers[worker] == "ending":
             return
         job = self.has[worker]
         assert job is not None
         self.workers[worker], self.has[worker] = "idle", None
+        self.done[worker] += n_jobs
+        if self.most_jobs is not None and self.done[worker] >= self.most_jobs:
+            self.workers[worker] = "missing"
+            self.recycled += 1
+            self.out.sent_home.append(worker)
         if error is None:
             self._settle(job, "succeeded")
         else:
             self._fail_attempt(job, error, now)
         self._go_on(now)
+
+    def takes_too_much(self, worker: int) -> None:
+        """Learn that a worker takes more memory than any may."""
+        job = self.has[worker]
+        if self.workers[worker] == "busy":
+            assert job is not None
+            self._end(job, "memory")
 
     def item_begins(self, job: NaiveJob, now: float) -> None:
         assert job.has_items
@@ -264,15 +292,13 @@ class NaivePool:
             job.stage = "queued"
             self._take_turn(job)
         for job in self.staged("running"):
-            is_ending = job.is_timed_out or job.is_cancelling
+            is_ending = job.ended_for is not None or job.is_cancelling
             if job.times_out_at is not None and job.times_out_at <= now and not is_ending:
                 until = self._until(job)
                 if until > now:
                     job.times_out_at = until
                     continue
-                job.is_timed_out = True
-                self.out.ended.append(job)
-                self.workers[self.has.index(job)] = "ending"
+                self._end(job, "timeout")
         self._go_on(now)
 
     def break_down(self) -> None:
@@ -284,6 +310,11 @@ class NaivePool:
             self._settle(job, "failed")
 
     # What follows
+
+    def _end(self, job: NaiveJob, why: str) -> None:
+        job.ended_for = why
+        self.out.ended.append(job)
+        self.workers[self.has.index(job)] = "ending"
 
     def _until(self, job: NaiveJob) -> float:
         """Return up to when a job may run whose time seems to be up."""
@@ -297,10 +328,13 @@ class NaivePool:
             ready = self.ready()
             if ready and self._n_free() > 0:
                 self._start(ready[0], now)
-            elif self.offers and self._has_room():
-                job = self.offers.pop(0)
-                self._accept(job, "queued")
-                self.out.accepted.append(job)
+            elif self.line and self._has_room():
+                job = self.line.pop(0)
+                if job.is_accepted:
+                    self._take_turn(job)
+                else:
+                    self._accept(job, "queued")
+                    self.out.accepted.append(job)
             else:
                 return
 
@@ -319,7 +353,7 @@ class NaivePool:
         return self.workers.count("idle") - len(self.to_place)
 
     def _has_room(self) -> bool:
-        return self.room is None or len(self.staged("queued", "running")) < self.room
+        return self.room is None or len(self.ready()) + len(self.staged("running")) < self.room
 
     def _has_not_started(self, job: NaiveJob) -> bool:
         return job.attempt == 0 and job.stage in ("offered", "scheduled", "queued")
@@ -335,14 +369,16 @@ class NaivePool:
 
     def _miss(self, job: NaiveJob) -> None:
         """Fail a job that did not start in time; one that was only offered is accepted first, to be told about."""
-        if job in self.offers:
-            self.offers.remove(job)
+        if job.stage == "offered":
+            self.line.remove(job)
             self._accept(job, "queued")
             self.out.accepted.append(job)
         self._settle(job, "failed")
 
     def _settle(self, job: NaiveJob, stage: str) -> None:
         assert job.is_unsettled
+        if job in self.line:
+            self.line.remove(job)
         job.stage = stage
         self.out.settled.append(job)
 
@@ -352,7 +388,7 @@ class NaivePool:
             self._settle(job, "failed")
             return
         job.stage = "retrying"
-        job.is_timed_out = False
+        job.ended_for = None
         job.due = now + min(job.initial * job.factor ** (job.attempt - 1), job.maximum)
         self._take_turn(job)
         self.retried += 1
@@ -364,8 +400,8 @@ class NaivePool:
             self._settle(job, "succeeded")
         elif loss == "rest" and not self.is_broken:
             self._give_back(job, returns=0)
-        elif job.is_timed_out:
-            self._fail_attempt(job, "timeout", now)
+        elif job.ended_for is not None:
+            self._fail_attempt(job, job.ended_for, now)
         elif loss == "unread" and job.returns < UNREAD_RETURNS and not self.is_broken:
             self._give_back(job, returns=job.returns + 1)
         else:
@@ -374,11 +410,12 @@ class NaivePool:
     def _give_back(self, job: NaiveJob, returns: int) -> None:
         job.returns = returns
         job.attempt -= 1
-        job.is_timed_out = False
+        job.ended_for = None
         job.stage = "queued"  # with its old turn
 
     def _refuse_offers(self) -> None:
-        for job in self.offers:
+        refused = [job for job in self.line if job.stage == "offered"]
+        self.line = [job for job in self.line if job.stage != "offered"]
+        for job in refused:
             job.stage = "gone"
-        self.out.refused += self.offers
-        self.offers = []
+        self.out.refused += refused

@@ -12,18 +12,20 @@ from naive_pool import SETTLED, NaiveJob, NaivePool
 from bulkhead import (
     JobCancelled,
     JobTimeout,
+    MemoryLimitExceeded,
     RetryPolicy,
     StartDeadlineExceeded,
     Unrecoverable,
     WorkerCrashed,
 )
 from bulkhead._kernel.phases import Phase
-from bulkhead._kernel.records import JobRecord, Loss, SlotState
+from bulkhead._kernel.records import JobRecord, Loss, SlotState, Usage, Wear
 from bulkhead._kernel.scheduler import (
     AcceptOffer,
     EndWorker,
     RefuseOffer,
     Scheduler,
+    SendHome,
     SettleJob,
     StartJob,
     StartWorker,
@@ -34,10 +36,16 @@ RESPAWN_WITHIN = 5.0
 
 ERRORS: dict[str, type[Exception]] = {"value": ValueError, "key": KeyError, "hopeless": Unrecoverable}
 RETRY_ON: dict[tuple[str, ...], tuple[type[BaseException], ...]] = {
-    ("value", "key", "crash", "timeout"): (Exception,),
+    ("value", "key", "crash", "timeout", "memory"): (Exception,),
     ("value",): (ValueError,),
-    ("crash",): (WorkerCrashed,),
+    ("crash", "memory"): (WorkerCrashed,),
+    ("memory",): (MemoryError,),
     ("timeout",): (JobTimeout,),
+}
+ENDS: dict[str | None, Exception] = {
+    None: WorkerCrashed("gone"),
+    "timeout": JobTimeout("too long"),
+    "memory": MemoryLimitExceeded("too large"),
 }
 STATES = {
     "missing": SlotState.VACANT,
@@ -51,6 +59,7 @@ STATES = {
 class Wish(NamedTuple):
     """What a caller asks for; instants are given in seconds from now."""
 
+    is_submitted: bool
     patient: bool
     delay: float | None
     start_within: float | None
@@ -68,6 +77,7 @@ losses = st.sampled_from(Loss)
 returns = st.sampled_from([Loss.UNREAD, Loss.UNREAD, Loss.UNREAD, Loss.REST])
 wishes = st.builds(
     Wish,
+    is_submitted=st.booleans(),
     patient=st.booleans(),
     delay=st.one_of(st.none(), st.none(), moments),
     start_within=st.one_of(st.none(), st.none(), moments),
@@ -93,13 +103,16 @@ class KernelAgainstModel(RuleBasedStateMachine):
     @initialize(
         n_workers=st.integers(1, 3),
         backlog=st.sampled_from([0, 0, 1, 2, None]),
+        most_jobs=st.sampled_from([None, None, 1, 2, 5]),
         is_up=st.booleans(),
         wishes=st.lists(wishes, max_size=6),
     )
-    def make(self, n_workers: int, backlog: int | None, is_up: bool, wishes: list[Wish]) -> None:
+    def make(
+        self, n_workers: int, backlog: int | None, most_jobs: int | None, is_up: bool, wishes: list[Wish]
+    ) -> None:
         self.now = 100.0
         self.records: dict[JobRecord, NaiveJob] = {}
-        self.model = NaivePool(n_workers, backlog)
+        self.model = NaivePool(n_workers, backlog, most_jobs)
         self.barriers: list[Barrier] = []
         self.reported: list[Phase] = []
         self.settled: list[NaiveJob] = []
@@ -116,6 +129,7 @@ class KernelAgainstModel(RuleBasedStateMachine):
             on_accept=self.entered.append,
             expired=lambda job: StartDeadlineExceeded("too late"),
             extended=self.extended,
+            wear=None if most_jobs is None else Wear(most_jobs, None),
         )
         self.kernel.begin()
         assert self.kernel.instructions == [StartWorker(slot) for slot in self.kernel.slots]
@@ -194,9 +208,17 @@ class KernelAgainstModel(RuleBasedStateMachine):
         self.come_up(self.pick_worker(pick, "starting"))
 
     @precondition(lambda self: self.workers("busy"))
-    @rule(pick=picks, error=st.sampled_from([None, None, None, *ERRORS]))
-    def worker_answers(self, pick: int, error: str | None) -> None:
-        self.answer(self.pick_worker(pick, "busy"), error)
+    @rule(pick=picks, error=st.sampled_from([None, None, None, *ERRORS]), n_items=st.integers(0, 4))
+    def worker_answers(self, pick: int, error: str | None, n_items: int) -> None:
+        self.answer(self.pick_worker(pick, "busy"), error, n_items)
+
+    @precondition(lambda self: self.workers("busy", "ending", "idle"))
+    @rule(pick=picks)
+    def worker_takes_too_much_memory(self, pick: int) -> None:
+        worker = self.pick_worker(pick, "busy", "ending", "idle")
+        self.kernel.memory_exceeded(self.kernel.slots[worker], self.now)
+        self.model.takes_too_much(worker)
+        self.compare()
 
     @precondition(lambda self: self.workers("ending"))
     @rule(pick=picks, error=st.sampled_from([None, *ERRORS]))
@@ -354,6 +376,7 @@ class KernelAgainstModel(RuleBasedStateMachine):
         assert kernel.failed == len(model.staged("failed"))
         assert kernel.cancelled == len(model.staged("cancelled"))
         assert kernel.retried == model.retried
+        assert kernel.recycled == model.recycled
         for record, job in self.records.items():
             if job.stage in SETTLED:
                 assert (record.error is None) == (job.stage == "succeeded")
@@ -363,7 +386,7 @@ class KernelAgainstModel(RuleBasedStateMachine):
     def no_free_worker_while_a_job_waits(self) -> None:
         if self.model.staged("queued"):
             assert not self.workers("idle")
-        if self.model.offers:
+        if self.model.line:
             assert not self.kernel.has_room()
 
     @invariant()
@@ -457,6 +480,12 @@ class KernelAgainstModel(RuleBasedStateMachine):
         assert {slot.index for (slot,) in by_kind.get(EndWorker, [])} == {
             self.model.has.index(job) for job in expected.ended
         }
+        sent_home = [slot.index for (slot,) in by_kind.get(SendHome, [])]
+        assert sent_home == expected.sent_home
+        at_once = {slot.index for (slot,) in by_kind.get(StartWorker, [])}
+        assert self.model.is_broken or at_once >= set(sent_home), (
+            "the place of one sent home is taken at once"
+        )
         for (slot,) in by_kind.get(StartWorker, []):
             self.model.staffed(slot.index)
         for worker in self.workers("missing"):
@@ -485,6 +514,8 @@ class KernelAgainstModel(RuleBasedStateMachine):
                 maximum=1.0,
                 retry_on=RETRY_ON[wish.retried_on],
             )
+        if wish.is_submitted:
+            wish = wish._replace(delay=None, start_within=None)
         record = JobRecord(b"", 0, wish.timeout, policy)
         record.due = None if wish.delay is None else self.now + wish.delay
         # A map has no start deadline, so of a job that has one no part can be done.
@@ -507,6 +538,11 @@ class KernelAgainstModel(RuleBasedStateMachine):
 
     def offer_one(self, wish: Wish) -> None:
         record, job = self.made(wish)
+        if wish.is_submitted:
+            self.kernel.submit(record, self.now)
+            self.model.submit(job, self.now)
+            self.compare()
+            return
         had_room = self.kernel.has_room()
         taken = self.kernel.offer(record, self.now, patient=wish.patient)
         assert taken == self.model.offer(job, self.now, patient=wish.patient)
@@ -559,16 +595,19 @@ class KernelAgainstModel(RuleBasedStateMachine):
         for worker in self.workers("starting"):
             self.come_up(worker)
 
-    def answer(self, worker: int, error: str | None) -> None:
+    def answer(self, worker: int, error: str | None, n_items: int = 1) -> None:
         raised = None if error is None else ERRORS[error](error)
-        self.kernel.attempt_ended(self.kernel.slots[worker], raised, self.now)
-        self.model.answered(worker, error, self.now)
+        job = self.model.has[worker]
+        n_jobs = n_items if job is not None and job.has_items else 1
+        usage = None if self.kernel.wear is None else Usage(self.model.done[worker] + n_jobs, 0)
+        self.kernel.attempt_ended(self.kernel.slots[worker], raised, self.now, usage)
+        self.model.answered(worker, error, self.now, n_jobs)
         self.compare()
 
     def die(self, worker: int, loss: Loss, *, was_killed: bool = False) -> None:
         slot = self.kernel.slots[worker]
         job = self.model.has[worker]
-        error = JobTimeout("too long") if job is not None and job.is_timed_out else WorkerCrashed("gone")
+        error = ENDS[job.ended_for if job is not None else None]
         if job is not None and not job.has_items and loss in (Loss.REST, Loss.NOTHING):
             loss = Loss.ATTEMPT
         self.kernel.worker_gone(slot, error, self.now, loss=loss, was_killed=was_killed)

@@ -24,6 +24,7 @@ FACTS: dict[str, dict[str, Any]] = {
         "out_of_memory": True,
         "output": "last words",
     },
+    "MemoryLimitExceeded": {"pid": 7, "stack": "File x", "rss_bytes": 3 << 30, "limit_bytes": 1 << 30},
     "BarrierTimeout": {"pending": (1, "two")},
     "RemoteError": {"type_name": "Odd", "traceback": "Traceback"},
     "PoolBroken": {},
@@ -42,6 +43,8 @@ BUILTINS = {
     "BarrierTimeout": TimeoutError,
     "DispatcherFinalized": RuntimeError,
     "NestedDispatch": RuntimeError,
+    "MemoryLimitExceeded": MemoryError,
+    "NoWorkerState": LookupError,
     "JobsFailed": ExceptionGroup,
 }
 PLAIN = [

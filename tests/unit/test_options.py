@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import pickle
+import re
 from datetime import UTC, datetime
 from decimal import Decimal
 from fractions import Fraction
@@ -48,12 +50,34 @@ BAD_POOLS = [
     ("nice", 20, VALUE_ERROR),
     ("nice", -21, VALUE_ERROR),
     ("nice", 1.5, TYPE_ERROR),
+    *(
+        (option, value, kind)
+        for option in ("max_jobs_per_worker", "max_memory_per_worker", "hard_memory_limit")
+        for value, kind in [
+            (0, VALUE_ERROR),
+            (-1, VALUE_ERROR),
+            (True, TYPE_ERROR),
+            ("1 GB", TYPE_ERROR),
+            (1e9, TYPE_ERROR),
+            (INFINITE, TYPE_ERROR),
+        ]
+    ),
+    ("cpus", 1, TYPE_ERROR),
+    ("cpus", "01", TYPE_ERROR),
+    ("cpus", [-1], VALUE_ERROR),
+    ("cpus", [10**6], VALUE_ERROR),
+    ("cpus", [0, 0], VALUE_ERROR),
     ("initializer", "setup", TYPE_ERROR),
     ("initargs", "abc", TYPE_ERROR),
     ("initargs", {1: 2}, TYPE_ERROR),
     ("start_method", "thread", VALUE_ERROR),
     ("start_method", 7, VALUE_ERROR),
     ("start_method", ["fork"], VALUE_ERROR),
+    ("capture_output", "loud", VALUE_ERROR),
+    ("capture_output", None, TYPE_ERROR),
+    ("capture_output", 1, TYPE_ERROR),
+    ("forward_logging", "yes", TYPE_ERROR),
+    ("forward_logging", None, TYPE_ERROR),
 ]
 
 BAD_POLICIES = [
@@ -138,6 +162,8 @@ def test_a_pool_takes_every_value_that_can_work() -> None:
         initializer=print,
         initargs=["ready"],
         start_method="spawn",
+        capture_output="plain",
+        forward_logging=True,
     )
     assert (pool.priority, pool.n_workers, pool.backlog) == (-7, 3, None)
     assert (pool.timeout, pool.retry, pool.nice) == (0.5, retry, -20)
@@ -166,6 +192,46 @@ def test_a_pool_is_a_frozen_value() -> None:
     assert dataclasses.replace(pool, n_workers=2).n_workers == 2
     with pytest.raises(ConfigError, match="n_workers"):
         dataclasses.replace(pool, n_workers=0)
+
+
+@pytest.mark.parametrize("cpus", [[True], ["0"], [0.0], [None]], ids=repr)
+def test_cpus_are_whole_numbers(cpus: Any) -> None:
+    with pytest.raises(ConfigTypeError, match="cpus must be a whole number") as caught:
+        Pool(0, 1, cpus=cpus)
+    assert repr(cpus[0]) in str(caught.value)
+
+
+@pytest.mark.parametrize("cpus", [(), [], set(), range(0)], ids=repr)
+def test_no_cpu_at_all_is_refused(cpus: Any) -> None:
+    with pytest.raises(ConfigError, match="cpus must name at least one CPU"):
+        Pool(0, 1, cpus=cpus)
+
+
+def test_the_usable_cpus_are_named_where_another_one_is_asked_for() -> None:
+    with pytest.raises(ConfigError, match=rf"cpus .*{re.escape(str(sorted(os.sched_getaffinity(0))))}"):
+        Pool(0, 1, cpus=[10**6])
+
+
+def test_cpus_may_come_in_any_iterable_and_in_any_order() -> None:
+    mine = sorted(os.sched_getaffinity(0))
+    for given in (mine, reversed(mine), set(mine), tuple(mine), iter(mine)):
+        assert Pool(0, 1, cpus=given).cpus == tuple(mine)
+
+
+def test_a_system_that_does_not_let_cpus_be_chosen_is_told_of_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(os, "sched_setaffinity", raising=False)
+    with pytest.raises(ConfigError, match="cpus is not supported on this system"):
+        Pool(0, 1, cpus=[0])
+
+
+def test_a_soft_limit_beyond_the_hard_one_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"max_memory_per_worker=3 .* hard_memory_limit=2") as caught:
+        Pool(0, 1, max_memory_per_worker=3, hard_memory_limit=2)
+    assert type(caught.value) is ConfigError
+    pool = Pool(0, 1, max_memory_per_worker=2, hard_memory_limit=2, max_jobs_per_worker=1)
+    assert (pool.max_memory_per_worker, pool.hard_memory_limit, pool.max_jobs_per_worker) == (2, 2, 1)
 
 
 # The pools of a dispatcher

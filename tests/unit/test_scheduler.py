@@ -14,24 +14,28 @@ from bulkhead import (
     JobCancelled,
     JobState,
     JobTimeout,
+    MemoryLimitExceeded,
     PoolBroken,
     RetryPolicy,
     StartDeadlineExceeded,
     Unrecoverable,
     WorkerCrashed,
 )
-from bulkhead._kernel.records import JobRecord, Loss, Slot, SlotState, Verdict
+from bulkhead._kernel.records import JobRecord, Loss, Slot, SlotState, Usage, Verdict, Wear
 from bulkhead._kernel.scheduler import (
     AcceptOffer,
     EndWorker,
     RefuseOffer,
     Scheduler,
+    SendHome,
     SettleJob,
     StartJob,
     StartWorker,
 )
 
 CRASH = WorkerCrashed("gone")
+TOO_LARGE = MemoryLimitExceeded("too large")
+TEN_JOBS = Wear(max_jobs=10, max_rss_bytes=None)
 TWICE = RetryPolicy(2, initial=1.0, jitter=0.0)
 
 GOES_BACK = pytest.mark.parametrize("loss", [Loss.UNREAD, Loss.REST])
@@ -47,6 +51,7 @@ def unstaffed(
     draw: float = 0.5,
     keep_failures: int = 100,
     extended: Callable[[JobRecord], float | None] = never,
+    wear: Wear | None = None,
 ) -> Scheduler:
     kernel = Scheduler(
         n_workers,
@@ -56,6 +61,7 @@ def unstaffed(
         on_accept=lambda job: None,
         expired=lambda job: StartDeadlineExceeded("too late"),
         extended=extended,
+        wear=wear,
     )
     kernel.begin()
     return kernel
@@ -1138,6 +1144,198 @@ def test_a_stopped_pool_replaces_no_worker() -> None:
     assert taken(kernel, StartWorker) == []
 
 
+# Recycling
+
+
+@pytest.mark.parametrize(
+    ("wear", "fresh", "worn"),
+    [
+        (TEN_JOBS, Usage(9, 10**12), Usage(10, 0)),
+        (TEN_JOBS, Usage(9, 0), Usage(25, 0)),
+        (Wear(None, 1000), Usage(10**9, 1000), Usage(1, 1001)),
+        (Wear(10, 1000), Usage(9, 1000), Usage(1, 1001)),
+        (Wear(10, 1000), Usage(9, 1000), Usage(10, 0)),
+    ],
+)
+def test_a_worker_that_has_done_or_takes_enough_is_sent_home_after_its_answer_and_another_is_started(
+    wear: Wear, fresh: Usage, worn: Usage
+) -> None:
+    kernel = staffed(wear=wear)
+    first, second = offered(kernel, 2)
+    slot = slot_of(first)
+    kernel.attempt_ended(slot, None, 1.0, fresh)
+    assert taken(kernel, SendHome) == []
+    assert slot.job is second
+
+    kernel.attempt_ended(slot, None, 2.0, worn)
+    assert kernel.instructions == [
+        SettleJob(second, phase_is_over=True),
+        SendHome(slot),
+        StartWorker(slot),
+    ]
+    assert second.state is JobState.SUCCEEDED
+    assert slot.state is SlotState.STARTING
+    assert (kernel.recycled, kernel.restarts) == (1, 1)
+    assert kernel.next_deadline is None
+
+
+def test_the_next_job_waits_for_the_worker_that_takes_the_place_and_counts_no_attempt_before() -> None:
+    kernel = staffed(2, backlog=1, wear=TEN_JOBS)
+    first, second, third = offered(kernel, 3)
+    kernel.attempt_ended(slot_of(first), None, 1.0, Usage(10, 0))
+    assert kernel.running == 1
+    assert third.state is JobState.QUEUED
+    kernel.instructions.clear()
+    kernel.worker_ready(kernel.slots[third_slot(kernel)], 1.5)
+    assert started(kernel) == [third]
+    assert (third.attempt, kernel.running) == (1, 2)
+    assert second.state is JobState.RUNNING
+
+
+def third_slot(kernel: Scheduler) -> int:
+    (slot,) = (slot for slot in kernel.slots if slot.state is SlotState.STARTING)
+    return slot.index
+
+
+def test_a_worker_is_recycled_after_a_failed_attempt_as_well_and_the_retry_goes_to_any() -> None:
+    kernel = staffed(wear=TEN_JOBS)
+    job = offered_one(kernel, retry=TWICE)
+    slot = slot_of(job)
+    kernel.attempt_ended(slot, ValueError("no luck"), 1.0, Usage(10, 0))
+    assert job.state is JobState.RETRYING
+    assert taken(kernel, SendHome) == [SendHome(slot)]
+    kernel.worker_ready(slot, 1.1)
+    kernel.tick(2.0)
+    assert started(kernel) == [job]
+
+
+def test_an_answer_without_usage_recycles_nobody() -> None:
+    kernel = staffed(wear=TEN_JOBS)
+    job = offered_one(kernel)
+    kernel.attempt_ended(slot_of(job), None, 1.0)
+    assert taken(kernel, SendHome) == []
+    assert kernel.slots[0].state is SlotState.IDLE
+
+
+def test_a_worker_that_was_told_to_end_is_not_recycled_by_its_late_answer() -> None:
+    kernel = staffed(wear=TEN_JOBS)
+    job = offered_one(kernel)
+    slot = slot_of(job)
+    kernel.cancel(job, JobCancelled("cancelled"), 1.0)
+    kernel.instructions.clear()
+    kernel.attempt_ended(slot, None, 1.1, Usage(10, 0))
+    assert kernel.instructions == []
+    assert slot.state is SlotState.ENDING
+
+
+def test_a_caller_that_waits_for_room_is_accepted_while_a_worker_is_being_replaced() -> None:
+    kernel = staffed(wear=TEN_JOBS)
+    first, second = offered(kernel, 2)
+    kernel.attempt_ended(slot_of(first), None, 1.0, Usage(10, 0))
+    assert taken(kernel, AcceptOffer) == [AcceptOffer(second)]
+    assert second.state is JobState.QUEUED
+
+
+def test_a_stopped_or_broken_pool_sends_worn_workers_home_and_starts_none() -> None:
+    for give_up in (lambda kernel: kernel.stop(), lambda kernel: kernel.break_down(CRASH)):
+        kernel = staffed(wear=TEN_JOBS)
+        job = offered_one(kernel)
+        slot = slot_of(job)
+        give_up(kernel)
+        kernel.attempt_ended(slot, None, 1.0, Usage(10, 0))
+        assert [type(one) for one in kernel.instructions[-2:]] == [SettleJob, SendHome]
+        assert slot.state is SlotState.VACANT
+        assert kernel.next_deadline is None
+
+
+def test_recycled_workers_are_replaced_without_a_pause_however_many_there_are() -> None:
+    kernel = staffed(wear=Wear(1, None))
+    for number in range(100):
+        job = offered_one(kernel, now=float(number))
+        kernel.attempt_ended(slot_of(job), None, float(number), Usage(1, 0))
+        assert taken(kernel, StartWorker) == [StartWorker(kernel.slots[0])]
+        kernel.worker_ready(kernel.slots[0], float(number))
+    assert (kernel.recycled, kernel.restarts, kernel.succeeded) == (100, 100, 100)
+
+
+def test_a_pool_whose_second_generation_does_not_come_up_is_given_up() -> None:
+    kernel = staffed(wear=TEN_JOBS)
+    first, second = offered(kernel, 2)
+    kernel.attempt_ended(slot_of(first), None, 1.0, Usage(10, 0))
+    now = 1.0
+    while kernel.broken is None:
+        kernel.worker_gone(kernel.slots[0], PoolBroken("no licence"), now)
+        assert now < 10.0
+        now += 1.0
+        kernel.tick(now)
+    assert first.state is JobState.SUCCEEDED
+    assert second.state is JobState.FAILED
+    assert str(second.error) == "no licence"
+
+
+# Memory
+
+
+def test_a_job_that_takes_too_much_memory_has_its_worker_ended_and_fails_when_that_is_gone() -> None:
+    kernel = staffed()
+    job = offered_one(kernel)
+    slot = slot_of(job)
+    kernel.memory_exceeded(slot, 1.0)
+    assert kernel.instructions[-1] == EndWorker(slot)
+    assert slot.verdict is Verdict.MEMORY
+    assert job.state is JobState.RUNNING
+    kernel.worker_gone(slot, TOO_LARGE, 1.1)
+    assert (job.state, job.error) == (JobState.FAILED, TOO_LARGE)
+    assert taken(kernel, StartWorker) == [StartWorker(slot)]
+
+
+@pytest.mark.parametrize("retried", [MemoryLimitExceeded, WorkerCrashed, MemoryError, Exception])
+def test_a_job_that_took_too_much_memory_is_retried_where_the_policy_names_it_or_crashes(
+    retried: type[Exception],
+) -> None:
+    kernel = staffed()
+    job = offered_one(kernel, retry=RetryPolicy(2, initial=1.0, jitter=0.0, retry_on=(retried,)))
+    slot = slot_of(job)
+    kernel.memory_exceeded(slot, 1.0)
+    kernel.worker_gone(slot, TOO_LARGE, 1.1)
+    assert job.state is JobState.RETRYING
+
+
+def test_memory_is_held_against_a_worker_only_while_it_has_a_job_and_once() -> None:
+    kernel = staffed(2)
+    job = offered_one(kernel)
+    busy = slot_of(job)
+    (idle,) = (slot for slot in kernel.slots if slot is not busy)
+    kernel.instructions.clear()
+    kernel.memory_exceeded(idle, 1.0)
+    assert kernel.instructions == []
+    kernel.memory_exceeded(busy, 1.0)
+    kernel.memory_exceeded(busy, 1.1)
+    assert kernel.instructions == [EndWorker(busy)]
+
+
+def test_a_timeout_does_not_follow_an_excess_and_a_cancellation_beats_it() -> None:
+    kernel = staffed(2)
+    late, cancelled = offered(kernel, 2, timeout=2.0)
+    for job in (late, cancelled):
+        kernel.arm_timeout(job, 0.0)
+        kernel.memory_exceeded(slot_of(job), 1.0)
+    kernel.tick(5.0)
+    kernel.cancel(cancelled, JobCancelled("cancelled"), 5.0)
+    for slot in kernel.slots:
+        kernel.worker_gone(slot, TOO_LARGE, 6.0)
+    assert (late.state, late.error) == (JobState.FAILED, TOO_LARGE)
+    assert cancelled.state is JobState.CANCELLED
+
+
+def test_the_rest_of_a_chunk_whose_item_took_too_much_memory_goes_back() -> None:
+    kernel = staffed()
+    job = offered_one(kernel)
+    kernel.memory_exceeded(slot_of(job), 1.0)
+    kernel.worker_gone(kernel.slots[0], TOO_LARGE, 1.1, loss=Loss.REST)
+    assert (job.state, job.attempt) == (JobState.QUEUED, 0)
+
+
 # Barriers
 
 
@@ -1255,6 +1453,89 @@ def test_the_kernel_keeps_no_job_alive_that_is_over(fate: str) -> None:
     gc.collect()
     assert seen() is None
     assert len(kernel.unsettled_jobs()) == len(blocking)
+
+
+# Jobs that are submitted
+
+
+def test_a_submitted_job_is_accepted_whatever_the_backlog_is() -> None:
+    kernel = staffed(n_workers=1, backlog=0)
+    jobs = [a_job() for _ in range(5)]
+    for job in jobs:
+        kernel.submit(job, 0.0)
+    assert [job.state for job in jobs] == [JobState.RUNNING, *[JobState.QUEUED] * 4]
+    assert (kernel.running, kernel.waiting, kernel.unsettled) == (1, 4, 5)
+    assert kernel.unsettled_jobs() == jobs
+    assert not kernel.has_room()
+    for job in jobs:
+        assert kernel.slots[0].job is job
+        kernel.attempt_ended(kernel.slots[0], None, 1.0)
+    assert (kernel.succeeded, kernel.waiting, kernel.unsettled) == (5, 0, 0)
+
+
+def test_offers_and_submitted_jobs_start_in_the_order_in_which_they_came() -> None:
+    kernel = staffed(n_workers=1, backlog=0)
+    first, second, third, fourth = (a_job() for _ in range(4))
+    kernel.submit(first, 0.0)
+    kernel.submit(second, 0.0)
+    assert not kernel.offer(third, 0.0)
+    kernel.submit(fourth, 0.0)
+    started = []
+    for _ in range(4):
+        started.append(kernel.slots[0].job)
+        kernel.instructions.clear()
+        kernel.attempt_ended(kernel.slots[0], None, 1.0)
+        accepted = [one.job for one in kernel.instructions if isinstance(one, AcceptOffer)]
+        assert accepted == ([third] if kernel.slots[0].job is third else [])
+    assert started == [first, second, third, fourth]
+
+
+def test_a_submitted_job_in_line_can_be_cancelled_and_not_be_withdrawn() -> None:
+    kernel = staffed(n_workers=1, backlog=0)
+    first, second, third = (a_job() for _ in range(3))
+    for job in (first, second, third):
+        kernel.submit(job, 0.0)
+    assert not kernel.withdraw(second)
+    assert kernel.cancel(second, JobCancelled("cancelled"), 0.0)
+    assert (second.state, kernel.waiting) == (JobState.CANCELLED, 1)
+    kernel.attempt_ended(kernel.slots[0], None, 1.0)
+    assert kernel.slots[0].job is third
+
+
+def test_refusing_keeps_submitted_jobs_and_breaking_fails_them() -> None:
+    kernel = staffed(n_workers=1, backlog=0)
+    running, submitted, offered = (a_job() for _ in range(3))
+    kernel.submit(running, 0.0)
+    kernel.submit(submitted, 0.0)
+    kernel.offer(offered, 0.0)
+    kernel.instructions.clear()
+    kernel.refuse()
+    assert kernel.instructions == [RefuseOffer(offered)]
+    assert submitted.state is JobState.QUEUED
+    kernel.break_down(PoolBroken("given up"))
+    assert submitted.state is JobState.FAILED
+    assert (kernel.waiting, kernel.unsettled) == (0, 1)
+
+
+def test_ruin_returns_offers_alone() -> None:
+    kernel = staffed(n_workers=1, backlog=0)
+    running, submitted, offered = (a_job() for _ in range(3))
+    kernel.submit(running, 0.0)
+    kernel.submit(submitted, 0.0)
+    kernel.offer(offered, 0.0)
+    assert kernel.ruin(PoolBroken("ruined")) == [offered]
+
+
+def test_jobs_are_promised_to_workers_that_are_coming_up() -> None:
+    kernel = unstaffed(n_workers=2, backlog=1)
+    jobs = [a_job() for _ in range(4)]
+    for job in jobs:
+        kernel.submit(job, 0.0)
+    assert kernel.promised() == jobs[:2]
+    kernel.worker_ready(kernel.slots[0], 0.0)
+    assert kernel.promised() == [jobs[1]]
+    kernel.worker_ready(kernel.slots[1], 0.0)
+    assert kernel.promised() == []
 
 
 # Jobs that follow others

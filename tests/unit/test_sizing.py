@@ -33,8 +33,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-def sizing(*, chunksize: Any = "auto", buffersize: int | None = None, n_workers: int = 2) -> _Sizing:
-    return _Sizing(MapOptions(True, chunksize, buffersize, None), n_workers)
+def sizing(
+    *,
+    chunksize: Any = "auto",
+    buffersize: int | None = None,
+    n_workers: int = 2,
+    max_jobs: int | None = None,
+) -> _Sizing:
+    return _Sizing(MapOptions(True, chunksize, buffersize, None), n_workers, max_jobs)
 
 
 def a_chunk(n: int, seconds: float | None, size: int = 0, sent: int = 0) -> Any:
@@ -112,6 +118,12 @@ def test_a_chunksize_that_is_named_stays(per_item: float) -> None:
 def test_with_a_buffersize_there_are_chunks_enough_for_all_workers() -> None:
     assert learned(sizing(buffersize=100, n_workers=4), 1e-6) * 2 * 4 <= 100
     assert learned(sizing(buffersize=3, n_workers=4), 1e-6) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"chunksize": 500}, {"buffersize": 100_000}], ids=str)
+def test_no_chunk_has_more_items_than_a_worker_may_do(options: dict[str, Any]) -> None:
+    assert learned(sizing(max_jobs=40, **options), 1e-6) == 40
+    assert learned(sizing(max_jobs=1, **options), 1e-6) == 1
 
 
 def test_the_look_ahead_is_a_thousand_items_or_some_chunks_for_each_worker() -> None:

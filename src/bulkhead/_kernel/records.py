@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bulkhead._kernel.lifecycle import JobState
 
@@ -11,14 +11,15 @@ if TYPE_CHECKING:
     from bulkhead._kernel.phases import Phase
     from bulkhead.retry import RetryPolicy
 
-__all__ = ["JobRecord", "Loss", "Slot", "SlotState", "Verdict"]
+__all__ = ["JobRecord", "Loss", "Slot", "SlotState", "Usage", "Verdict", "Wear"]
 
 
 class Verdict(Enum):
-    """Why a slot's worker is being ended; a cancellation overrides a timeout."""
+    """Why a slot's worker is being ended; a cancellation overrides the others."""
 
     TIMEOUT = "timeout"
     CANCEL = "cancel"
+    MEMORY = "memory"
 
 
 class Loss(Enum):
@@ -28,6 +29,26 @@ class Loss(Enum):
     UNREAD = "unread"  # the worker had not begun to read it
     REST = "rest"  # a part of it is done, the rest is still to do (for jobs without a start deadline)
     NOTHING = "nothing"  # all of it is done
+
+
+class Usage(NamedTuple):
+    """What a worker has done and takes when it answers."""
+
+    jobs: int
+    rss_bytes: int
+
+
+class Wear(NamedTuple):
+    """How far a worker may be used before another takes its place; None is without limit."""
+
+    max_jobs: int | None
+    max_rss_bytes: int | None
+
+    def is_reached(self, usage: Usage) -> bool:
+        """Tell whether a worker of this usage is to be recycled."""
+        return (self.max_jobs is not None and usage.jobs >= self.max_jobs) or (
+            self.max_rss_bytes is not None and usage.rss_bytes > self.max_rss_bytes
+        )
 
 
 class JobRecord:

@@ -7,8 +7,10 @@ lock, starts no process. The engine calls one method per stimulus, under the poo
 
 Guarantees, argued for in README.md of this folder:
 - Jobs start in the order in which they became ready; a retry becomes ready when its pause is over.
-- Callers that wait for room are served in the order in which they came, after the jobs that are accepted already.
-- running + waiting never exceeds n_workers + backlog by an accepted offer (only a due or returned job can exceed it).
+- Callers that wait for room, and jobs that were submitted without waiting for it, are served in the order in which
+  they came, after the jobs that are ready already.
+- running + ready never exceeds n_workers + backlog by an accepted offer or a submitted job (only a due or returned job
+  can exceed it).
 - Every accepted job gets exactly one `SettleJob`.
 
 Source: decisions apart from actions as in distributed's worker_state_machine.py.
@@ -17,6 +19,7 @@ Source: decisions apart from actions as in distributed's worker_state_machine.py
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,13 +28,14 @@ from bulkhead._kernel import lifecycle
 from bulkhead._kernel.deadlines import Alarm, Deadlines
 from bulkhead._kernel.lifecycle import JobState
 from bulkhead._kernel.phases import Phase, Phases
-from bulkhead._kernel.records import JobRecord, Loss, Slot, SlotState, Verdict
+from bulkhead._kernel.records import JobRecord, Loss, Slot, SlotState, Usage, Verdict, Wear
 
 __all__ = [
     "AcceptOffer",
     "EndWorker",
     "RefuseOffer",
     "Scheduler",
+    "SendHome",
     "SettleJob",
     "StartJob",
     "StartWorker",
@@ -100,7 +104,13 @@ class EndWorker(NamedTuple):
     slot: Slot
 
 
-Instruction = StartJob | SettleJob | AcceptOffer | RefuseOffer | StartWorker | EndWorker
+class SendHome(NamedTuple):
+    """Let the slot's process leave; its end is of no interest any more, and another may be started at once."""
+
+    slot: Slot
+
+
+Instruction = StartJob | SettleJob | AcceptOffer | RefuseOffer | StartWorker | EndWorker | SendHome
 
 
 class Scheduler:
@@ -114,6 +124,7 @@ class Scheduler:
         on_accept: Called with each job at the moment it is accepted, before it can start.
         expired: Makes the error of a job whose start deadline has passed.
         extended: Asked when a job's time is up: returns the instant up to which it has time after all, or None.
+        wear: After how much use workers are recycled.
     """
 
     def __init__(
@@ -126,13 +137,15 @@ class Scheduler:
         on_accept: Callable[[JobRecord], None],
         expired: Callable[[JobRecord], BaseException],
         extended: Callable[[JobRecord], float | None],
+        wear: Wear | None = None,
     ) -> None:
         self.slots = [Slot(index) for index in range(n_workers)]
         self.phases = Phases(keep_failures)
         self.instructions: list[Instruction] = []
         self.broken: BaseException | None = None
         self.is_refusing = False
-        self.succeeded = self.failed = self.cancelled = self.retried = self.restarts = 0
+        self.succeeded = self.failed = self.cancelled = self.retried = self.restarts = self.recycled = 0
+        self.wear = wear
         self.running = 0
         self.unsettled = 0
         self._capacity = None if backlog is None else n_workers + backlog
@@ -142,12 +155,11 @@ class Scheduler:
         self._extended = extended
         self._idle: list[Slot] = []  # Why a stack: the worker that ended last is warmest.
         self._ready: OrderedDict[JobRecord, None] = OrderedDict()
+        # In line for room: offers, whose callers wait, and submitted jobs, which are accepted already.
         self._offers: OrderedDict[JobRecord, None] = OrderedDict()
         self._pausing: dict[JobRecord, None] = {}  # scheduled or retrying
         self._promised: dict[JobRecord, None] = {}  # counted in, not accepted yet
-        self._unfed: set[JobRecord] = (
-            set()
-        )  # of those that pause: have no instant, but wait for something else
+        self._unfed: set[JobRecord] = set()  # of those that pause: wait for no instant, but to be fed
         self._deadlines = Deadlines(self._is_live)
         self._now = 0.0  # of the last stimulus
         self._starts = 0
@@ -178,9 +190,21 @@ class Scheduler:
             self._deadlines.add(job.start_by, Alarm.START_DEADLINE, _handle(job))
         return job.state is not None
 
+    def submit(self, job: JobRecord, now: float) -> None:
+        """Accept a job whatever the backlog is; without room it gets in line behind the offers that wait.
+
+        The engine has checked `broken` and `is_refusing`. For jobs without `due` and `start_by`.
+        """
+        self._now = now
+        if not self._offers and self._has_room():
+            self._take(job)
+        else:
+            self._accept(job, lifecycle.ACCEPT)
+            self._offers[job] = None
+
     def withdraw(self, job: JobRecord) -> bool:
         """Forget the offer of a caller that waits no longer; False when it was accepted just before."""
-        if job not in self._offers:
+        if job.state is not None or job not in self._offers:
             return False
         del self._offers[job]
         _drop_handle(job)
@@ -196,6 +220,7 @@ class Scheduler:
             self._end(job, Verdict.CANCEL)
             return True
         self._ready.pop(job, None)
+        self._offers.pop(job, None)
         self._settle(job, lifecycle.CANCEL)
         self._fill()
         return True
@@ -291,8 +316,17 @@ class Scheduler:
         self._idle.append(slot)
         self._fill()
 
-    def attempt_ended(self, slot: Slot, error: BaseException | None, now: float) -> None:
-        """The slot's worker has answered; `error` is None for a success. A worker told to end has lost its say."""
+    def attempt_ended(
+        self, slot: Slot, error: BaseException | None, now: float, usage: Usage | None = None
+    ) -> None:
+        """The slot's worker has answered; `error` is None for a success. A worker told to end has lost its say.
+
+        Args:
+            slot: The slot.
+            error: What the attempt failed with.
+            now: Monotonic seconds.
+            usage: What the worker has done and takes, where `wear` asks for it.
+        """
         self._now = now
         if slot.state is not _BUSY:
             return
@@ -307,8 +341,17 @@ class Scheduler:
             self._settle(job, lifecycle.SUCCEED)
         else:
             self._attempt_failed(job, error, now)
+        if usage is not None and self.wear is not None and self.wear.is_reached(usage):
+            self._recycle(slot)
         if self._ready or self._offers:
             self._fill()
+
+    def memory_exceeded(self, slot: Slot, now: float) -> None:
+        """The slot's worker takes more memory than any may: its job fails when it is gone, unless it has answered."""
+        self._now = now
+        if slot.state is SlotState.BUSY:
+            assert slot.job is not None
+            self._end(slot.job, Verdict.MEMORY)
 
     def worker_gone(
         self,
@@ -363,15 +406,16 @@ class Scheduler:
             return
         self.broken = error
         self._refuse_offers()
-        for job in [*self._ready, *self._pausing]:
+        for job in [*self._ready, *self._offers, *self._pausing]:
             job.error = _copy_of(error)
             self._settle(job, lifecycle.FAIL)
         self._ready.clear()
+        self._offers.clear()
 
     def ruin(self, error: BaseException) -> list[JobRecord]:
         """Forget everything, for an engine that cannot trust this state any more; return the jobs that were offered."""
         self.broken = self.broken or error
-        offers = list(self._offers)
+        offers = [job for job in self._offers if job.state is None]
         for phase in self.phases.unreported:
             phase.unsettled = 0
         self._idle.clear()
@@ -396,7 +440,7 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Number of accepted jobs that wait for a slot."""
-        return len(self._ready)
+        return self.unsettled - len(self._promised) - self.running - len(self._pausing)
 
     @property
     def delayed(self) -> int:
@@ -409,10 +453,16 @@ class Scheduler:
         capacity = self._capacity
         return not self._offers and (capacity is None or self.running + len(self._ready) < capacity)
 
+    def promised(self) -> list[JobRecord]:
+        """Return the waiting jobs that are the next for slots whose workers are not up (again) yet."""
+        n_absent = sum(slot.state not in (SlotState.IDLE, SlotState.BUSY) for slot in self.slots)
+        return list(itertools.islice(self._ready, n_absent))
+
     def unsettled_jobs(self) -> list[JobRecord]:
         """Return the accepted jobs that have not settled: running, then waiting, then pausing ones."""
         running = [slot.job for slot in self.slots if slot.job is not None]
-        return [*running, *self._ready, *self._pausing]
+        submitted = [job for job in self._offers if job.state is not None]
+        return [*running, *self._ready, *submitted, *self._pausing]
 
     def promised_jobs(self) -> list[JobRecord]:
         """Return the jobs that are counted in and not accepted."""
@@ -432,7 +482,9 @@ class Scheduler:
         phase.unsettled += 1
 
     def _take(self, job: JobRecord) -> None:
-        self._accept(job, lifecycle.ACCEPT)
+        """Make a job ready that has room, or start it if it need not wait; a submitted one is accepted already."""
+        if job.state is None:
+            self._accept(job, lifecycle.ACCEPT)
         self._turns = job.turn = self._turns + 1
         if self._ready or not self._idle:
             self._ready[job] = None
@@ -476,8 +528,10 @@ class Scheduler:
             self._start_ready()
         while self._offers and self._has_room():
             job, _ = self._offers.popitem(last=False)
+            is_offer = job.state is None
             self._take(job)
-            self.instructions.append(_new(AcceptOffer, (job,)))
+            if is_offer:
+                self.instructions.append(_new(AcceptOffer, (job,)))
 
     def _attempt_failed(self, job: JobRecord, error: BaseException, now: float) -> None:
         job.error = error
@@ -576,9 +630,17 @@ class Scheduler:
         self._settle(job, lifecycle.FAIL)
 
     def _refuse_offers(self) -> None:
-        offers = list(self._offers)
-        self._offers.clear()
-        self.instructions.extend(RefuseOffer(job) for job in offers)
+        for job in [job for job in self._offers if job.state is None]:
+            del self._offers[job]
+            self.instructions.append(RefuseOffer(job))
+
+    def _recycle(self, slot: Slot) -> None:
+        """Replace an idle worker that has done its share. Why no pause as after deaths: each one has done some work."""
+        self.recycled += 1
+        self._idle.remove(slot)
+        slot.state = SlotState.VACANT
+        self.instructions.append(SendHome(slot))
+        self._staff(slot)
 
     def _staff(self, slot: Slot) -> None:
         if self.broken is None and not self._is_stopping:

@@ -21,6 +21,7 @@
 | interrupts.py | keeping a Ctrl-C out of the middle of a change |
 | channel.py | bytes through a pipe without being held up |
 | payload.py | pickling both ways |
+| heritage.py | what of multiprocessing only new processes inherit, for initializers |
 | callbacks.py | running users' done callbacks |
 | deaths.py | what a worker's end means for its job, and what is told of it |
 | poller.py | waiting for descriptors |
@@ -28,6 +29,10 @@
 | worker_main.py | what runs in a worker |
 | launcher.py, launcher_link.py | starting, ending and reaping workers; the two ends of that conversation |
 | blackbox.py | what a dead worker leaves behind for the report |
+| output.py, output_sources.py | what jobs print and log: whose it is, and that it is out before the result |
+| outlet.py | writing it to the caller's streams and loggers |
+| stdio.py | the standard streams of a worker whose output is captured |
+| log_records.py | log records under way |
 | lifeline.py | no worker outlives its caller |
 | main_module.py | giving workers the caller's `__main__` |
 """

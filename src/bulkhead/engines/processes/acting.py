@@ -21,6 +21,7 @@ from bulkhead._kernel.scheduler import (
     EndWorker,
     RefuseOffer,
     Scheduler,
+    SendHome,
     SettleJob,
     StartJob,
     StartWorker,
@@ -31,6 +32,9 @@ from bulkhead.engines.base import Ledger
 from bulkhead.engines.processes import chunks
 from bulkhead.engines.processes.answers import Answer, tell
 from bulkhead.engines.processes.driving import Driving, Errand, reentered
+from bulkhead.engines.processes.heritage import Heritage
+from bulkhead.engines.processes.memory_watch import MemoryWatch
+from bulkhead.engines.processes.output import PoolOutput
 from bulkhead.engines.processes.payload import cannot
 from bulkhead.engines.processes.reading import News, read_worker
 from bulkhead.engines.processes.segments import Borrowed, SegmentPool
@@ -46,6 +50,9 @@ __all__ = ["Acting"]
 # How often deadlines are looked at while one answer follows the other (seconds).
 _TICK = 0.001
 
+# An answer that came within this time (seconds) after its job lets expect the next one soon (arbitrary).
+_SOON = 100e-6
+
 # Why: a class's attribute is looked up at each use, on the way of every job.
 _JOB = Kind.JOB
 
@@ -59,6 +66,7 @@ class Acting:
         config: The pool.
         scheduler: Its kernel.
         setup: What its workers are told first.
+        heritage: The descriptors that go with it.
         ledger: Says when it wants to be swept.
         settling: Tells who waits for the jobs that settle.
         segments: Where the large parts of jobs wait for their worker.
@@ -67,6 +75,7 @@ class Acting:
         driving: The driver's role, which makes the turns.
         staff: The workers.
         guard: Goes around each change.
+        output: What the workers print and log; None when that is not wanted here.
     """
 
     def __init__(
@@ -75,6 +84,7 @@ class Acting:
         scheduler: Scheduler,
         *,
         setup: bytes,
+        heritage: Heritage,
         ledger: Ledger,
         settling: Settling,
         segments: SegmentPool,
@@ -88,20 +98,26 @@ class Acting:
         self.driving = Driving(
             f"bulkhead-{config.label}", self._work, self._next_deadline, self._is_answer_near
         )
+        self.output = PoolOutput.wanted_by(config, self.driving)
         # Owner of the rest: the lock.
         self.guard = _Guard(self.ruin)
         self._ruin: PoolBroken | None = None
         self._tick_at = 0.0  # when to look at deadlines again
+        self._last_took = 0.0  # from the last answered job to its answer, seconds
         self._dropped: deque[Chunk] = deque()  # whose consumer is gone. Why a deque: see `drop`
         self.staff = Staff(
             config,
             setup,
+            heritage,
             self.driving,
             scheduler=scheduler,
             carry_out=self.carry_out,
             borrowed=self._borrowed,
+            output=self.output,
         )
         self._tidying = Tidying(segments, self._borrowed, self.staff)
+        limit = config.hard_memory_limit
+        self._memory = None if limit is None else MemoryWatch(limit, scheduler, self.staff)
 
     # Carrying out
 
@@ -122,6 +138,8 @@ class Acting:
                 self.staff.start(instruction.slot)  # type: ignore[union-attr]
             elif kind is EndWorker:
                 self.staff.end(instruction.slot.worker, now)  # type: ignore[union-attr]
+            elif kind is SendHome:
+                self.staff.send_home(instruction.slot.worker, now)  # type: ignore[union-attr]
         instructions.clear()
 
     def abandon(self, abandoned: Iterable[Chunk], now: float) -> None:
@@ -147,6 +165,8 @@ class Acting:
         if job.timeout is not None:
             self._scheduler.arm_timeout(job, now)
             self.driving.hurry(now + job.timeout)
+        if self._memory is not None:
+            self.driving.hurry(self._memory.begin(now))
 
     def _start_noted(self, worker: Worker, job: JobRecord, now: float) -> None:
         order = chunks.order(job) if isinstance(job, Chunk) else None
@@ -171,16 +191,24 @@ class Acting:
         if self.staff.overdue:
             overdue = self.staff.next_push()
             deadline = overdue if deadline is None else min(deadline, overdue)
+        if self.output is not None:
+            patience = self.output.next_deadline()
+            if patience is not None and (deadline is None or patience < deadline):
+                deadline = patience
         if self._segments.is_used or self._borrowed.is_used:
             tidying = self._tidying.plan()
             if tidying is not None and (deadline is None or tidying < deadline):
                 deadline = tidying
+        if self._memory is not None:
+            look = self._memory.plan()
+            if look is not None and (deadline is None or look < deadline):
+                deadline = look
         # Whoever polls until then finds that something is due.
         self._tick_at = 0.0
         return deadline
 
     def _is_answer_near(self) -> bool:
-        return self._scheduler.running > 0
+        return self._last_took < _SOON and self._scheduler.running > 0
 
     def _work(self, events: list[tuple[int, int]], polled_at: float, errand: Errand | None) -> None:
         """Do what the polled events ask for, the errand, and what was due at `polled_at`."""
@@ -194,8 +222,10 @@ class Acting:
                     read_worker(worker, answers, news)
                 elif driving.is_alarm(fd):
                     driving.silence()
-                else:
+                elif self.output is None or not self.output.read(fd):
                     staff.read(fd, answers, news)
+            if self.output is not None:
+                self.output.collect(answers, news, staff.workers)
             with driving.lock:
                 if self._ruin is None:
                     guard = self.guard
@@ -217,8 +247,11 @@ class Acting:
     ) -> None:
         """Tell the kernel what was read, and do what it decides. Under the lock."""
         now = time.monotonic()
+        if self.output is not None:
+            answers, news = self.output.due(answers, news, self.staff.workers, self.staff.overdue)
         scheduler = self._scheduler
         for worker, kind, number, size, value, error in answers:
+            self._last_took = now - worker.began
             tell(scheduler, worker, kind, number, size, value, error, now)
         if errand is not None:
             errand(now)
@@ -244,6 +277,8 @@ class Acting:
             self._ledger.sweep()
         if self._tidying.due is not None and self._tidying.due <= now:
             self._tidying.tidy(now)
+        if self._memory is not None and self._memory.due is not None and self._memory.due <= now:
+            self._memory.look(now)
         if self.staff.overdue:
             self.staff.push_overdue(now)
 

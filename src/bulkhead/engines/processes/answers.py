@@ -94,7 +94,10 @@ def tell(
     else:
         job.value = value
         job.size = size
-    scheduler.attempt_ended(slot, error, now)
+    if scheduler.wear is None:
+        scheduler.attempt_ended(slot, error, now)
+    else:
+        scheduler.attempt_ended(slot, error, now, worker.usage())
 
 
 def _came_up(scheduler: Scheduler, worker: Worker, pid: int, error: BaseException | None, now: float) -> None:
@@ -171,6 +174,6 @@ def _unreadable(error: BaseException) -> RemoteError:
     trace = text_of(error, error.__traceback__)
     # Why as text: an error may be kept for long, and the frames would keep the black box or a segment mapped.
     BaseException.with_traceback(error, None)
-    remote = RemoteError(text, type_name=name, traceback=trace)
+    remote = RemoteError(text, type_name=name, traceback=trace, is_unreadable=True)
     remote.__cause__ = error
     return remote

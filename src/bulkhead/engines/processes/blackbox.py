@@ -34,12 +34,13 @@ __all__ = [
 DUMP: int | None = signal.SIGRTMIN + 9 if hasattr(signal, "SIGRTMIN") else None
 
 # Layout in bytes: three counters (number of the message, bytes of output when it came, bytes of output so far), a ring
-# of output, the stacks, and far behind them how far a chunk has come (see progress.py). Pages that nobody writes to
-# take no memory.
+# of output, two counters of use (jobs done, bytes taken), the stacks, and far behind them how far a chunk has come (see
+# progress.py). Pages that nobody writes to take no memory.
 _READ_AT = 0
 _WRITTEN_AT = 16
 _RING_AT = 24
 _RING_SIZE = 8192
+_USE_AT = 8448
 _STACK_AT = 16384
 _STACK_SIZE = 49152
 PROGRESS_AT = 1 << 20
@@ -89,6 +90,10 @@ class BlackBox:
         _COUNTER.pack_into(self._map, _WRITTEN_AT, self._written)
         self.has_output = True
 
+    def note_use(self, jobs: int, rss_bytes: int) -> None:
+        """Write down what the worker has done and takes."""
+        _MARK.pack_into(self._map, _USE_AT, jobs, rss_bytes)
+
     def flush_output(self) -> None:
         """Send on what the last job printed, so that nothing stays in a buffer that dies with the process."""
         self.has_output = False
@@ -116,6 +121,11 @@ class ReadMark:
             return int(_COUNTER.unpack_from(self._map, _READ_AT)[0])
         except ValueError:
             return -1
+
+    def use(self) -> tuple[int, int]:
+        """Return what the worker has noted: jobs done, and bytes that it takes."""
+        jobs, rss_bytes = _MARK.unpack_from(self._map, _USE_AT)
+        return jobs, rss_bytes
 
     def close(self) -> None:
         """Give the view up."""

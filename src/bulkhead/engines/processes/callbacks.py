@@ -53,6 +53,14 @@ class CallbackThread:
                 return
         self._call(callback, subject)
 
+    def wait_until_run(self) -> None:
+        """Wait until what was submitted so far has run; not in a callback. Blocking: as long as callbacks take."""
+        if self._thread is None or self._thread is threading.current_thread():
+            return
+        has_run = threading.Event()
+        self.submit(lambda _: has_run.set(), None)
+        has_run.wait()
+
     def end(self, timeout: float | None) -> None:
         """Run what is there and end. Blocking: until that is done or `timeout`; not at all in a callback."""
         with self._lock:
@@ -75,7 +83,7 @@ class CallbackThread:
         try:
             callback(subject)
         except BaseException:
-            _log.exception("%s of job %r raised", self._what, subject.id)
+            _log.exception("%s of job %r raised", self._what, getattr(subject, "id", subject))
 
 
 class DoneCallback:

@@ -28,6 +28,7 @@ from bulkhead.engines.processes.progress import (
     record,
 )
 from bulkhead.engines.processes.segments import SegmentPool
+from bulkhead.engines.processes.use import WorkerUse
 from bulkhead.errors import RemoteError
 
 __all__ = ["ChunkOrder", "leave_copy", "run_chunk"]
@@ -75,6 +76,7 @@ def run_chunk(
     progress: Progress,
     send: Callable[[int, bytes | Parcel], bool],
     segments: SegmentPool,
+    use: WorkerUse | None = None,
 ) -> float:
     """Run the items one after the other until all are done or the caller wants no more; return the seconds it took.
 
@@ -86,9 +88,10 @@ def run_chunk(
         progress: Where results go that are small.
         send: Sends a result, with its position, that is too large for there; tells whether it could.
         segments: Where large parts of results go.
+        use: Counts the items. Those that are beyond its limits are given back.
     """
     chunk = _Chunk(fn, _chosen(items, order.todo), order, message, progress, send, segments)
-    chunk.run()
+    chunk.run(use)
     return time.perf_counter() - chunk.began
 
 
@@ -132,18 +135,22 @@ class _Chunk:
         self._marks = progress.begin(message)
         self._depth = forks.depth
 
-    def run(self) -> None:
+    def run(self, use: WorkerUse | None) -> None:
         run_group = self._run_starred if self._order.is_star else self._run_plain
         if self._order.is_timed:
             run_group = self._run_timed
         position, size = 0, 1
         total = len(self._batch)
+        if use is not None and use.jobs_left is not None:
+            total = min(total, use.jobs_left)
         now = self.began
         while position < total and not self._progress.is_stopped(self._message):
             if self._order.may_stop and now - self.began > _ENOUGH:
                 break
+            if use is not None and position and use.is_heavy():
+                break
             values: list[Any] = []
-            _Chunk.group = group = self._batch[position : position + size]
+            _Chunk.group = group = self._batch[position : min(position + size, total)]
             error = run_group(position, group, values)
             leave_copy(self._depth)
             n_run = len(values) + (error is not None)
@@ -155,6 +162,8 @@ class _Chunk:
             before, now = now, time.perf_counter()
             took = max(now - before, 1e-9)
             size = max(1, min(int(n_run * _GROUP / took), _GROWTH * n_run, _MAX_GROUP))
+        if use is not None:
+            use.count(position)
         _Chunk.group = []  # or it would keep the last items' data
         self._marks[RUNNING] = NOBODY
 

@@ -21,6 +21,9 @@ from bulkhead.errors import JobCancelled
 
 __all__ = ["Outcome", "Parts", "abandon", "ended", "extended", "lost", "order", "take", "title"]
 
+# How long a job has whose answer waits, before that is looked at again (seconds).
+_LOOK_AGAIN = 1.0
+
 # Position, results of the items from there on, or the error of that one.
 Outcome = tuple[int, list[Any], BaseException | None]
 
@@ -72,6 +75,8 @@ def title(worker: Worker, chunk: Chunk) -> str:
 def extended(job: JobRecord) -> float | None:
     """Return up to when a job has time whose time is up: one whose timeout counts for each of its items."""
     worker = job.slot.worker if job.slot is not None else None
+    if worker is not None and worker.output is not None and worker.output.held:
+        return time.monotonic() + _LOOK_AGAIN  # it has answered, and the answer waits for the job's output
     if not isinstance(job, Chunk) or worker is None:
         return None
     instant = job.time_left(worker.progress.running(worker.message), worker.began, time.monotonic())

@@ -8,10 +8,17 @@ from bulkhead._kernel.records import JobRecord, Loss, SlotState, Verdict
 from bulkhead.chunk import Chunk
 from bulkhead.engines.processes import chunks
 from bulkhead.engines.processes.launcher import Report
+from bulkhead.engines.processes.use import mib
 from bulkhead.engines.processes.worker import Worker
-from bulkhead.errors import JobTimeout, PoolBroken, StartDeadlineExceeded, WorkerCrashed
+from bulkhead.errors import (
+    JobTimeout,
+    MemoryLimitExceeded,
+    PoolBroken,
+    StartDeadlineExceeded,
+    WorkerCrashed,
+)
 
-__all__ = ["UNKNOWN", "crash", "expiry", "meaning", "timeout"]
+__all__ = ["UNKNOWN", "crash", "excess", "expiry", "meaning", "timeout"]
 
 UNKNOWN = Report(None, None, 0, "", "", None, False)
 
@@ -35,6 +42,8 @@ def meaning(worker: Worker, report: Report, label: str) -> tuple[Loss, BaseExcep
         error = _start_failure(worker, report, label)
     elif job is not None and slot.verdict is Verdict.TIMEOUT:
         error = timeout(_at(worker, job), job.timeout, worker.pid, report)
+    elif job is not None and slot.verdict is Verdict.MEMORY:
+        error = excess(_at(worker, job), worker, report)
     elif job is not None:
         error = worker.failure or crash(worker.pid, report, f"running {_at(worker, job)}")
     else:
@@ -92,6 +101,38 @@ def timeout(what: str, limit: float | None, pid: int | None, report: Report) -> 
     if stack:
         text += f"\n{stack}"
     return JobTimeout(text, timeout=limit, pid=pid, stack=stack)
+
+
+def excess(what: str, worker: Worker, report: Report) -> MemoryLimitExceeded:
+    """Return the error for a job that was ended because it took too much memory.
+
+    Args:
+        what: The job or the item of a map.
+        worker: Its worker, whose `excess` is known.
+        report: How that ended.
+    """
+    assert worker.excess is not None
+    taken, limit = worker.excess
+    name = _signal_name(report.signal)
+    stack = _without_our_frames(report.stack)
+    text = (
+        f"{what} took {mib(taken)} in worker process {worker.pid}, more than hard_memory_limit={limit} ({mib(limit)}); "
+        "the process was ended with all it had started. Let the job take less or raise the limit; should memory have "
+        "piled up over many jobs, let max_memory_per_worker or max_jobs_per_worker replace workers before"
+    )
+    if stack:
+        text += f"\n{stack}"
+    return MemoryLimitExceeded(
+        text,
+        pid=worker.pid,
+        signal=name,
+        exit_code=report.exit_code,
+        stack=stack,
+        peak_rss_bytes=report.peak_rss_bytes,
+        output=_last_lines(report.output),
+        rss_bytes=taken,
+        limit_bytes=limit,
+    )
 
 
 def expiry(job: JobRecord) -> StartDeadlineExceeded:

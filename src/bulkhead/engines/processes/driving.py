@@ -42,13 +42,10 @@ _log = logging.getLogger("bulkhead")
 _HESITATION = 0.005
 
 # How long a caller looks for events before it sleeps in the poll (seconds); each look gives the CPU away. Why: an
-# answer to a small job is there after some ten microseconds, and waking a sleeper costs more than that.
+# answer to a small job is there after some ten microseconds, and waking a sleeper costs more than that. Why not while
+# jobs compute: who gives the CPU away to them gets it back after milliseconds; who sleeps is woken by the answer.
 _LOOK_FOR = 30e-6
 _give_way = getattr(os, "sched_yield", lambda: None)
-
-# After so many looks in a row that saw nothing, only one wait of so many looks again (both arbitrary).
-_PATIENT_LOOKS = 3
-_LOOK_AGAIN = 16
 
 # Longest single wait (seconds): system calls have limits of some weeks. Whoever waits longer waits again.
 _LONGEST = 86_400.0
@@ -56,6 +53,10 @@ _LONGEST = 86_400.0
 # What is to be done under the lock when the kernel knows of the answers that have come, as of an instant (monotonic
 # seconds). What the kernel decides upon it is carried out.
 Errand = Callable[[float], None]
+
+# So many jobs have to wait before somebody who submits them takes the role from the background thread (arbitrary). It
+# gets it back within `_HESITATION`, which is too long for a few jobs.
+_CROWD = 64
 
 _BACKGROUND = object()
 _NOT_POLLING = float("-inf")
@@ -136,7 +137,7 @@ class Driving:
             these events, with an errand if there is one; called by the driver, without the lock, while Ctrl-C is held
             off.
         next_deadline: When `work` has to be called even without events, in monotonic seconds; called under the lock.
-        is_busy: Tells whether an answer may come any moment.
+        is_answer_near: Tells whether an answer should come within microseconds.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class Driving:
         name: str,
         work: Callable[[list[tuple[int, int]], float, Errand | None], None],
         next_deadline: Callable[[], float | None],
-        is_busy: Callable[[], bool],
+        is_answer_near: Callable[[], bool],
     ) -> None:
         # Why an RLock: a signal handler of the user's may look at the pool while its own thread has the lock.
         self.lock = threading.RLock()
@@ -153,10 +154,8 @@ class Driving:
         self.poller.register(self._alarm.fd, READABLE)
         self._work = work
         self._next_deadline = next_deadline
-        self._is_busy = is_busy
+        self._is_answer_near = is_answer_near
         # Owner of the rest: the lock.
-        self._vain_looks = 0  # in a row; written by the driver alone, as is the next
-        self._skipped_looks = 0
         self._role: object | None = None
         self._role_thread: int | None = None
         self._is_at_work = False  # whether the driver is beyond its poll; written by it alone
@@ -167,6 +166,7 @@ class Driving:
         self._gate.acquire()
         self._is_gate_shut = False  # whether the background thread waits for it without limit
         self._is_urgent = False  # whether the background thread should not hesitate
+        self._is_in_the_way = False  # whether it should give the role up, though nobody waits
         self._is_closed = False
         self._thread = threading.Thread(target=self._background, name=name, daemon=True)
 
@@ -210,6 +210,12 @@ class Driving:
             self._turns += 1
             return True
         return False
+
+    def crowd_in(self, n_waiting: int) -> None:
+        """Under the lock: have the background thread leave the role to whoever submits so many jobs that wait."""
+        if n_waiting >= _CROWD and self._role is _BACKGROUND and not self._is_in_the_way:
+            self._is_in_the_way = True
+            self._alarm.ring()
 
     def leave(self, waiter: Waiter, beneath: object | None = None) -> None:
         """Give the role back, if the waiter has it, and let somebody else drive. Does no harm twice.
@@ -374,23 +380,14 @@ class Driving:
 
     def _poll(self, waiter: Waiter | None, timeout: float | None) -> list[tuple[int, int]]:
         poll = self.poller.poll
-        if waiter is not None and timeout != 0 and self._is_busy() and self._is_worth_looking():
+        if waiter is not None and timeout != 0 and self._is_answer_near():
             give_up = time.perf_counter() + _LOOK_FOR
             while time.perf_counter() < give_up:
                 _give_way()
                 events = poll(0)
                 if events:
-                    self._vain_looks = 0
                     return events
-            self._vain_looks += 1
         return poll(timeout)
-
-    def _is_worth_looking(self) -> bool:
-        """Tell whether to look before sleeping: not while jobs compute, which would take the CPU for long."""
-        if self._vain_looks < _PATIENT_LOOKS:
-            return True
-        self._skipped_looks += 1
-        return self._skipped_looks % _LOOK_AGAIN == 0
 
     def _background(self) -> None:
         seen = -1
@@ -419,7 +416,8 @@ class Driving:
             while self._role is _BACKGROUND:
                 self._step(None, None)
                 with self.lock:
-                    if self._sleepers or self._is_closed:
+                    if self._sleepers or self._is_closed or self._is_in_the_way:
+                        self._is_in_the_way = False
                         self._role = None
                         self._pass_on()
         except BaseException:  # the pool has given itself up; whoever still waits for its end may drive

@@ -6,9 +6,9 @@ and it is there to end the workers when the caller is gone. With start method fo
 main module, so that a worker costs milliseconds; with spawn it starts fresh interpreters; with fork it is itself a
 copy of the caller, made before the caller's threads.
 
-Protocol (frames on a stream socket): start(number; with the worker's descriptors), end(number, grace) from the caller;
-ready, unsuitable(why), started(number, pid), gone(number, Report) to it. The end of the socket, or of the caller's
-process, ends everything here at once.
+Protocol (frames on a stream socket): start(number, names; with the worker's descriptors), end(number, grace) from the
+caller; ready, unsuitable(why), started(number, pid), gone(number, Report) to it. The end of the socket, or of the
+caller's process, ends everything here at once.
 
 The kill ladder: a signal that makes the worker write down its Python stacks, SIGTERM to the worker's group and to
 descendants that left it, grace, SIGKILL. A worker is reported gone when its group is empty, so that nothing of an
@@ -214,22 +214,24 @@ class _Launcher:
             body = pickle.loads(self._data[HEADER.size : end])
             self._data = self._data[end:]
             if kind == Told.START:
-                self._start(number)
+                self._start(number, body)
             elif kind == Told.END:
                 self._end(number, body)
 
-    def _start(self, number: int) -> None:
-        ends = worker_main.Ends(*(self._fds.popleft() for _ in worker_main.Ends._fields))
+    def _start(self, number: int, names: tuple[str, ...]) -> None:
+        fields = (*worker_main.ALWAYS, *names)
+        ends = worker_main.Ends(**{name: self._fds.popleft() for name in fields})
         try:
             pid = self._spawn(ends) if self._method == "spawn" else self._fork(ends)
         except OSError as error:  # too many processes, no memory: the next try may succeed
-            for fd in ends:
+            for fd in ends.opened():
                 os.close(fd)
             why = f"the launcher could not start it: {error}"
             self.say(Says.GONE, number, Report(None, None, 0, "", why, None, False))
             return
-        for fd in ends[:-1]:
-            os.close(fd)
+        for fd in ends.opened():
+            if fd != ends.box:
+                os.close(fd)
         try:
             os.setpgid(
                 pid, pid
@@ -257,14 +259,14 @@ class _Launcher:
             os._exit(1)
 
     def _spawn(self, ends: worker_main.Ends) -> int:
-        for fd in ends:
+        for fd in ends.opened():
             os.set_inheritable(fd, True)
         try:
             call = f"from bulkhead.engines.processes.worker_main import Ends, main; main(Ends{tuple(ends)})"
             command = interpreter_command(call)
             return os.posix_spawn(command[0], command, os.environ, setpgroup=0)
         finally:
-            for fd in ends:
+            for fd in ends.opened():
                 os.set_inheritable(fd, False)
 
     # The kill ladder

@@ -66,10 +66,16 @@ class LauncherLink:
             self.reader.is_at_end = True
             return []
 
-    def start(self, number: int, fds: tuple[int, ...]) -> None:
-        """Have worker `number` started with these descriptors; they stay the caller's to close."""
+    def start(self, number: int, fds: tuple[int, ...], names: tuple[str, ...] = ()) -> None:
+        """Have worker `number` started with these descriptors; they stay the caller's to close.
+
+        Args:
+            number: The worker's.
+            fds: The descriptors, as `worker_main.Ends` has them.
+            names: What the last of them are there, those that not every worker has.
+        """
         try:
-            data = frame(Told.START, number, pickle.dumps(None))
+            data = frame(Told.START, number, pickle.dumps(names))
             socket.send_fds(self._socket, [data], list(fds))
         except (BlockingIOError, BrokenPipeError, ConnectionResetError):
             self.reader.is_at_end = True

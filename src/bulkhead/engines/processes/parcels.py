@@ -25,7 +25,17 @@ from typing import Any, NamedTuple
 from bulkhead.engines.processes.segments import Borrowed, Segment, SegmentPool, spans_of
 from bulkhead.errors import JobNotPicklable
 
-__all__ = ["LARGE_BODY", "Exchange", "Notes", "Opened", "Parcel", "Token", "parcel_of", "socket_pair"]
+__all__ = [
+    "LARGE_BODY",
+    "Exchange",
+    "Notes",
+    "Opened",
+    "Parcel",
+    "Token",
+    "handed_down",
+    "parcel_of",
+    "socket_pair",
+]
 
 _PROTOCOL = 5
 
@@ -43,6 +53,7 @@ _MAX_KEPT = 16
 
 _LENGTH = struct.Struct("<I")
 _TAG = struct.Struct("<Q")  # number of the message a descriptor belongs to
+_SETUP = 0  # that of a worker's setup
 
 _DESCRIPTOR = struct.Struct("@i")
 _DESCRIPTOR_SPACE = socket.CMSG_LEN(_DESCRIPTOR.size)
@@ -244,6 +255,15 @@ class Exchange:
         """Keep none of them mapped any longer."""
         self._shared.clear()
 
+    def hand_down(self, fds: list[int]) -> None:
+        """Send copies of descriptors that the worker needs for its setup.
+
+        Raises:
+            OSError: They do not all fit into the line.
+        """
+        for fd in fds:
+            _send(self._line, _SETUP, fd)
+
     def close(self) -> None:
         """Hang up. What the other side had is never filled again: what it has forked may live on."""
         for segment in list(self._loans.values()):  # Race: who drives may take one back
@@ -304,6 +324,11 @@ def socket_pair() -> tuple[socket.socket, socket.socket]:
     """Return the two ends of a line for descriptors, which keeps messages apart."""
     kind = socket.SOCK_SEQPACKET if sys.platform == "linux" else socket.SOCK_DGRAM
     return socket.socketpair(socket.AF_UNIX, kind)
+
+
+def handed_down(line: socket.socket, n: int) -> list[int]:
+    """Return the `n` descriptors that came before a worker's setup; they are the caller's to close."""
+    return _receive(line, _SETUP, n)
 
 
 def _return(let_go: deque[int], loan: int, is_reusable: bool) -> None:

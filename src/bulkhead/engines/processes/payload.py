@@ -10,9 +10,11 @@ import pickle
 import struct
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FunctionType
 from typing import Any
 
+from bulkhead.engines.processes import heritage
 from bulkhead.engines.processes.parcels import LARGE_BODY, Callback, Parcel, Token, parcel_of
 from bulkhead.engines.processes.segments import SegmentPool
 from bulkhead.errors import JobNotPicklable, RemoteError, RemoteTraceback
@@ -21,9 +23,11 @@ __all__ = [
     "NONE",
     "SHARED_IS_FOR_JOBS",
     "cannot",
+    "cannot_pack_result",
     "message_of",
     "pack_call",
     "pack_error",
+    "pack_initializer",
     "pack_without_main",
     "text_of",
     "pack_value",
@@ -87,6 +91,25 @@ def pack_call(
         raise
     except Exception as error:  # arbitrary code of the user's objects runs here
         return _pack_closure((fn, args, kwargs), segments, what, error)
+
+
+def pack_initializer(fn: Callable[..., Any], args: Sequence[Any]) -> bytes:
+    """Return an initializer's call, packed; what new processes inherit may be among the arguments (see heritage.py).
+
+    Raises:
+        JobNotPicklable: With the reason.
+    """
+    call: Call = fn, args, {}
+    buffers: list[pickle.PickleBuffer] = []
+    try:
+        body = _NO_FUNCTION + heritage.dumps(call, _PROTOCOL, buffers.append)
+        packed = _with_buffers(call, _NO_FUNCTION, body, buffers, None, heritage.dumps)
+    except JobNotPicklable:
+        raise
+    except Exception as error:
+        packed = _pack_closure(call, None, "initializer", error, may_inherit=True)
+    assert isinstance(packed, bytes)
+    return packed
 
 
 def pack_without_main(
@@ -156,27 +179,39 @@ def pack_error(error: BaseException) -> bytes:
 def unpack_error(body: memoryview | bytes | bytearray) -> BaseException:
     """Return the exception that a job raised, with the remote traceback as its cause, or a RemoteError of its text."""
     type_name, message, text, packed = pickle.loads(body)
+    original = None
     if packed is not None:
         try:
             error = pickle.loads(packed)
             if isinstance(error, Exception):
                 error.__cause__ = RemoteTraceback(text)
                 return error
+            original = (
+                error  # Why not returned: raised from result(), SystemExit and its like would end the caller.
+            )
         except KeyboardInterrupt:
             raise
         except BaseException as reason:  # the class may be missing here, or may refuse to be made or changed
             text += f"\nThe exception could not be rebuilt in the caller: {message_of(reason)}\n"
-    remote = RemoteError(f"{type_name}: {message}", type_name=type_name, traceback=text)
+    remote = RemoteError(f"{type_name}: {message}", type_name=type_name, traceback=text, original=original)
     remote.__cause__ = RemoteTraceback(text)
     return remote
 
 
-def cannot(what: str, error: BaseException) -> RemoteError:
+def cannot(what: str, error: BaseException, **facts: Any) -> RemoteError:
     """Return the error for something of the user's that could not be packed or rebuilt."""
     name = type(error).__qualname__
-    wrapped = RemoteError(f"{what}: {name}: {message_of(error)}", type_name=name)
+    wrapped = RemoteError(f"{what}: {name}: {message_of(error)}", type_name=name, **facts)
     wrapped.__cause__ = error
     return wrapped
+
+
+def cannot_pack_result(value: Any, error: BaseException) -> RemoteError:
+    """Return the error for a result that could not be pickled, with what that raised if it can be sent."""
+    original = None if _rebuildable(error) is None else error
+    return cannot(
+        f"the job's result of type {type(value).__qualname__} cannot be pickled", error, original=original
+    )
 
 
 def message_of(error: BaseException) -> str:
@@ -257,9 +292,6 @@ def text_of(error: BaseException, tb: Any) -> str:
 
 def _rebuildable(error: BaseException) -> bytes | None:
     """Return the pickled exception if it comes out of pickle as what it was, else None."""
-    # Why not SystemExit and its like: raised from result() they would end the caller.
-    if not isinstance(error, Exception):
-        return None
     try:
         packed = pickle.dumps(error, _PROTOCOL)
         return packed if type(pickle.loads(packed)) is type(error) else None
@@ -267,7 +299,9 @@ def _rebuildable(error: BaseException) -> bytes | None:
         return None
 
 
-def _pack_closure(call: Any, segments: SegmentPool | None, what: str, error: Exception) -> bytes | Parcel:
+def _pack_closure(
+    call: Any, segments: SegmentPool | None, what: str, error: Exception, *, may_inherit: bool = False
+) -> bytes | Parcel:
     try:
         import cloudpickle
     except ImportError:
@@ -278,8 +312,9 @@ def _pack_closure(call: Any, segments: SegmentPool | None, what: str, error: Exc
 
     try:
         buffers: list[pickle.PickleBuffer] = []
-        body = _NO_FUNCTION + cloudpickle.dumps(call, protocol=_PROTOCOL, buffer_callback=buffers.append)
-        return _with_buffers(call, _NO_FUNCTION, body, buffers, segments, cloudpickle.dumps)
+        dumps = partial(heritage.dumps, kind=cloudpickle.Pickler) if may_inherit else cloudpickle.dumps
+        body = _NO_FUNCTION + dumps(call, protocol=_PROTOCOL, buffer_callback=buffers.append)
+        return _with_buffers(call, _NO_FUNCTION, body, buffers, segments, dumps)
     except JobNotPicklable:
         raise
     except Exception as second:

@@ -16,29 +16,38 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 from bulkhead._kernel import lifecycle
 from bulkhead._kernel.lifecycle import JobState
 from bulkhead._kernel.phases import Phase
-from bulkhead._kernel.records import JobRecord
+from bulkhead._kernel.records import JobRecord, Wear
 from bulkhead._kernel.scheduler import Scheduler
 from bulkhead.chunk import Chunk
 from bulkhead.config import Pool
 from bulkhead.engines.base import Ledger
-from bulkhead.engines.processes import deaths, main_module
+from bulkhead.engines.processes import deaths, log_records, main_module
 from bulkhead.engines.processes.acting import Acting
 from bulkhead.engines.processes.callbacks import CallbackThread, DoneCallback
 from bulkhead.engines.processes.chunks import extended
 from bulkhead.engines.processes.driving import Bell, Driving, Waiter, reentered
+from bulkhead.engines.processes.heritage import Heritage, collecting
 from bulkhead.engines.processes.interrupts import calm, hold, release
 from bulkhead.engines.processes.links import Links
 from bulkhead.engines.processes.parcels import Parcel
-from bulkhead.engines.processes.payload import SHARED_IS_FOR_JOBS, pack_call, pack_without_main
+from bulkhead.engines.processes.payload import (
+    SHARED_IS_FOR_JOBS,
+    pack_call,
+    pack_initializer,
+    pack_without_main,
+)
 from bulkhead.engines.processes.segments import SegmentPool
 from bulkhead.engines.processes.settling import Settling
 from bulkhead.engines.processes.sharing import Shared
 from bulkhead.engines.processes.snapshot import snapshot
+from bulkhead.engines.processes.use import UseLimits
 from bulkhead.engines.processes.worker_main import Setup
 from bulkhead.errors import DispatcherFinalized, JobCancelled, JobNotPicklable, NestedDispatch, PoolBroken
 from bulkhead.stats import PoolStats
@@ -57,7 +66,14 @@ _KEEP_BYTES = 1 << 30
 _live_pools: weakref.WeakSet[ProcessPool] = weakref.WeakSet()
 
 
-def packed_setup(config: Pool, nicer_by: int) -> bytes:
+class PackedSetup(NamedTuple):
+    """What the workers of a pool are told first, and the descriptors that go with it."""
+
+    body: bytes
+    heritage: Heritage
+
+
+def packed_setup(config: Pool, nicer_by: int) -> PackedSetup:
     """Return what the workers of a pool are told first.
 
     Args:
@@ -71,12 +87,17 @@ def packed_setup(config: Pool, nicer_by: int) -> bytes:
     if is_fork and any(isinstance(one, Shared) for one in config.initargs):
         raise JobNotPicklable(SHARED_IS_FOR_JOBS)  # as under the other start methods, where packing finds it
     call = None
+    heritage = Heritage()
     if config.initializer is not None and not is_fork:
-        packed = pack_call(config.initializer, config.initargs, {}, None, "initializer")
-        assert isinstance(packed, bytes)
-        call = packed
+        with collecting(heritage):
+            call = pack_initializer(config.initializer, config.initargs)
     main = None if is_fork else main_module.describe()
-    return pickle.dumps(Setup(f"bulkhead-{config.label}", main, call, config.nice, nicer_by))
+    levels = log_records.current_levels() if config.forward_logging else None
+    limits = _use_limits(config)
+    cpus = None if config.cpus is None else tuple(config.cpus)
+    name, n_fds = f"bulkhead-{config.label}", len(heritage.fds)
+    setup = Setup(name, main, call, config.nice, nicer_by, cpus, limits, n_fds, levels)
+    return PackedSetup(pickle.dumps(setup), heritage)
 
 
 class ProcessPool:
@@ -93,7 +114,7 @@ class ProcessPool:
         self,
         config: Pool,
         *,
-        setup: bytes,
+        setup: PackedSetup,
         keep_failures: int,
         ledger: Ledger,
     ) -> None:
@@ -103,6 +124,7 @@ class ProcessPool:
         self.segments = SegmentPool(_KEEP_BYTES)
         knows_main = method == "fork" or main_module.is_importable()
         self.pack = pack_call if knows_main else pack_without_main  # packs a call for this pool's workers
+        self._heritage = setup.heritage
         self._callbacks = CallbackThread(f"bulkhead-{config.label}-callbacks")
         # Held while the pool is stopped; rank above the pool's lock. Why an RLock: a signal handler may finalize, too.
         self._stopping = threading.RLock()
@@ -115,12 +137,14 @@ class ProcessPool:
             on_accept=ledger.enter,
             expired=deaths.expiry,
             extended=extended,
+            wear=_wear(config),
         )
         self._settling = Settling(self._scheduler, ledger, config.priority)
         self._acting = Acting(
             config,
             self._scheduler,
-            setup=setup,
+            setup=setup.body,
+            heritage=setup.heritage,
             ledger=ledger,
             settling=self._settling,
             segments=self.segments,
@@ -147,6 +171,8 @@ class ProcessPool:
     def begin(self) -> None:
         """Start the threads and the workers."""
         self._driving.begin()
+        if self._acting.output is not None:
+            self._acting.output.begin()
         with calm(), self.lock, self._guard:
             self._scheduler.begin()
             self._carry_out(time.monotonic())
@@ -207,6 +233,43 @@ class ProcessPool:
                 raise
             finally:
                 self._guard.is_active = False
+
+    def submit(self, job: JobRecord) -> None:
+        """Have the job accepted whatever the backlog is; wait for nothing.
+
+        Raises:
+            DispatcherFinalized: No more jobs are taken.
+            PoolBroken: The pool has given up.
+        """
+        visitor = Waiter()
+        is_held = hold()
+        try:
+            # Why a glance: who submits many in a row keeps the workers busy meanwhile. The background thread gets the
+            # interpreter only every few milliseconds as long as callers compute.
+            if not self._scheduler.has_room():
+                self._driving.glance(visitor, partial(self._enlist, job, visitor))
+            if not visitor.is_done:
+                with self.lock:
+                    self._check_open()
+                    with self._guard:
+                        now = time.monotonic()
+                        self._enlist(job, visitor, now)
+                        self._carry_out(now)
+                    self._driving.crowd_in(self._scheduler.waiting)
+        except BaseException:
+            self._driving.leave(visitor)
+            raise
+        finally:
+            if is_held:
+                release()
+
+    def _enlist(self, job: JobRecord, visitor: Waiter, now: float) -> None:
+        """Accept the job. Under the lock, inside the guard."""
+        scheduler = self._scheduler
+        if not scheduler.is_refusing and scheduler.broken is None:
+            scheduler.submit(job, now)
+            visitor.is_done = True
+            self._driving.resign(visitor)
 
     def try_dispatch(self, job: JobRecord, waiter: Any = None) -> bool:
         """Have the job accepted if there is room at once.
@@ -284,6 +347,10 @@ class ProcessPool:
         """Wait until the job has settled or `deadline`."""
         if job.state in lifecycle.SETTLED:
             return True
+        return self.wait_until_told(job, deadline)
+
+    def wait_until_told(self, job: JobRecord, deadline: float | None) -> bool:
+        """As `wait_for`, and until those are told who have waited for it before."""
         self._refuse_copy()
         waiter = Waiter()
         if self.add_waiter(job, waiter) and not self._driving.wait(waiter, deadline):
@@ -315,6 +382,20 @@ class ProcessPool:
         if not self.add_waiter(job, done):
             done.fire()
 
+    def deferred(self, callback: Callable[[Any], object]) -> Callable[[Any], None]:
+        """Return a function that has `callback` called in the callback thread."""
+        self._callbacks.prepare()
+        return partial(self._callbacks.submit, callback)
+
+    def wait_for_callbacks(self) -> None:
+        """Wait until the callbacks of what has settled have run; not in a callback."""
+        self._callbacks.wait_until_run()
+
+    def wait_as(self, waiter: Waiter) -> None:
+        """Wait until somebody has fired the waiter. Blocking: without limit."""
+        self._refuse_copy()
+        self._driving.wait(waiter)
+
     def cancel(self, job: JobRecord) -> bool:
         """Take a waiting job out, end the worker of a running one; False when it has settled otherwise."""
         self._refuse_copy()
@@ -323,6 +404,22 @@ class ProcessPool:
             is_cancelled = self._scheduler.cancel(job, JobCancelled(f"job {job.id!r} was cancelled"), now)
             self._carry_out(now)
         return is_cancelled or job.state is JobState.CANCELLED
+
+    def cancel_waiting(self, jobs: Iterable[JobRecord], *, but_promised: bool = False) -> None:
+        """Take those of the jobs out that wait; those that run go on.
+
+        Args:
+            jobs: Any jobs of the pool.
+            but_promised: Spare those that wait for nothing but for their worker to come up.
+        """
+        self._refuse_copy()
+        with calm(), self.lock, self._guard:
+            now = time.monotonic()
+            spared = self._scheduler.promised() if but_promised else ()
+            for job in jobs:
+                if job.state not in (None, JobState.RUNNING) and job not in spared:
+                    self._scheduler.cancel(job, JobCancelled(f"job {job.id!r} was cancelled"), now)
+            self._carry_out(now)
 
     def close_phases(self) -> list[Phase]:
         """Close the open phase; return those that a barrier called now waits for."""
@@ -372,6 +469,8 @@ class ProcessPool:
             now = time.monotonic()
             for job in self._scheduler.promised_jobs():
                 self._settling.retract(job)
+            if self._acting.output is not None:
+                self._acting.output.hasten()
             for job in self._scheduler.unsettled_jobs():
                 self._scheduler.cancel(job, JobCancelled(f"job {job.id!r} was cancelled by finalize"), now)
             self._carry_out(now)
@@ -407,7 +506,12 @@ class ProcessPool:
             self._staff.close(_STOP)
             self._settling.fail_rest(PoolBroken(f"{self.config.label} was stopped"))
             self.segments.close()
+            self._heritage.close()
             self._driving.close()
+        if self._acting.output is not None:
+            self._acting.output.end()
+            # Why: the locks and queues among them would live as long as this, which the garbage collector decides.
+            self.config = replace(self.config, initializer=None, initargs=())
         _live_pools.discard(self)
 
     def close_copy(self) -> None:
@@ -419,6 +523,7 @@ class ProcessPool:
             self._is_stopped = True
             self._staff.close_copy()
             self.segments.close()
+            self._heritage.close()
             self._driving.close()
 
     def _refuse_copy(self) -> None:
@@ -436,8 +541,8 @@ class ProcessPool:
         if self._scheduler.is_refusing:
             raise DispatcherFinalized("the dispatcher is finalized and takes no more jobs; make a new one")
         if self._scheduler.broken is not None:
-            error = PoolBroken(str(self._scheduler.broken))
-            raise error from self._scheduler.broken.__cause__
+            # Why no variable: it would keep the callers' frames alive, and all in them, in a cycle.
+            raise PoolBroken(str(self._scheduler.broken)) from self._scheduler.broken.__cause__
 
     def _wait_for_phase(self, phase: Phase, deadline: float | None) -> bool:
         waiter = Waiter()
@@ -479,6 +584,16 @@ def _hurry(driving: Driving, scheduler: Scheduler, job: JobRecord) -> None:
     """See to it that who polls knows the instants that a job has brought."""
     if job.due is not None or job.start_by is not None:
         driving.hurry(scheduler.next_deadline)
+
+
+def _use_limits(config: Pool) -> UseLimits | None:
+    limits = UseLimits(config.max_jobs_per_worker, config.max_memory_per_worker, config.hard_memory_limit)
+    return None if all(limit is None for limit in limits) else limits
+
+
+def _wear(config: Pool) -> Wear | None:
+    limits = _use_limits(config)
+    return None if limits is None else Wear(limits.max_jobs, limits.max_bytes)
 
 
 def _close_copies() -> None:

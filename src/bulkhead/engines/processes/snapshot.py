@@ -5,6 +5,7 @@ from __future__ import annotations
 from bulkhead._kernel.records import SlotState
 from bulkhead._kernel.scheduler import Scheduler
 from bulkhead.config import Pool
+from bulkhead.engines.processes.memory import rss_of
 from bulkhead.engines.processes.staff import Staff
 from bulkhead.engines.processes.worker import Worker
 from bulkhead.stats import PoolStats, WorkerStats
@@ -30,6 +31,7 @@ def snapshot(config: Pool, scheduler: Scheduler, staff: Staff, now: float) -> Po
         cancelled=scheduler.cancelled,
         retried=scheduler.retried,
         restarts=scheduler.restarts,
+        recycled=scheduler.recycled,
         busy_seconds=staff.busy_seconds + sum(worker.busy_seconds for worker in workers),
         processes=workers,
     )
@@ -40,4 +42,5 @@ def _worker_stats(worker: Worker, now: float) -> WorkerStats:
     busy = worker.busy_seconds
     if worker.slot.job is not None:
         busy += now - worker.began
-    return WorkerStats(worker.pid, state.value, worker.jobs, busy)
+    rss = None if worker.pid is None else rss_of(worker.pid)
+    return WorkerStats(worker.pid, state.value, worker.jobs, busy, rss)

@@ -5,7 +5,7 @@ launcher dies. Workers are started and ended because the kernel has decided so; 
 them, but for their answers (see `answers.tell`). What a worker runs is not this module's business.
 
 Invariant: every worker leaves by `_forget`, once, and the kernel hears of its end just after that, unless the pool is
-given up or closed, or a new launcher is asked for the worker again.
+given up or closed, the worker was sent home, or a new launcher is asked for it again.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ import time
 from collections.abc import Callable
 from enum import Enum
 
-from bulkhead._kernel.records import Slot, SlotState
+from bulkhead._kernel.records import Slot, SlotState, Verdict
 from bulkhead._kernel.scheduler import Scheduler
 from bulkhead.config import Pool
 from bulkhead.engines.processes import deaths
 from bulkhead.engines.processes.answers import Answer, recorded, tell
 from bulkhead.engines.processes.driving import Driving, Waiter, fire
+from bulkhead.engines.processes.heritage import Heritage
 from bulkhead.engines.processes.launcher import Report, Says, Unsuitable
 from bulkhead.engines.processes.launcher_link import LauncherLink
+from bulkhead.engines.processes.output import PoolOutput
 from bulkhead.engines.processes.poller import READABLE, WRITABLE
 from bulkhead.engines.processes.reading import (
     Garbled,
@@ -36,6 +38,7 @@ from bulkhead.engines.processes.reading import (
     read_worker,
 )
 from bulkhead.engines.processes.segments import Borrowed
+from bulkhead.engines.processes.use import mib
 from bulkhead.engines.processes.worker import Worker
 from bulkhead.engines.processes.worker_main import Initializer, Kind
 from bulkhead.errors import MissingMainGuard, PoolBroken, RemoteError
@@ -44,6 +47,12 @@ __all__ = ["Staff"]
 
 # Seconds between SIGTERM and SIGKILL for a job that is timed out or cancelled.
 _GRACE = 1.0
+
+# The same for a job that takes too much memory. Why so short: it goes on taking more.
+_HASTE = 0.001
+
+# Seconds that a worker has to leave when it is sent home while the pool goes on; it may have exit handlers to run.
+_LEAVE = 5.0
 
 # Seconds that the launcher may take to report a worker that should be gone, before more is done about it.
 _REPORT = 1.0
@@ -72,11 +81,13 @@ class Staff:
     Args:
         config: The pool.
         setup: What workers are told first.
+        heritage: The descriptors that go with it.
         driving: Whose poller watches the pipes.
         scheduler: The kernel, which is told of workers that are gone and when the pool has to be given up.
         carry_out: Does what the kernel has decided, as of an instant. For the one piece of news, the end of a launcher,
             on which the kernel is told more than one thing that depend on each other.
         borrowed: Where it is noted what the workers have lent.
+        output: Where what they print goes; None when that is not captured.
 
     Attributes:
         workers: By number, from the moment they are asked for until they are forgotten.
@@ -89,11 +100,13 @@ class Staff:
         self,
         config: Pool,
         setup: bytes,
+        heritage: Heritage,
         driving: Driving,
         *,
         scheduler: Scheduler,
         carry_out: Callable[[float], None],
         borrowed: Borrowed,
+        output: PoolOutput | None,
     ) -> None:
         self._label = config.label
         self._method = config.start_method or "forkserver"
@@ -101,10 +114,12 @@ class Staff:
             (config.initializer, config.initargs, {}) if config.initializer else None
         )
         self._setup = setup
+        self._heritage = heritage
         self._driving = driving
         self._scheduler = scheduler
         self._carry_out = carry_out
         self._borrowed = borrowed
+        self._output = output
         self.workers: dict[int, Worker] = {}
         self.by_result_pipe: dict[int, Worker] = {}
         self._blocked: dict[int, Worker] = {}  # by descriptor of the job pipe, while it takes no more
@@ -112,6 +127,7 @@ class Staff:
         self.busy_seconds = 0.0
         self._deserted: list[Waiter] = []  # who waits until no worker is left
         self._workers_made = 0
+        self._has_warned = False
         self._launchers_lost = 0
         self._is_dismissed = False
         self._link = self._launch()
@@ -127,6 +143,9 @@ class Staff:
         self._workers_made += 1
         try:
             worker = Worker(self._workers_made, slot, self._borrowed)
+            if self._output is not None:
+                self._output.attach(worker)
+            worker.exchange.hand_down(self._heritage.fds)
         except OSError as error:  # no descriptors left, most likely; the next try may find some
             _log.warning("%s: a worker cannot be started: %s", self._label, error)
             failure = PoolBroken(f"{self._label} is given up, its workers cannot be started: {error}")
@@ -135,7 +154,8 @@ class Staff:
             return
         slot.worker = worker
         self.workers[worker.number] = worker
-        self._link.start(worker.number, worker.give_away())
+        names = () if worker.output is None else worker.output.names
+        self._link.start(worker.number, worker.give_away(), names)
         worker.close_theirs()
         self.by_result_pipe[worker.reader.fd] = worker
         self._driving.poller.register(worker.reader.fd, READABLE)
@@ -154,6 +174,27 @@ class Staff:
         """End a worker with all it has started; it is reported gone when it is."""
         self._push(worker, _Push.END, now)
 
+    def send_home(self, worker: Worker, now: float) -> None:
+        """Let a worker that has answered leave by itself; its slot gets another one."""
+        self._warn_if_at_once(worker)
+        worker.leave_slot()
+        self._unblock(worker)
+        worker.writer.close()
+        self.overdue[worker] = now + _LEAVE, _Push.END
+
+    def _warn_if_at_once(self, worker: Worker) -> None:
+        """Say, once, when a single job is too much: then each job pays for a new worker."""
+        usage, wear = worker.usage(), self._scheduler.wear
+        limit = None if wear is None else wear.max_rss_bytes
+        if self._has_warned or limit is None or usage.jobs > 1 or usage.rss_bytes <= limit:
+            return
+        self._has_warned = True
+        text = (
+            "%s: a worker took %s after its first job, more than the limit of %s, and is replaced; "
+            "if most jobs do, raise the limit"
+        )
+        _log.warning(text, self._label, mib(usage.rss_bytes), mib(limit))
+
     def push_overdue(self, now: float) -> None:
         """Do more about the workers that should have been reported gone by now."""
         for worker, (instant, push) in list(self.overdue.items()):
@@ -170,7 +211,7 @@ class Staff:
         for worker in self.workers.values():
             if worker.slot.state is SlotState.IDLE:
                 worker.writer.close()
-            else:
+            elif not worker.is_leaving:
                 self._link.end(worker.number, 0.0)
 
     def end_all(self) -> None:
@@ -192,6 +233,7 @@ class Staff:
         """Forget every worker and end the launcher, which is killed if it does not leave within `patience` seconds."""
         self._forget_all()
         self._link.close(patience)
+        self._inherited = None
 
     def wait_until_gone(self, patience: float) -> None:
         """Wait until no worker is left, `patience` seconds at most. Without the lock."""
@@ -241,10 +283,15 @@ class Staff:
         worker = self.workers.get(number)
         if worker is not None:
             worker.pid = pid
+            if self._output is not None:
+                self._output.listen(worker)
 
     def _gone(self, number: int, report: Report, now: float) -> None:
         worker = self.workers.get(number)
         if worker is None:
+            return
+        if worker.is_leaving:
+            self._forget(worker)
             return
         slot = worker.slot
         if slot.job is not None:
@@ -276,8 +323,9 @@ class Staff:
     def _push(self, worker: Worker, push: _Push, now: float) -> None:
         """Do more about a worker that should have been reported gone: the launcher may be stopped or stuck."""
         if push is _Push.END:
-            self._link.end(worker.number, _GRACE)
-            self.overdue[worker] = now + _GRACE + _REPORT, _Push.CUT
+            grace = _HASTE if worker.slot.verdict is Verdict.MEMORY else _GRACE
+            self._link.end(worker.number, grace)
+            self.overdue[worker] = now + grace + _REPORT, _Push.CUT
         elif push is _Push.CUT:
             worker.cut()
             self.overdue[worker] = now + _REPORT, _Push.LAUNCHER
@@ -294,6 +342,8 @@ class Staff:
         del self.workers[worker.number]
         self._stop_reading(worker)
         self._unblock(worker)
+        if self._output is not None:
+            self._output.forget(worker)
         self.overdue.pop(worker, None)
         self.busy_seconds += worker.busy_seconds
         if worker.slot.worker is worker:
@@ -353,6 +403,8 @@ class Staff:
         while not worker.reader.is_at_end and time.monotonic() < end:
             read_worker(worker, answers, [])
             time.sleep(0.001)
+        if self._output is not None:
+            answers = self._output.last_answers(worker, _REPORT) + answers
         answers.append(recorded(worker))
         sent = worker.message
         for answer in answers:

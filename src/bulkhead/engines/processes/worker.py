@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
+from typing import TYPE_CHECKING
 
-from bulkhead._kernel.records import Slot
+from bulkhead._kernel.records import Slot, SlotState, Usage
 from bulkhead.engines.processes import blackbox
 from bulkhead.engines.processes.channel import FrameReader, FrameWriter
 from bulkhead.engines.processes.parcels import Exchange, socket_pair
 from bulkhead.engines.processes.progress import Progress
 from bulkhead.engines.processes.segments import Borrowed
+
+if TYPE_CHECKING:
+    from bulkhead.engines.processes.output import WorkerOutput
 
 __all__ = ["Worker"]
 
@@ -26,6 +30,8 @@ class Worker:
         exchange: Who has lent which segment to whom.
         let_go: What of it the worker has to be told.
         progress: How far it is with a chunk.
+        output: What it prints and logs; None when that is not captured.
+        excess: The memory that it took, and the limit, when it was told to end for that (bytes).
     """
 
     __slots__ = (
@@ -34,12 +40,14 @@ class Worker:
         "_theirs",
         "began",
         "busy_seconds",
+        "excess",
         "exchange",
         "failure",
         "jobs",
         "let_go",
         "message",
         "number",
+        "output",
         "pid",
         "progress",
         "reader",
@@ -56,6 +64,8 @@ class Worker:
         self.jobs = 0
         self.busy_seconds = 0.0
         self.failure: BaseException | None = None
+        self.output: WorkerOutput | None = None
+        self.excess: tuple[int, int] | None = None
         opened: list[int] = []
         try:
             for _ in range(3):
@@ -81,18 +91,36 @@ class Worker:
         self.progress = Progress(self._box.progress)
 
     def give_away(self) -> tuple[int, ...]:
-        """Return what is the worker's: its ends of the pipes and of the line, and its black box."""
-        return self._theirs
+        """Return what is the worker's: its ends of the pipes and of the line, its black box, its output."""
+        return self._theirs if self.output is None else self._theirs + self.output.theirs
 
     def close_theirs(self) -> None:
         """Close the worker's ends here, once it has them."""
         theirs, self._theirs = self._theirs, ()
         for fd in theirs:
             os.close(fd)
+        if self.output is not None:
+            self.output.close_theirs()
 
     def has_begun(self) -> bool:
         """Tell whether the worker has begun to read its last message."""
         return self._box.last_read() == self.message
+
+    def usage(self) -> Usage:
+        """Return what it had done and taken when it sent its last answer."""
+        return Usage(*self._box.use())
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it was sent home and its slot is another worker's."""
+        return self.slot.worker is not self
+
+    def leave_slot(self) -> None:
+        """Give the slot to another worker."""
+        index = self.slot.index
+        self.slot.worker = None
+        self.slot = Slot(index)
+        self.slot.state = SlotState.ENDING
 
     def cut(self) -> None:
         """Close the life line: the kernel kills the worker and its group."""
@@ -108,4 +136,6 @@ class Worker:
         self.exchange.close()
         self.progress.close()
         self._box.close()
+        if self.output is not None:
+            self.output.close()
         self.cut()

@@ -16,25 +16,33 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bulkhead import forks
+from bulkhead import forks, prepared
 from bulkhead.engines.processes import lifeline, main_module
 from bulkhead.engines.processes.blackbox import BlackBox
 from bulkhead.engines.processes.channel import CHUNK, HEADER, Frame, read_frame, write_all
 from bulkhead.engines.processes.chunk_runner import ChunkOrder, leave_copy, run_chunk
-from bulkhead.engines.processes.parcels import Exchange, Opened, Parcel
-from bulkhead.engines.processes.payload import cannot, pack_error, pack_value, unpack_call
+from bulkhead.engines.processes.heritage import inheriting
+from bulkhead.engines.processes.parcels import Exchange, Opened, Parcel, handed_down
+from bulkhead.engines.processes.payload import cannot, cannot_pack_result, pack_error, pack_value, unpack_call
 from bulkhead.engines.processes.progress import Progress
 from bulkhead.engines.processes.segments import Borrowed, SegmentPool
+from bulkhead.engines.processes.use import UseLimits, WorkerUse
 
-__all__ = ["Ends", "Kind", "Setup", "main", "run"]
+if TYPE_CHECKING:
+    from bulkhead.engines.processes.log_records import Levels
+
+__all__ = ["ALWAYS", "Ends", "Kind", "Setup", "main", "run"]
 
 # How long a worker looks for its next job before it sleeps (seconds). Why: a producer that is at work sends the next
 # job within some ten microseconds, and waking a sleeper costs more than that. It gives the CPU away at each look.
 _LOOK_FOR = 50e-6
 _give_way = getattr(os, "sched_yield", lambda: None)
 
+# A job that took no longer (seconds) lets expect the next one so soon. After others looking would take the CPU from
+# who computes, or leave it to them for longer than a sleeper needs to wake up.
+_SOON = 100e-6
 
 # Free segments for results that a worker keeps for the next ones, together (bytes).
 _KEEP_BYTES = 512 << 20
@@ -65,23 +73,48 @@ _JOB = Kind.JOB
 
 
 class Ends(NamedTuple):
-    """The worker's descriptors: jobs in, results out, life line, line for descriptors, black box."""
+    """The worker's descriptors: jobs in, results out, life line, line for descriptors, black box.
+
+    And those that are -1 unless its pool captures output (`out`, `err`) or forwards log records (`logs`).
+    """
 
     jobs: int
     results: int
     life: int
     line: int
     box: int
+    out: int = -1
+    err: int = -1
+    logs: int = -1
+
+    def opened(self) -> list[int]:
+        """Return those that there are."""
+        return [fd for fd in self if fd >= 0]
+
+
+# Those that every worker has.
+ALWAYS = tuple(name for name in Ends._fields if name not in Ends._field_defaults)
 
 
 class Setup(NamedTuple):
-    """How a worker gets ready. `initializer` is a packed call; under fork it is inherited instead."""
+    """How a worker gets ready. `initializer` is a packed call; under fork it is inherited instead.
+
+    `n_descriptors` come through the line before, for that call's arguments.
+    """
 
     process_name: str
     main: main_module.MainModule | None
     initializer: bytes | None
     nice: int | None
     nicer_by: int
+    cpus: tuple[int, ...] | None
+    limits: UseLimits | None
+    n_descriptors: int = 0
+    log_levels: Levels | None = None  # of the caller's loggers, when records are forwarded
+
+
+class _Ready(NamedTuple):
+    use: WorkerUse | None
 
 
 Initializer = tuple[Callable[..., object], tuple[Any, ...], dict[str, Any]]
@@ -98,8 +131,9 @@ def run(ends: Ends, inherited: Initializer | None = None) -> None:
     code = 1
     try:
         box = _settle_in(ends)
-        if _get_ready(ends, box, inherited):
-            _serve(ends, box)
+        ready = _get_ready(ends, box, inherited)
+        if ready is not None:
+            _serve(ends, box, ready.use)
             code = 0
     except OSError:
         pass  # the caller is gone, or the job closed our descriptors; nobody is left to be told
@@ -122,9 +156,16 @@ def _settle_in(ends: Ends) -> BlackBox:
         signal.signal(number, signal.SIG_DFL)
     lifeline.hold(ends.life)
     _detach_stdin()
-    box = BlackBox(ends.box)
+    box = BlackBox(ends.box) if ends.out < 0 else _captured(ends)
     box.watch()
     return box
+
+
+def _captured(ends: Ends) -> BlackBox:
+    from bulkhead.engines.processes.stdio import CapturedBox, redirect
+
+    redirect(ends.out, ends.err)
+    return CapturedBox(ends.box)
 
 
 def _detach_stdin() -> None:
@@ -136,12 +177,14 @@ def _detach_stdin() -> None:
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - lives as long as the process
 
 
-def _get_ready(ends: Ends, box: BlackBox, inherited: Initializer | None) -> bool:
+def _get_ready(ends: Ends, box: BlackBox, inherited: Initializer | None) -> _Ready | None:
     message = read_frame(ends.jobs, b"")
     if message is None:
-        return False
+        return None
     try:
         setup: Setup = pickle.loads(message[2])
+        if setup.cpus is not None:
+            os.sched_setaffinity(0, setup.cpus)
         if setup.nice is not None:
             os.setpriority(os.PRIO_PROCESS, 0, setup.nice)
         elif setup.nicer_by:
@@ -149,22 +192,44 @@ def _get_ready(ends: Ends, box: BlackBox, inherited: Initializer | None) -> bool
         if setup.main is not None:
             main_module.prepare(setup.main, setup.process_name)
             main_module.import_main(setup.main)
-        call = unpack_call(setup.initializer) if setup.initializer is not None else inherited
+        if setup.log_levels is not None:
+            from bulkhead.engines.processes.log_records import install
+
+            install(ends.logs, setup.log_levels)
+        call = inherited if setup.initializer is None else _unpack_initializer(setup, ends)
         if call is not None:
             fn, args, kwargs = call
-            fn(*args, **kwargs)
+            prepared.keep(fn(*args, **kwargs))
+        use = None if setup.limits is None else WorkerUse(setup.limits, box)
     except BaseException as error:
         box.flush_output()
-        write_all(ends.results, Kind.NOT_READY, 0, pack_error(error))
-        return False
+        write_all(ends.results, Kind.NOT_READY, os.getpid(), pack_error(error))
+        return None
+    if box.has_output:
+        box.flush_output()
     write_all(ends.results, Kind.READY, os.getpid(), b"")
-    return True
+    return _Ready(use)
 
 
-def _serve(ends: Ends, box: BlackBox) -> None:
+def _unpack_initializer(setup: Setup, ends: Ends) -> Initializer:
+    assert setup.initializer is not None
+    if setup.n_descriptors:
+        line = socket.socket(fileno=ends.line)
+        try:
+            fds = handed_down(line, setup.n_descriptors)
+        finally:
+            line.detach()
+        with inheriting(fds):
+            fn, args, kwargs = unpack_call(setup.initializer)
+    else:
+        fn, args, kwargs = unpack_call(setup.initializer)
+    return fn, tuple(args), kwargs
+
+
+def _serve(ends: Ends, box: BlackBox, use: WorkerUse | None) -> None:
     sleeper = select.poll()
     sleeper.register(ends.jobs, select.POLLIN)
-    desk = _Desk(ends)
+    desk = _Desk(ends, use)
     try:
         _serve_at(desk, ends, box, sleeper)
     finally:
@@ -173,6 +238,7 @@ def _serve(ends: Ends, box: BlackBox) -> None:
 
 def _serve_at(desk: _Desk, ends: Ends, box: BlackBox, sleeper: select.poll) -> None:
     rest = b""
+    use = desk.use
     while True:
         first = rest or _next_bytes(ends.jobs, sleeper, desk)
         if not first:
@@ -188,6 +254,9 @@ def _serve_at(desk: _Desk, ends: Ends, box: BlackBox, sleeper: select.poll) -> N
         if box.has_output:
             box.flush_output()
         del body
+        if use is not None:
+            use.count(outcome != Kind.CHUNK_DONE)  # a chunk has counted its items
+            use.report()
         if type(packed) is bytes and not desk.exchange.let_go:
             write_all(ends.results, outcome, number, packed)
         else:
@@ -198,9 +267,11 @@ def _serve_at(desk: _Desk, ends: Ends, box: BlackBox, sleeper: select.poll) -> N
 class _Desk:
     """What a worker needs for everything but small jobs. Its parts cost nothing until they are used."""
 
-    def __init__(self, ends: Ends) -> None:
+    def __init__(self, ends: Ends, use: WorkerUse | None) -> None:
+        self.use = use
         self.segments = SegmentPool(_KEEP_BYTES)
         self.exchange = Exchange(socket.socket(fileno=ends.line), Borrowed())
+        self.has_job_since = 0.0  # seconds of the performance counter
         self._ends = ends
         self._progress: Progress | None = None
 
@@ -237,7 +308,7 @@ class _Desk:
         if self._progress is None:
             self._progress = Progress.in_box(self._ends.box)
         send = partial(self._send_part, number)
-        took = run_chunk(fn, items, order, number, self._progress, send, self.segments)
+        took = run_chunk(fn, items, order, number, self._progress, send, self.segments, self.use)
         return Kind.CHUNK_DONE, _SECONDS.pack(took)
 
     def _send_part(self, number: int, position: int, packed: bytes | Parcel) -> bool:
@@ -251,15 +322,20 @@ class _Desk:
 
 
 def _next_bytes(fd: int, sleeper: select.poll, desk: _Desk) -> bytes:
-    look = sleeper.poll
-    give_up = time.perf_counter() + _LOOK_FOR
-    # Why first of all: the next job cannot be there before the caller has read the last answer.
-    _give_way()
+    look, clock = sleeper.poll, time.perf_counter
+    now = clock()
+    give_up = now + _LOOK_FOR
+    if now > desk.has_job_since + _SOON:
+        give_up = now
+    else:
+        # Why first of all: the next job cannot be there before the caller has read the last answer.
+        _give_way()
     while not look(0):
-        if time.perf_counter() > give_up:
+        if clock() > give_up:
             _sleep(sleeper, desk)
             break
         _give_way()
+    desk.has_job_since = clock()
     return os.read(fd, CHUNK)
 
 
@@ -296,7 +372,10 @@ def _attempt(
     try:
         fn, args, kwargs = unpack_call(body, buffers)
     except BaseException as error:
-        return Kind.ERROR, pack_error(cannot("the job could not be unpickled in the worker", error))
+        # Why no variable: a cycle through this frame would keep what the job was given mapped.
+        return Kind.ERROR, pack_error(
+            cannot("the job could not be unpickled in the worker", error, is_unreadable=True)
+        )
     depth = forks.depth
     try:
         value = fn(*args, **kwargs)
@@ -307,8 +386,7 @@ def _attempt(
     try:
         return Kind.VALUE, pack_value(value, segments)
     except BaseException as error:
-        named = f"the job's result of type {type(value).__qualname__} cannot be pickled"
-        return Kind.ERROR, pack_error(cannot(named, error))
+        return Kind.ERROR, pack_error(cannot_pack_result(value, error))
 
 
 def _leave(code: int) -> None:
