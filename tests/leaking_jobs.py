@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import multiprocessing.util
 import os
 import subprocess
@@ -57,7 +58,11 @@ def own_bytes() -> int:
 
 def keep(n_bytes: int) -> int:
     """Leak so much; return the process."""
-    _kept.append(filled(n_bytes))
+    # Why not from the heap: that may have as much to spare already, above all in a copy of a large process.
+    taken = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for page in range(0, n_bytes, mmap.PAGESIZE):
+        taken[page] = 1
+    _kept.append(taken)
     return os.getpid()
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bulkhead import _platform as _platform
 from bulkhead._kernel.lifecycle import JobState
+from bulkhead.composition import ChainTracker, CompositeStatus, GroupTracker, chain, group
 from bulkhead.config import Pool
 from bulkhead.dispatcher import Dispatcher
 from bulkhead.engines.processes.sharing import Shared
@@ -52,12 +53,15 @@ __all__ = [
     "BarrierReport",
     "BarrierTimeout",
     "BulkheadError",
+    "ChainTracker",
+    "CompositeStatus",
     "ConfigError",
     "ConfigTypeError",
     "Dispatcher",
     "DispatcherFinalized",
     "DispatcherStats",
     "DuplicateJobId",
+    "GroupTracker",
     "Job",
     "JobCancelled",
     "JobNotFound",
@@ -85,6 +89,8 @@ __all__ = [
     "Unrecoverable",
     "WaitTimeout",
     "WorkerCrashed",
+    "chain",
+    "group",
     "worker_state",
 ]
 

@@ -15,13 +15,14 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from datetime import datetime
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, cast, overload
 
 from bulkhead import forks, validate
 from bulkhead._kernel.lifecycle import JobState
 from bulkhead._kernel.phases import Phase
+from bulkhead.composition import Chain, ChainTracker, Group, GroupTracker
 from bulkhead.config import Pool, niceness_step, pools_from
 from bulkhead.engines.processes.main_module import refuse_while_importing
 from bulkhead.engines.processes.pool import ProcessPool, packed_setup
@@ -38,8 +39,9 @@ from bulkhead.errors import (
 )
 from bulkhead.feeding import Feeder
 from bulkhead.history import History
-from bulkhead.job import Job, Options, call_of, options_of
+from bulkhead.job import Composition, Job, Options, call_of, options_of, times_of
 from bulkhead.mapping import MapOptions, Results
+from bulkhead.planning import Nowhere, Plan
 from bulkhead.stats import BarrierReport, DispatcherStats, PhaseCounts
 from bulkhead.tracker import Tracker
 
@@ -106,6 +108,7 @@ class Dispatcher:
                 )
             for pool in self._pools.values():
                 pool.begin()
+            self._nowhere = Nowhere(pool)
             # For jobs that name no priority.
             self._default_pool = self._pools.get(0) if len(self._pools) > 1 else pool
         except BaseException:
@@ -115,15 +118,23 @@ class Dispatcher:
         self._finalizer.atexit = False
         _not_finalized.add(self)
 
-    def dispatch(self, job: Any, *, timeout: float | None = None) -> Tracker:
+    @overload
+    def dispatch(self, job: Group, *, timeout: float | None = None) -> GroupTracker: ...
+    @overload
+    def dispatch(self, job: Chain, *, timeout: float | None = None) -> ChainTracker: ...
+    @overload
+    def dispatch(self, job: Any, *, timeout: float | None = None) -> Tracker: ...
+
+    def dispatch(self, job: Any, *, timeout: float | None = None) -> Tracker | GroupTracker | ChainTracker:
         """Give a job to the pool of its priority; wait until a worker there is free.
 
         Args:
-            job: A `Job`, or a picklable object with `run()` and `priority`.
+            job: A `Job`, or a picklable object with `run()` and `priority`. Or a `group` or `chain` of them: it is
+                accepted as a whole when its first job is.
             timeout: Longest wait in seconds, at least 0; None waits without limit.
 
         Returns:
-            The job's tracker.
+            The job's tracker; of a group or chain a `GroupTracker` or `ChainTracker`, with the same methods.
 
         Raises:
             PoolFull: No worker came free in time; nothing is queued and the job can be dispatched again.
@@ -138,6 +149,15 @@ class Dispatcher:
         if timeout is not None:
             deadline = time.monotonic() + validate.seconds("timeout", timeout, zero=True)
         pool, tracker = self._prepared(job)
+        if pool is None:
+            pool = self._first_pool(tracker.plan)
+            # Why no lambda: it would make cells of these variables, and slow down every call.
+            is_accepted, whole = _accepted(tracker, partial(pool.dispatch, tracker, deadline))
+            if not is_accepted:
+                pool.check_open()
+                raise _full(pool, timeout)
+            assert whole is not None
+            return whole
         try:
             if tracker.id is not None:
                 self._history.reserve(tracker.id, tracker)
@@ -148,16 +168,26 @@ class Dispatcher:
             if tracker.state is None:
                 self._history.release(tracker)
         if not is_accepted:
-            raise PoolFull(f"no worker of {pool.config.label} came free within {timeout} s")
+            raise _full(pool, timeout)
         return tracker
 
-    def try_dispatch(self, job: Any) -> Tracker | None:
+    @overload
+    def try_dispatch(self, job: Group) -> GroupTracker | None: ...
+    @overload
+    def try_dispatch(self, job: Chain) -> ChainTracker | None: ...
+    @overload
+    def try_dispatch(self, job: Any) -> Tracker | None: ...
+
+    def try_dispatch(self, job: Any) -> Tracker | GroupTracker | ChainTracker | None:
         """Give a job to the pool of its priority if a worker there is free now, else return None and queue nothing.
 
         Raises:
             What `dispatch` raises, but PoolFull.
         """
         pool, tracker = self._prepared(job)
+        if pool is None:
+            pool = self._first_pool(tracker.plan)
+            return _accepted(tracker, partial(pool.try_dispatch, tracker))[1]
         try:
             if tracker.id is not None:
                 self._history.reserve(tracker.id, tracker)
@@ -166,15 +196,15 @@ class Dispatcher:
             if tracker.state is None:
                 self._history.release(tracker)
 
-    def dispatch_all(self, jobs: Iterable[Any], *, lookahead: int = 1000) -> Iterator[Tracker]:
+    def dispatch_all(self, jobs: Iterable[Any], *, lookahead: int = 1000) -> Iterator[Any]:
         """Dispatch jobs of mixed priorities; a full pool does not keep another pool's job from starting.
 
         Lazy: jobs are read and dispatched while the returned iterator is consumed. Leaving it early drops the jobs that
         were read and not yet accepted.
 
         Args:
-            jobs: Any iterable, also an infinite one. An exception of its own, or of a job that cannot be dispatched, is
-                raised when the jobs before it are dispatched.
+            jobs: Any iterable of what `dispatch` takes, also an infinite one. An exception of its own, or of a job that
+                cannot be dispatched, is raised when the jobs before it are dispatched.
             lookahead: How many jobs may be read and not yet accepted, at least 1. When so many wait for full pools,
                 nothing is read until one of them is accepted.
 
@@ -188,7 +218,7 @@ class Dispatcher:
         if not isinstance(jobs, Iterable):
             raise ConfigTypeError(f"jobs must be iterable, not {jobs!r} of type {type(jobs).__name__}")
         source = iter(jobs)
-        return iter(Feeder(map(self._reserved, source), bound, self._history.release))
+        return iter(Feeder(map(self._reserved, source), bound, self._forget))
 
     def map(
         self,
@@ -301,7 +331,8 @@ class Dispatcher:
     ) -> BarrierReport:
         """Wait until every job dispatched before this call is settled.
 
-        Jobs that other threads dispatch meanwhile are not waited for; retries of an earlier job are.
+        Jobs that other threads dispatch meanwhile are not waited for; retries of an earlier job are, and all that
+        follows one in a chain or as a follow-up.
 
         Args:
             priority: The pool to wait for; None means all pools.
@@ -409,15 +440,22 @@ class Dispatcher:
             f"<Dispatcher {[(pool.config.priority, pool.config.n_workers) for pool in self._pools.values()]}>"
         )
 
-    def _prepared(self, job: Any) -> tuple[ProcessPool, Tracker]:
-        """Check a job, pickle it and find its pool; nothing is claimed yet."""
+    def _prepared(self, job: Any) -> tuple[ProcessPool | None, Tracker]:
+        """Check a job, pickle it and find its pool; nothing is claimed yet.
+
+        For what others follow None is returned instead of the pool; the tracker is its first job's and has a plan.
+        """
         if self._depth != forks.depth:
             self._refuse_elsewhere()
         if type(job) is Job:
             # Why here too: it is on the way of every job.
             (fn, args, kwargs), options = job.call, job.checked
+        elif isinstance(job, Composition):
+            return None, Plan(job, self._route, self._history).head
         else:
             (fn, args, kwargs), options = call_of(job), options_of(job)
+        if options and ("on_success" in options or "on_failure" in options):
+            return None, Plan(job, self._route, self._history).head
         pool = self._pool_of(options["priority"]) if "priority" in options else self._default_pool
         if pool is None:
             pool = self._pool_of(None)
@@ -428,23 +466,34 @@ class Dispatcher:
             self._apply(options, tracker)
         return pool, tracker
 
+    def _first_pool(self, plan: Plan) -> ProcessPool:
+        return plan.links[0].pool if plan.links else cast(ProcessPool, self._nowhere)
+
+    def _route(self, options: Options) -> ProcessPool:
+        pool = self._pool_of(options["priority"]) if "priority" in options else self._default_pool
+        return pool or self._pool_of(None)
+
     def _reserved(self, job: Any) -> tuple[ProcessPool, Tracker]:
         pool, tracker = self._prepared(job)
+        if pool is None:
+            tracker.plan.reserve()
+            return self._first_pool(tracker.plan), tracker
         if tracker.id is not None:
             self._history.reserve(tracker.id, tracker)
         return pool, tracker
 
+    def _forget(self, tracker: Tracker) -> None:
+        """Undo `_reserved`."""
+        if tracker.plan is not None:
+            tracker.plan.withdraw()
+        else:
+            self._history.release(tracker)
+
     def _apply(self, options: Options, tracker: Tracker) -> None:
         tracker.timeout = options.get("timeout", tracker.timeout)
         tracker.retry = options.get("retry", tracker.retry)
-        if "delay" in options:
-            tracker.due = time.monotonic() + options["delay"]
-        elif "not_before" in options:
-            tracker.due = time.monotonic() + _seconds_until(options["not_before"])
-        if "start_deadline" in options:
-            value = options["start_deadline"]
-            is_instant = isinstance(value, datetime)
-            tracker.start_by = time.monotonic() + (_seconds_until(value) if is_instant else value)
+        if "delay" in options or "not_before" in options or "start_deadline" in options:
+            tracker.due, tracker.start_by = times_of(options)
         tracker.id = options.get("id")
 
     def _pool_of(self, priority: int | None) -> ProcessPool:
@@ -466,6 +515,25 @@ class Dispatcher:
                 "this Dispatcher belongs to another process: a job cannot dispatch, wait at a barrier or finalize; "
                 "return what is to be done next and let the caller dispatch it"
             )
+
+
+def _accepted(
+    head: Tracker, offer: Callable[[], bool]
+) -> tuple[bool, Tracker | GroupTracker | ChainTracker | None]:
+    """Have all of a plan accepted if its first job is; return the handle on the whole, too."""
+    plan = head.plan
+    try:
+        plan.reserve()
+        plan.promise()
+        is_accepted = offer()
+    finally:
+        if head.state is None:
+            plan.withdraw()
+    return is_accepted, plan.handed_over() if is_accepted else None
+
+
+def _full(pool: ProcessPool, timeout: float | None) -> PoolFull:
+    return PoolFull(f"no worker of {pool.config.label} came free within {timeout} s")
 
 
 def _end(pools: list[ProcessPool], *, cancel: bool, deadline: float | None) -> None:
@@ -527,11 +595,6 @@ def _warn_of_threads(configs: list[Pool]) -> None:
         )
 
 
-def _seconds_until(instant: datetime | float) -> float:
-    posix = instant.timestamp() if isinstance(instant, datetime) else instant
-    return posix - time.time()
-
-
 def _counts(phases: list[Phase]) -> PhaseCounts:
     return PhaseCounts(
         succeeded=sum(phase.succeeded for phase in phases),
@@ -546,9 +609,11 @@ def _failures(phases_of_pools: Iterable[list[Phase]]) -> tuple[Tracker, ...]:
 
 
 def _raise_pending(pending: list[Any], timeout: float | None) -> NoReturn:
-    ids = tuple(job.id for job in sorted(pending, key=lambda job: job.queued_at))
+    # Why not all: a follow-up has no id before it is known whether it will run.
+    known = [job for job in pending if job.queued_at is not None]
+    ids = tuple(job.id for job in sorted(known, key=lambda job: job.queued_at))
     shown = ", ".join(map(repr, ids[:10])) + (", …" if len(ids) > 10 else "")
-    raise BarrierTimeout(f"{len(ids)} jobs have not settled within {timeout} s: {shown}", pending=ids)
+    raise BarrierTimeout(f"{len(pending)} jobs have not settled within {timeout} s: {shown}", pending=ids)
 
 
 def _raise_failures(report: BarrierReport) -> NoReturn:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from bulkhead.errors import BulkheadError
 from bulkhead.tracker import Tracker
@@ -124,6 +124,8 @@ class Offers:
         offered = self._offered.setdefault(pool, deque())
         offered.append(job)
         try:
+            if job.plan is not None:
+                job.plan.promise()
             pool.try_dispatch(job, self._bell)
         except BaseException:
             offered.pop()
@@ -159,11 +161,12 @@ class Feeder:
         self._failure: BaseException | None = None
         self._is_exhausted = False
 
-    def __iter__(self) -> Iterator[Tracker]:
+    def __iter__(self) -> Iterator[Any]:
         offers = self._offers
         try:
             while True:
-                yield from offers.accepted()
+                for job in offers.accepted():
+                    yield job if job.plan is None else job.plan.handed_over()
                 if offers.n_held and (self._is_exhausted or offers.n_held >= self._lookahead):
                     offers.wait()
                 elif not self._is_exhausted:

@@ -60,6 +60,17 @@ class History:
             del self._reserved[job_id]
             raise DuplicateJobId(f"a job with id {job_id!r} is still live")
 
+    def number(self, job: Tracker) -> None:
+        """Reserve the next number for a job that is about to be accepted and has no id."""
+        while job.id is None:
+            number = next(self._numbers)
+            if self._reserved.setdefault(number, job) is not job:
+                continue
+            if number in self._jobs:
+                del self._reserved[number]
+            else:
+                job.id = number
+
     def release(self, job: Tracker) -> None:
         """Forget a job that was not accepted."""
         if self._reserved.get(job.id) is job:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Hashable, Iterable
 from datetime import datetime
 from typing import Any
@@ -11,12 +12,33 @@ from bulkhead import validate
 from bulkhead.errors import ConfigError, ConfigTypeError
 from bulkhead.retry import RetryPolicy
 
-__all__ = ["Job", "Options", "call_of", "initialize", "options_of", "run_each", "run_object"]
+__all__ = [
+    "FOLLOW_UPS",
+    "Composition",
+    "Job",
+    "Options",
+    "call_of",
+    "fed_call_of",
+    "initialize",
+    "options_of",
+    "run_each",
+    "run_object",
+    "times_of",
+]
 
 Options = dict[str, Any]
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 _NO_OPTIONS: Options = {}
+
+# Options that name what is dispatched when the job has settled.
+FOLLOW_UPS = ("on_success", "on_failure")
+
+
+class Composition:
+    """Jobs that are dispatched together; see composition.py."""
+
+    __slots__ = ()
 
 
 class Job:
@@ -53,6 +75,8 @@ class Job:
         delay: float | None = None,
         not_before: datetime | float | None = None,
         start_deadline: datetime | float | None = None,
+        on_success: Any = None,
+        on_failure: Any = None,
     ) -> Job:
         """Return a copy of the job with these options added to those it has.
 
@@ -65,6 +89,10 @@ class Job:
             not_before: Earliest start as an aware datetime or POSIX timestamp; a past one means at once.
             start_deadline: Latest start, as an aware datetime or in seconds after the dispatch; a job that has not
                 started by then fails with StartDeadlineExceeded.
+            on_success: A job (or a group or chain) that follows when this one has succeeded; it gets the result as its
+                first argument. `Tracker.follow_up` tracks it.
+            on_failure: One that follows when this one has failed, its retries included; it gets the exception. A
+                cancelled job is followed by neither.
 
         Raises:
             ConfigError: A value cannot work; the message names the option.
@@ -77,6 +105,8 @@ class Job:
             "delay": delay,
             "not_before": not_before,
             "start_deadline": start_deadline,
+            "on_success": on_success,
+            "on_failure": on_failure,
         }
         job = Job(self.fn)
         job.call = self.call
@@ -123,14 +153,25 @@ def call_of(job: object) -> Call:
     return run_object, (job,), {}
 
 
+def fed_call_of(job: object) -> Call:
+    """Return what the worker has to call for a job that gets something as its first argument: of an object its `run`.
+
+    Raises:
+        ConfigTypeError: It is neither a Job nor an object with a `run` method.
+    """
+    call = call_of(job)
+    return call if isinstance(job, Job) else (job.run, (), {})  # type: ignore[attr-defined]
+
+
 def options_of(job: object) -> Options:
     """Return the checked options that a job brings: those of a Job, or the attributes of a run object.
 
-    An attribute `id` of a run object is not taken for the job's id: too many classes have one of their own meaning.
+    An attribute `id` of a run object is not taken for the job's id: too many classes have one of their own meaning. Nor
+    are follow-up jobs, which so cannot refer to themselves.
     """
     if isinstance(job, Job):
         return job.checked
-    found = {name: getattr(job, name, None) for name in _CHECKS if name != "id"}
+    found = {name: getattr(job, name, None) for name in _CHECKS if name not in _OF_JOBS_ALONE}
     return _checked({name: value for name, value in found.items() if value is not None})
 
 
@@ -151,6 +192,25 @@ def initialize(initializer: Callable[..., object], /, *args: Any) -> object:
     except BaseException:
         logging.getLogger("concurrent.futures").critical("Exception in initializer:", exc_info=True)
         raise
+
+
+def times_of(options: Options) -> tuple[float | None, float | None]:
+    """Return earliest and latest start, in monotonic seconds, of a job that is dispatched, or fed, now."""
+    due = start_by = None
+    if "delay" in options:
+        due = time.monotonic() + options["delay"]
+    elif "not_before" in options:
+        due = time.monotonic() + _seconds_until(options["not_before"])
+    if "start_deadline" in options:
+        value = options["start_deadline"]
+        is_instant = isinstance(value, datetime)
+        start_by = time.monotonic() + (_seconds_until(value) if is_instant else value)
+    return due, start_by
+
+
+def _seconds_until(instant: datetime | float) -> float:
+    posix = instant.timestamp() if isinstance(instant, datetime) else instant
+    return posix - time.time()
 
 
 def _checked(options: Options) -> Options:
@@ -185,6 +245,17 @@ def _instant(option: str, value: Any) -> datetime | float:
     return value
 
 
+def _follow_up(option: str, value: Any) -> Any:
+    if not isinstance(value, Composition):
+        try:
+            call_of(value)
+        except ConfigTypeError as error:
+            raise ConfigTypeError(f"{option}: {error}") from None
+    return value
+
+
+_OF_JOBS_ALONE = ("id", *FOLLOW_UPS)
+
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "priority": validate.whole_number,
     "id": _job_id,
@@ -193,4 +264,6 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "delay": validate.seconds,
     "not_before": _instant,
     "start_deadline": _instant,
+    "on_success": _follow_up,
+    "on_failure": _follow_up,
 }

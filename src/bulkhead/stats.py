@@ -42,7 +42,7 @@ class PoolStats:
         starting: Workers that are coming up.
         waiting: Accepted jobs that wait for a worker.
         running: Jobs that a worker has.
-        delayed: Accepted jobs that wait for an instant: a delayed start or the next attempt.
+        delayed: Accepted jobs that wait for an instant (a delayed start, the next attempt) or for the job before them.
         retried: Attempts that were followed by another.
         restarts: Workers that were started to replace another.
         recycled: Workers that were sent home after so many jobs or for the memory they took.

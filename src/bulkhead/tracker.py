@@ -192,14 +192,26 @@ class Tracker(JobRecord):
         """
         self._home.add_callback(self, validate.function("fn", fn))
 
-    def __await__(self) -> Generator[Any, None, Any]:
-        """Wait in asyncio and give what `result()` gives. Cancelling the wait leaves the job alone."""
+    @property
+    def follow_up(self) -> Any:
+        """The tracker of what this job's end has set going: `on_success` or `on_failure` of its options.
+
+        None as long as the job has not settled, and when nothing follows.
+        """
+        return None
+
+    def settling(self) -> Generator[Any, None, None]:
+        """Wait in asyncio until the job has settled; for `yield from`."""
         if self.state not in SETTLED:
             import asyncio  # Why here: half of the package's import time, and workers import it too
 
             waiter = _AsyncWaiter(asyncio.get_running_loop())
             if self._home.add_waiter(self, waiter):
                 yield from waiter.settled.__await__()
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        """Wait in asyncio and give what `result()` gives. Cancelling the wait leaves the job alone."""
+        yield from self.settling()
         return self.result(0)
 
     def __reduce__(self) -> NoReturn:

@@ -37,9 +37,9 @@ from bulkhead import (
 from bulkhead.engines.processes import memory_watch, staff
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def fresh(start_method: str) -> int:
-    """What a worker takes that has done next to nothing. A fork has a good deal of this process."""
+    """What a worker takes that has done next to nothing. A fork has a good deal of what this process has right now."""
     return _bytes_of_a_worker(start_method)
 
 

@@ -35,7 +35,10 @@ class NaiveJob:
     has_items: bool = (
         False  # a chunk of a map: its timeout counts for each item, and a part of it may be done
     )
-    stage: str = "new"  # offered, gone (withdrawn, refused or turned away), a JobState otherwise
+    stage: str = (
+        "new"  # offered, promised, gone (withdrawn, retracted, refused, turned away), a JobState otherwise
+    )
+    is_fed: bool = True  # False while it waits for the job before it
     attempt: int = 0
     times_out_at: float | None = None
     item_began: float | None = None  # None before the first item of this sending
@@ -47,11 +50,15 @@ class NaiveJob:
 
     @property
     def is_accepted(self) -> bool:
-        return self.stage not in ("new", "offered", "gone")
+        return self.stage not in ("new", "offered", "promised", "gone")
 
     @property
     def is_unsettled(self) -> bool:
         return self.is_accepted and self.stage not in SETTLED
+
+    @property
+    def is_waited_for(self) -> bool:
+        return self.is_unsettled or self.stage == "promised"
 
 
 @dataclass
@@ -100,8 +107,14 @@ class NaivePool:
         ready = [job for job in self.staged("queued") if job not in self.line]
         return sorted(ready, key=lambda job: job.turn)
 
-    def unsettled(self, phase: int | None = None) -> list[NaiveJob]:
-        return [job for job in self.jobs if job.is_unsettled and phase in (None, job.phase)]
+    def unsettled(self) -> list[NaiveJob]:
+        return [job for job in self.jobs if job.is_unsettled]
+
+    def waited_for(self, phase: int) -> list[NaiveJob]:
+        return [job for job in self.jobs if job.is_waited_for and job.phase == phase]
+
+    def unfed(self) -> list[NaiveJob]:
+        return [job for job in self.staged("scheduled") if not job.is_fed]
 
     def instants(self) -> list[float]:
         """Return when something has to happen to a job."""
@@ -161,6 +174,45 @@ class NaivePool:
         self._settle(job, "cancelled")
         self._go_on(now)
         return True
+
+    def promise(self, job: NaiveJob) -> None:
+        self.jobs.append(job)
+        job.stage = "promised"
+        job.is_fed = False
+        job.phase = self.phase
+
+    def retract(self, job: NaiveJob) -> None:
+        if job.stage == "promised":
+            job.stage = "gone"
+
+    def keep(self, job: NaiveJob) -> None:
+        """Accept a promised job; one that was retracted only to be told about."""
+        if job.is_accepted:
+            return
+        was_promised = job.stage == "promised"
+        if not was_promised:
+            job.phase = self.phase
+        job.stage = "scheduled"
+        self._take_turn(job)
+        if self.is_broken:
+            self._settle(job, "failed")
+        elif not was_promised:
+            self._settle(job, "cancelled")
+
+    def feed(
+        self, job: NaiveJob, now: float, due: float | None, start_by: float | None, *, fails: bool
+    ) -> None:
+        job.is_fed = True
+        if fails:
+            self._settle(job, "failed")
+            return
+        job.start_by = start_by
+        self._take_turn(job)
+        if due is not None and due > now:
+            job.due = due
+        else:
+            job.stage = "queued"
+        self._go_on(now)
 
     def refuse(self) -> None:
         self.is_refusing = True

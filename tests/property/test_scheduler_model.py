@@ -118,6 +118,9 @@ class KernelAgainstModel(RuleBasedStateMachine):
         self.settled: list[NaiveJob] = []
         self.missing_since: dict[int, float] = {}
         self.entered: list[JobRecord] = []
+        self.later: dict[
+            NaiveJob, tuple[float | None, float | None]
+        ] = {}  # those that were promised; their instants
         self.kernel = Scheduler(
             n_workers,
             backlog,
@@ -158,6 +161,38 @@ class KernelAgainstModel(RuleBasedStateMachine):
         known = self.known()
         assert not self.kernel.withdraw(self.record_of(known[pick % len(known)]))
         self.compare()
+
+    @precondition(lambda self: not (self.model.is_broken or self.model.is_refusing))
+    @rule(wishes=st.lists(wishes, min_size=1, max_size=3))
+    def promise(self, wishes: list[Wish]) -> None:
+        for wish in wishes:
+            record, job = self.made(wish)
+            self.later[job] = record.due, record.start_by
+            record.due = record.start_by = job.due = job.start_by = None
+            self.kernel.promise(record)
+            self.model.promise(job)
+            self.compare()
+
+    @precondition(lambda self: self.later)
+    @rule(pick=picks)
+    def retract(self, pick: int) -> None:
+        """Now and then one that is kept, or was retracted before."""
+        job = self.pick_later(pick)
+        phase = self.kernel.retract(self.record_of(job))
+        assert (phase is not None) == (job.stage == "promised")
+        self.model.retract(job)
+        self.compare()
+
+    @precondition(lambda self: self.later)
+    @rule(pick=picks)
+    def keep(self, pick: int) -> None:
+        """Now and then one that is kept, or was retracted before, or is settled."""
+        self.keep_one(self.pick_later(pick))
+
+    @precondition(lambda self: self.later)
+    @rule(pick=picks, fails=rarely)
+    def feed(self, pick: int, fails: bool) -> None:
+        self.feed_one(self.pick_later(pick), fails=fails)
 
     @precondition(lambda self: self.known())
     @rule(pick=picks)
@@ -316,7 +351,12 @@ class KernelAgainstModel(RuleBasedStateMachine):
     def no_job_is_lost(self) -> None:
         kernel, model = self.kernel, self.model
         unsettled = [self.records[record] for record in kernel.unsettled_jobs()]
-        assert len(unsettled) == len(set(unsettled)) == kernel.unsettled
+        promised = [self.records[record] for record in kernel.promised_jobs()]
+        assert promised == model.staged("promised")
+        assert len(unsettled) == len(set(unsettled)) == kernel.unsettled - len(promised)
+        assert [job for job in unsettled if kernel.is_unfed(self.record_of(job))] == [
+            job for job in unsettled if job in model.unfed()
+        ]
         assert set(unsettled) == set(model.unsettled())
         assert kernel.running == len(model.staged("running"))
         assert kernel.waiting == len(model.staged("queued"))
@@ -368,12 +408,13 @@ class KernelAgainstModel(RuleBasedStateMachine):
         for barrier in self.barriers:
             waits_for = [job for job in self.model.jobs if 0 <= job.phase <= barrier.until]
             unreported = [phase for phase in barrier.phases if phase not in self.reported]
-            assert sum(phase.unsettled for phase in unreported) == sum(job.is_unsettled for job in waits_for)
+            assert sum(phase.unsettled for phase in unreported) == sum(job.is_waited_for for job in waits_for)
             assert all(phase.is_over for phase in barrier.phases) == self.is_over(barrier)
         every = self.kernel.phases.unreported + self.reported
         for counted in SETTLED:
             assert sum(getattr(phase, counted) for phase in every) == len(self.model.staged(counted))
-        assert sum(phase.unsettled for phase in every) == len(self.model.unsettled())
+        waited_for = [job for job in self.model.jobs if job.is_waited_for]
+        assert sum(phase.unsettled for phase in every) == len(waited_for)
         failures = [self.records[record] for phase in every for record in phase.failures]
         assert sorted(failures, key=lambda job: job.number) == self.model.staged("failed")
 
@@ -384,6 +425,7 @@ class KernelAgainstModel(RuleBasedStateMachine):
         if self.records and len(self.records) % 3 == 0:  # also in a pool that is given up at last
             first = len(self.records) // 3 % len(Loss)
             self.give_up([*Loss][first:])
+        self.end_promises()
         for _ in range(1000):
             for worker in self.workers("ending"):
                 self.die(worker, Loss.ATTEMPT)
@@ -403,6 +445,16 @@ class KernelAgainstModel(RuleBasedStateMachine):
         self.settled_once()
         self.barriers_agree()
         assert all(phase.is_over for phase in self.kernel.phases.unreported)
+
+    def end_promises(self) -> None:
+        for job in self.model.staged("promised"):
+            if len(self.records) % 2:
+                self.keep_one(job)
+            else:
+                assert self.kernel.retract(self.record_of(job)) is not None
+                self.model.retract(job)
+        for job in self.model.unfed():
+            self.feed_one(job)
 
     # Carrying out
 
@@ -448,10 +500,10 @@ class KernelAgainstModel(RuleBasedStateMachine):
             job = self.records[record]
             if job.phase < self.model.phase:
                 later = [other for other in jobs[position + 1 :] if other.phase == job.phase]
-                assert phase_is_over == (not later and not self.model.unsettled(job.phase))
+                assert phase_is_over == (not later and not self.model.waited_for(job.phase))
         self.settled += jobs
 
-    def offer_one(self, wish: Wish) -> None:
+    def made(self, wish: Wish) -> tuple[JobRecord, NaiveJob]:
         policy = None
         if wish.retried_on:
             policy = RetryPolicy(
@@ -482,6 +534,10 @@ class KernelAgainstModel(RuleBasedStateMachine):
             has_items=wish.has_items,
         )
         self.records[record] = job
+        return record, job
+
+    def offer_one(self, wish: Wish) -> None:
+        record, job = self.made(wish)
         if wish.is_submitted:
             self.kernel.submit(record, self.now)
             self.model.submit(job, self.now)
@@ -492,6 +548,29 @@ class KernelAgainstModel(RuleBasedStateMachine):
         assert taken == self.model.offer(job, self.now, patient=wish.patient)
         if wish.delay is None:
             assert taken == had_room
+        self.compare()
+
+    def pick_later(self, pick: int) -> NaiveJob:
+        """Pick one of those that were promised, rather one that has not been fed."""
+        found = sorted(self.later, key=lambda job: job.is_fed or not job.is_waited_for)
+        return found[pick % len(found)]
+
+    def keep_one(self, job: NaiveJob) -> None:
+        self.kernel.keep(self.record_of(job), JobCancelled("cancelled by finalize"))
+        self.model.keep(job)
+        self.compare()
+
+    def feed_one(self, job: NaiveJob, *, fails: bool = False) -> None:
+        """As the engine does: keep it first, and feed it if that is still of use."""
+        record = self.record_of(job)
+        self.keep_one(job)
+        assert self.kernel.is_unfed(record) == (job in self.model.unfed())
+        if not self.kernel.is_unfed(record):
+            return
+        due, start_by = self.later[job]
+        record.due, record.start_by = due, start_by
+        self.kernel.feed(record, self.now, ValueError("cannot be sent") if fails else None)
+        self.model.feed(job, self.now, due, start_by, fails=fails)
         self.compare()
 
     def cancel_one(self, job: NaiveJob) -> None:
@@ -573,7 +652,7 @@ class KernelAgainstModel(RuleBasedStateMachine):
         return self.entered.index(self.record_of(job))
 
     def is_over(self, barrier: Barrier) -> bool:
-        return not any(job.is_unsettled and job.phase <= barrier.until for job in self.model.jobs)
+        return not any(job.is_waited_for and job.phase <= barrier.until for job in self.model.jobs)
 
 
 KernelAgainstModel.TestCase.settings = settings(

@@ -67,6 +67,25 @@ def test_jobs_are_numbered_from_0_in_the_order_of_their_acceptance(clock: Clock)
     assert jobs[0].queued_at == clock.time()
 
 
+def test_a_number_can_be_reserved_before_the_acceptance() -> None:
+    history = History(EXPIRY, 10)
+    own = accepted(history, 1)
+    later = a_tracker()
+    history.number(later)
+    other = a_tracker()
+    history.number(other)
+    assert (later.id, other.id, accepted(history).id) == (0, 2, 3)
+    history.number(later)
+    history.enter(later)
+    assert later.id == 0
+    assert history.find(0) is later
+    assert history.find(1) is own
+    with pytest.raises(DuplicateJobId):
+        history.reserve(2, a_tracker())
+    history.release(other)
+    assert history._reserved == {}
+
+
 @pytest.mark.parametrize("own", [2, 2.0])
 def test_a_number_that_is_somebodys_own_id_is_passed_over(own: Any) -> None:
     history = History(EXPIRY, 10)

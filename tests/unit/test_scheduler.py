@@ -1536,3 +1536,171 @@ def test_jobs_are_promised_to_workers_that_are_coming_up() -> None:
     assert kernel.promised() == [jobs[1]]
     kernel.worker_ready(kernel.slots[1], 0.0)
     assert kernel.promised() == []
+
+
+# Jobs that follow others
+
+
+LATE = JobCancelled("the promise was taken back")
+
+
+def promised(kernel: Scheduler, **options: Any) -> JobRecord:
+    job = a_job(**options)
+    kernel.promise(job)
+    return job
+
+
+def kept(kernel: Scheduler, **options: Any) -> JobRecord:
+    job = promised(kernel, **options)
+    kernel.keep(job, LATE)
+    return job
+
+
+def test_a_promised_job_is_waited_for_and_unknown() -> None:
+    kernel = staffed()
+    job = promised(kernel)
+    assert job.state is None
+    assert kernel.unsettled == 1
+    assert not kernel.phases.open.is_over
+    assert kernel.unsettled_jobs() == []
+    assert kernel.promised_jobs() == [job]
+    assert kernel.delayed == 0
+    assert kernel.instructions == []
+
+
+def test_a_retracted_promise_leaves_no_trace() -> None:
+    kernel = staffed()
+    job = promised(kernel)
+    phase = kernel.phases.open
+    assert kernel.retract(job) is phase
+    assert phase.is_over
+    assert phase.cancelled == 0
+    assert kernel.unsettled == 0
+    assert kernel.retract(job) is None
+
+
+def test_a_kept_job_belongs_to_the_phase_in_which_it_was_promised() -> None:
+    kernel = staffed()
+    job = promised(kernel)
+    (phase,) = kernel.phases.close()
+    kernel.keep(job, LATE)
+    kernel.feed(job, 1.0)
+    kernel.attempt_ended(slot_of(job), None, 2.0)
+    assert [(one.job, one.phase_is_over) for one in taken(kernel, SettleJob)] == [(job, True)]
+    assert phase.succeeded == 1
+    assert kernel.phases.open.succeeded == 0
+
+
+def test_a_kept_job_is_scheduled_and_takes_no_room_until_it_is_fed() -> None:
+    kernel = staffed()
+    job = kept(kernel)
+    assert job.state is JobState.SCHEDULED
+    assert kernel.delayed == 1
+    assert kernel.next_deadline is None
+    assert kernel.has_room()
+    kernel.feed(job, 1.0)
+    assert started(kernel) == [job]
+    assert not kernel.is_unfed(job)
+
+
+def test_a_fed_job_needs_no_room_and_goes_before_offers() -> None:
+    kernel = staffed()
+    job = kept(kernel)
+    running, waiting = offered(kernel, 2)
+    kernel.feed(job, 1.0)
+    assert job.state is JobState.QUEUED
+    kernel.instructions.clear()
+    kernel.attempt_ended(slot_of(running), None, 2.0)
+    assert started(kernel) == [job]
+    assert waiting.state is None
+
+
+def test_a_fed_job_waits_for_its_instant() -> None:
+    kernel = staffed()
+    job = kept(kernel)
+    job.due = 5.0
+    kernel.feed(job, 1.0)
+    assert job.state is JobState.SCHEDULED
+    assert kernel.next_deadline == 5.0
+    kernel.tick(5.0)
+    assert started(kernel) == [job]
+
+
+def test_a_fed_job_may_start_too_late() -> None:
+    kernel = staffed()
+    offered_one(kernel)
+    job = kept(kernel)
+    job.start_by = 3.0
+    kernel.feed(job, 1.0)
+    assert kernel.next_deadline == 3.0
+    kernel.tick(3.5)
+    assert isinstance(job.error, StartDeadlineExceeded)
+
+
+def test_a_job_that_cannot_be_fed_fails_without_an_attempt() -> None:
+    kernel = staffed()
+    job, error = kept(kernel), ValueError("cannot be pickled")
+    kernel.feed(job, 1.0, error)
+    assert settled(kernel) == [job]
+    assert (job.state, job.error, job.attempt) == (JobState.FAILED, error, 0)
+
+
+def test_a_kept_job_is_cancelled_like_a_waiting_one() -> None:
+    kernel = staffed()
+    job = kept(kernel)
+    assert kernel.cancel(job, JobCancelled("not wanted"), 1.0)
+    assert settled(kernel) == [job]
+    assert not kernel.is_unfed(job)
+
+
+def test_a_promise_is_kept_when_the_pool_refuses_all_else() -> None:
+    kernel = staffed()
+    job = promised(kernel)
+    kernel.refuse()
+    kernel.keep(job, LATE)
+    kernel.feed(job, 1.0)
+    assert started(kernel) == [job]
+
+
+def test_keeping_what_was_retracted_cancels_it() -> None:
+    kernel = staffed()
+    job = promised(kernel)
+    kernel.retract(job)
+    kernel.keep(job, LATE)
+    assert settled(kernel) == [job]
+    assert (job.state, job.error) == (JobState.CANCELLED, LATE)
+    assert kernel.unsettled == 0
+    kernel.keep(job, LATE)
+    assert kernel.instructions == []
+
+
+@pytest.mark.parametrize("is_ruined", [False, True])
+def test_a_promise_of_a_pool_that_is_given_up_is_kept_with_its_error(is_ruined: bool) -> None:
+    kernel = staffed()
+    before, after = kept(kernel), promised(kernel)
+    error = PoolBroken("given up")
+    if is_ruined:
+        kernel.ruin(error)  # the engine settles what was accepted
+    else:
+        kernel.break_down(error)
+        assert settled(kernel) == [before]
+        assert isinstance(before.error, PoolBroken)
+    kernel.keep(after, LATE)
+    assert settled(kernel) == [after]
+    assert isinstance(after.error, PoolBroken)
+    assert after.error is not error
+    assert kernel.unsettled == 0
+    assert not kernel.is_unfed(after)
+
+
+def test_a_follower_that_has_settled_is_forgotten() -> None:
+    kernel = staffed()
+    job = Record(b"", 0)
+    kernel.promise(job)
+    kernel.keep(job, LATE)
+    kernel.cancel(job, LATE, 1.0)
+    kernel.instructions.clear()
+    watched = weakref.ref(job)
+    del job
+    gc.collect()
+    assert watched() is None

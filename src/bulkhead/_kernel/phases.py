@@ -2,7 +2,8 @@
 
 Every accepted job belongs to the phase that is open at that moment. A barrier closes the open phase and waits until it
 and all before it have no unsettled job; jobs dispatched meanwhile belong to the next phase and are not waited for. A
-retry keeps its job unsettled, so it is waited for. Cost per job: two additions.
+retry keeps its job unsettled, so it is waited for. So is a job that follows others of its phase: it belongs to the
+phase that is open when they are dispatched, from before the first of them is accepted. Cost per job: two additions.
 
 Source: generation counting as in java.util.concurrent.CyclicBarrier.
 """
@@ -50,6 +51,19 @@ class Phases:
         self._keep = keep_failures
         self.open = Phase()
         self.unreported = [self.open]
+
+    def join(self, job: JobRecord) -> None:
+        """Count a job in; the kernel does it itself where it is on the way of every job."""
+        job.phase = self.open
+        self.open.unsettled += 1
+
+    def retract(self, job: JobRecord) -> Phase:
+        """Count a job out that will never be accepted, and return its phase, which forgets it."""
+        phase = job.phase
+        assert phase is not None
+        job.phase = None
+        phase.unsettled -= 1
+        return phase
 
     def leave(self, job: JobRecord) -> Phase:
         """Count a settled job out and return its phase."""

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from bulkhead._kernel import lifecycle
 from bulkhead._kernel.deadlines import Alarm, Deadlines
 from bulkhead._kernel.lifecycle import JobState
-from bulkhead._kernel.phases import Phases
+from bulkhead._kernel.phases import Phase, Phases
 from bulkhead._kernel.records import JobRecord, Loss, Slot, SlotState, Usage, Verdict, Wear
 
 __all__ = [
@@ -158,6 +158,8 @@ class Scheduler:
         # In line for room: offers, whose callers wait, and submitted jobs, which are accepted already.
         self._offers: OrderedDict[JobRecord, None] = OrderedDict()
         self._pausing: dict[JobRecord, None] = {}  # scheduled or retrying
+        self._promised: dict[JobRecord, None] = {}  # counted in, not accepted yet
+        self._unfed: set[JobRecord] = set()  # of those that pause: wait for no instant, but to be fed
         self._deadlines = Deadlines(self._is_live)
         self._now = 0.0  # of the last stimulus
         self._starts = 0
@@ -231,6 +233,71 @@ class Scheduler:
     def stop(self) -> None:
         """Start no more workers; those that go are not replaced."""
         self._is_stopping = True
+
+    # Stimuli from callers: jobs that follow others
+
+    def promise(self, job: JobRecord) -> None:
+        """Count a job in that will be accepted, or taken back, when others have ended; the open phase waits for it.
+
+        The engine has checked `broken` and `is_refusing`.
+        """
+        self._promised[job] = None
+        self.unsettled += 1
+        self.phases.join(job)
+
+    def retract(self, job: JobRecord) -> Phase | None:
+        """Take a promise back: nobody will hear of the job. Return the phase that it leaves, None if it is kept."""
+        if job not in self._promised:
+            return None
+        del self._promised[job]
+        self.unsettled -= 1
+        return self.phases.retract(job)
+
+    def keep(self, job: JobRecord, error: BaseException) -> None:
+        """Accept a promised job, also when the pool accepts nothing else any more; it waits until it is fed.
+
+        Does nothing if it is accepted. A job whose promise was taken back (all are when everything is cancelled) is
+        cancelled with `error`, and one of a broken pool fails.
+        """
+        if job.state is not None:
+            return
+        is_promised = job in self._promised
+        if is_promised:
+            del self._promised[job]
+        else:
+            self.unsettled += 1
+            self.phases.join(job)
+        self._on_accept(job)
+        job.state = lifecycle.SCHEDULE[job.state]
+        self._pausing[job] = None
+        if self.broken is not None:
+            job.error = _copy_of(self.broken)
+            self._settle(job, lifecycle.FAIL)
+        elif is_promised:
+            self._unfed.add(job)
+        else:
+            job.error = error
+            self._settle(job, lifecycle.CANCEL)
+
+    def is_unfed(self, job: JobRecord) -> bool:
+        """Tell whether the job is kept and waits to be fed."""
+        return job in self._unfed
+
+    def feed(self, job: JobRecord, now: float, error: BaseException | None = None) -> None:
+        """Let an unfed job become ready, at its instant if it has one; or fail, when `error` kept it from starting."""
+        self._now = now
+        self._unfed.remove(job)
+        if error is not None:
+            job.error = error
+            self._settle(job, lifecycle.FAIL)
+            return
+        if job.start_by is not None:
+            self._deadlines.add(job.start_by, Alarm.START_DEADLINE, _handle(job))
+        if job.due is not None and job.due > now:
+            self._deadlines.add(job.due, Alarm.JOB_DUE, _handle(job))
+        else:
+            self._job_due(job)
+            self._fill()
 
     # Stimuli from workers
 
@@ -355,6 +422,8 @@ class Scheduler:
         self._ready.clear()
         self._offers.clear()
         self._pausing.clear()
+        self._promised.clear()
+        self._unfed.clear()
         self.instructions.clear()
         for slot in self.slots:
             slot.state, slot.job, slot.verdict = SlotState.VACANT, None, None
@@ -371,11 +440,11 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Number of accepted jobs that wait for a slot."""
-        return self.unsettled - self.running - len(self._pausing)
+        return self.unsettled - len(self._promised) - self.running - len(self._pausing)
 
     @property
     def delayed(self) -> int:
-        """Number of accepted jobs that wait for an instant: their first start or their next attempt."""
+        """Number of accepted jobs that wait for an instant, for their first start or next attempt, or to be fed."""
         return len(self._pausing)
 
     def has_room(self) -> bool:
@@ -394,6 +463,10 @@ class Scheduler:
         running = [slot.job for slot in self.slots if slot.job is not None]
         submitted = [job for job in self._offers if job.state is not None]
         return [*running, *self._ready, *submitted, *self._pausing]
+
+    def promised_jobs(self) -> list[JobRecord]:
+        """Return the jobs that are counted in and not accepted."""
+        return list(self._promised)
 
     # Decisions
 
@@ -505,6 +578,7 @@ class Scheduler:
         job.state = after = event[before]
         if before is _SCHEDULED or before is _RETRYING:
             del self._pausing[job]
+            self._unfed.discard(job)
         if after is _SUCCEEDED:
             self.succeeded += 1
             job.error = None

@@ -21,10 +21,15 @@ class CallbackThread:
     """Runs callbacks one after the other, in the order of `submit`. Unbounded by choice: one entry per callback added.
 
     Concurrency: any thread.
+
+    Args:
+        name: Of the thread.
+        what: What it runs, for messages.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, what: str = "a done callback") -> None:
         self._name = name
+        self._what = what
         self._queue: queue.SimpleQueue[tuple[Callable[[Any], object], Any] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._has_ended = False
@@ -46,7 +51,7 @@ class CallbackThread:
             if not self._has_ended:
                 self._queue.put((callback, subject))
                 return
-        _call(callback, subject)
+        self._call(callback, subject)
 
     def wait_until_run(self) -> None:
         """Wait until what was submitted so far has run; not in a callback. Blocking: as long as callbacks take."""
@@ -67,19 +72,18 @@ class CallbackThread:
         if thread is not threading.current_thread():
             thread.join(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
             if thread.is_alive():
-                _log.warning("a done callback is still running after finalize")
+                _log.warning("%s is still running after finalize", self._what)
 
     def _run(self) -> None:
         while (entry := self._queue.get()) is not None:
-            _call(*entry)
+            self._call(*entry)
             del entry  # Why: a thread that waits for the next one must not keep this job alive.
 
-
-def _call(callback: Callable[[Any], object], subject: Any) -> None:
-    try:
-        callback(subject)
-    except BaseException:
-        _log.exception("a done callback of job %r raised", getattr(subject, "id", subject))
+    def _call(self, callback: Callable[[Any], object], subject: Any) -> None:
+        try:
+            callback(subject)
+        except BaseException:
+            _log.exception("%s of job %r raised", self._what, getattr(subject, "id", subject))
 
 
 class DoneCallback:

@@ -35,6 +35,7 @@ from bulkhead.engines.processes.chunks import extended
 from bulkhead.engines.processes.driving import Bell, Driving, Waiter, reentered
 from bulkhead.engines.processes.heritage import Heritage, collecting
 from bulkhead.engines.processes.interrupts import calm, hold, release
+from bulkhead.engines.processes.links import Links
 from bulkhead.engines.processes.parcels import Parcel
 from bulkhead.engines.processes.payload import (
     SHARED_IS_FOR_JOBS,
@@ -154,6 +155,13 @@ class ProcessPool:
         self._driving = self._acting.driving
         self._staff = self._acting.staff
         self.lock = self._driving.lock
+        self.links = Links(
+            config.label,
+            self._scheduler,
+            acting=self._acting,
+            settling=self._settling,
+            check_open=self._check_open,
+        )
         self._is_copy = False  # of a pool in a process that the caller forked
         self._is_stopped = False
         _live_pools.add(self)
@@ -213,7 +221,7 @@ class ProcessPool:
                 now = time.monotonic()
                 is_taken = scheduler.offer(job, now)
                 if not is_taken:
-                    job.waiters = [waiter]
+                    job.waiters = [waiter] if job.waiters is None else [*job.waiters, waiter]
                     self._driving.try_role(waiter)
                 _hurry(self._driving, scheduler, job)
                 self._carry_out(now)
@@ -286,7 +294,7 @@ class ProcessPool:
         """Wait until an offer that was left with `try_dispatch` is accepted or refused. Blocking: without limit."""
         waiter = Waiter()
         with self.lock:
-            if job.waiters is None:
+            if job.waiters is None or job.state is not None:
                 return
             job.waiters.append(waiter)
         self._driving.wait(waiter)
@@ -430,7 +438,8 @@ class ProcessPool:
     def unsettled_in(self, phases: list[Phase]) -> list[JobRecord]:
         """Return the unsettled jobs of the phases."""
         with self.lock:
-            return [job for job in self._scheduler.unsettled_jobs() if job.phase in phases]
+            unsettled = [*self._scheduler.unsettled_jobs(), *self._scheduler.promised_jobs()]
+            return [job for job in unsettled if job.phase in phases]
 
     def stats(self) -> PoolStats:
         """Return a snapshot."""
@@ -458,6 +467,8 @@ class ProcessPool:
         """Cancel every job that has not settled."""
         with calm(), self.lock, self._guard:
             now = time.monotonic()
+            for job in self._scheduler.promised_jobs():
+                self._settling.retract(job)
             if self._acting.output is not None:
                 self._acting.output.hasten()
             for job in self._scheduler.unsettled_jobs():
@@ -479,9 +490,8 @@ class ProcessPool:
             if not self._is_stopped:
                 self._end_everything()
         # Why outside: a callback may finalize, too, and wait for the lock.
-        self._callbacks.end(
-            None if callback_deadline is None else max(callback_deadline - time.monotonic(), 0)
-        )
+        for thread in (self.links, self._callbacks):
+            thread.end(None if callback_deadline is None else max(callback_deadline - time.monotonic(), 0))
 
     def _end_everything(self) -> None:
         self._staff.wait_until_gone(_LEAVE)

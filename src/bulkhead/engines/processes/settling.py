@@ -50,6 +50,16 @@ class Settling:
         if self.drained and self._scheduler.unsettled == 0:
             fire(self.drained)
 
+    def retract(self, job: JobRecord) -> None:
+        """Take the promise of a job back, if it is not kept, and wake who waits for no more than that."""
+        phase = self._scheduler.retract(job)
+        if phase is None:
+            return
+        if phase.is_over and phase.waiters is not None:
+            fire(phase.waiters)
+        if self.drained and self._scheduler.unsettled == 0:
+            fire(self.drained)
+
     def fail_rest(self, error: PoolBroken) -> None:
         """Settle what has not settled, whatever state it is in, and wake everybody; the kernel forgets all."""
         phases = list(self._scheduler.phases.unreported)
