@@ -255,10 +255,15 @@ class Driving:
         and who calls goes on with `wait` or `leave`.
         """
         with self.lock:
-            if self._role is not None or not self.try_role(waiter):
+            if not self.try_role(waiter):
                 return False
         now = time.monotonic()
-        events = self.poller.poll(0)
+        try:
+            events = self.poller.poll(0)
+        except (OSError, ValueError):
+            if not self._is_closed:
+                raise
+            return False  # another thread has finalized meanwhile
         if events:
             self._is_at_work = True
             try:
