@@ -35,6 +35,7 @@ __all__ = [
     "note_at_exit",
     "note_number",
     "own_bytes",
+    "resident",
     "start_a_large_process",
     "wait_while_there",
 ]
@@ -56,13 +57,17 @@ def own_bytes() -> int:
     return rss_of(os.getpid())
 
 
-def keep(n_bytes: int) -> int:
-    """Leak so much; return the process."""
-    # Why not from the heap: that may have as much to spare already, above all in a copy of a large process.
+def resident(n_bytes: int) -> mmap.mmap:
+    """Return so much memory that does not come from the heap, which may have as much to spare already."""
     taken = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     for page in range(0, n_bytes, mmap.PAGESIZE):
         taken[page] = 1
-    _kept.append(taken)
+    return taken
+
+
+def keep(n_bytes: int) -> int:
+    """Leak so much; return the process."""
+    _kept.append(resident(n_bytes))
     return os.getpid()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-import threading
 import time
 from concurrent.futures import BrokenExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -147,7 +146,7 @@ def test_locks_queues_values_and_pipes_of_multiprocessing_reach_the_workers_thro
 def test_an_initializer_that_cannot_be_sent_is_refused_and_its_descriptors_are_closed() -> None:
     receiver, sender = multiprocessing.Pipe(duplex=False)
     with pytest.raises(JobNotPicklable, match="initializer cannot be pickled"):
-        ProcessPoolExecutor(1, None, echo, (sender, threading.Lock()))
+        ProcessPoolExecutor(1, None, echo, (sender, (n for n in range(3))))
     sender.close()
     with pytest.raises(EOFError):  # nobody else has the other end
         receiver.recv()

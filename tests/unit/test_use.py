@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from leaking_jobs import filled
+from leaking_jobs import resident
 from watching import wait_until
 
 from bulkhead import ConfigError
@@ -191,9 +191,8 @@ def test_pages_of_files_are_not_memory_of_its_own() -> None:
     if not memory._HAS_STATM:
         pytest.skip("only the whole resident set is known here")
     before = memory.rss_of(os.getpid())
-    data = filled(32 * MIB)
-    assert memory.rss_of(os.getpid()) - before > 30 * MIB
-    del data
+    with resident(32 * MIB):
+        assert memory.rss_of(os.getpid()) - before > 30 * MIB
     fd = blackbox.create_file("pages")
     try:
         import mmap
