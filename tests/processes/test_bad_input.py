@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from jobs import echo, nothing
+from parameters import named
 from staffing import staffed
 from traces import Traces
 
@@ -245,7 +246,7 @@ def test_bad_options_of_a_retry_policy_raise(options: dict[str, Any], error: typ
     refuse(lambda: RetryPolicy(**{"max_attempts": 3, **options}), error, name)
 
 
-@pytest.mark.parametrize("job", [None, 5, "job", nothing, Job, dict, object()], ids=repr)
+@pytest.mark.parametrize("job", [None, 5, "job", nothing, Job, dict, object()], ids=named)
 def test_what_is_not_a_job_is_refused(shared: Dispatcher, job: Any) -> None:
     for dispatch in (shared.dispatch, shared.try_dispatch):
         refuse(lambda dispatch=dispatch: dispatch(job), ConfigTypeError, "job must be", repr(job)[:20])

@@ -10,6 +10,7 @@ import pytest
 from calling import Call
 from gates import Gate
 from jobs import echo, fail, nothing
+from parameters import named
 from staffing import staffed
 from watching import wait_until
 
@@ -40,7 +41,7 @@ def test_a_live_job_and_a_settled_one_are_found_by_their_id(disp: Dispatcher, ga
     assert disp.job("own") is own
 
 
-@pytest.mark.parametrize("unknown", [7, -1, "text", None, ("a", 1), [], object()], ids=str)
+@pytest.mark.parametrize("unknown", [7, -1, "text", None, ("a", 1), [], object()], ids=named)
 def test_an_unknown_id_raises_with_the_id(disp: Dispatcher, unknown: object) -> None:
     disp.dispatch(Job(nothing))
     with pytest.raises(JobNotFound) as caught:

@@ -35,6 +35,7 @@ from map_jobs import (
     square,
     where,
 )
+from parameters import named
 from staffing import staffed
 from watching import wait_until, wait_until_whole
 
@@ -124,7 +125,7 @@ def test_anything_that_can_be_iterated_is_taken(disp: Dispatcher, items: Any) ->
 
 
 @pytest.mark.parametrize(
-    "fn", [partial(pow, 2), Adder(5), Adder(5).add, str, abs, lambda number: -number], ids=repr
+    "fn", [partial(pow, 2), Adder(5), Adder(5).add, str, abs, lambda number: -number], ids=named
 )
 def test_anything_that_can_be_called_and_sent_is_taken(disp: Dispatcher, fn: Callable[[int], Any]) -> None:
     assert list(disp.map(fn, range(5), chunksize=2)) == [fn(number) for number in range(5)]

@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
+from parameters import named as named_parameter
 
 from bulkhead import ConfigError, ConfigTypeError, Dispatcher, Job, Pool, RetryPolicy, Unrecoverable
 from bulkhead.config import niceness_step, pools_from
@@ -395,7 +396,7 @@ def test_a_job_wants_something_to_call(fn: Any) -> None:
         Job(fn)
 
 
-@pytest.mark.parametrize("job", [None, 5, "job", print, lambda: 1, Runnable, object()], ids=repr)
+@pytest.mark.parametrize("job", [None, 5, "job", print, lambda: 1, Runnable, object()], ids=named_parameter)
 def test_what_is_no_job_is_refused_with_a_hint_where_one_fits(job: Any) -> None:
     with pytest.raises(ConfigTypeError) as caught:
         call_of(job)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import pytest
+from parameters import named
 
 from bulkhead import JobNotPicklable, RemoteError
 from bulkhead.engines.processes import payload
@@ -199,7 +200,7 @@ def cloudpickle() -> Any:
         (doubled, (None, [True, {1: (2,)}], {3}, bytearray(b"x"), doubled), {"number": [4]}),
         (max, [1, 2, 3], {}),
     ],
-    ids=repr,
+    ids=named,
 )
 def test_a_call_comes_out_as_it_went_in(
     segments: SegmentPool, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
