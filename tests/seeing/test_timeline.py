@@ -17,7 +17,7 @@ from gates import Gate
 from jobs import Greeting, echo, fail, nap, nothing
 from watching import wait_until, wait_until_whole
 
-from bulkhead import ConfigError, Dispatcher, Job, Pool, RetryPolicy, UnknownPriority
+from bulkhead import ConfigError, Dispatcher, Job, Pool, RetryPolicy, UnknownPriority, chain
 from bulkhead.instrumentation.timeline import Timeline
 from bulkhead.spans import Span
 
@@ -242,6 +242,14 @@ def test_short_attempts_are_gathered_and_none_is_lost() -> None:
         assert [span.outcome for span in spans_of(timeline, "fail")] == ["failed"]
         busy = disp.stats()[0].busy_seconds
         assert sum(span.busy_seconds for span in timeline.spans) == pytest.approx(busy, rel=0.01)
+
+
+def test_links_of_a_chain_and_jobs_of_an_executor_have_their_functions_name() -> None:
+    with Dispatcher([Pool(0, 1)]) as disp:
+        chained = disp.dispatch(chain([Job(echo, 3), Job(pow, 2)]))
+        assert chained.result() == 9
+        assert disp.executor().submit(nap, 0.003).result()
+    assert [span.function for span in disp.timeline().spans] == ["echo", "pow", "nap"]
 
 
 def test_attempts_that_can_be_seen_are_not_gathered() -> None:
