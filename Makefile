@@ -2,7 +2,7 @@
 #
 #   PYTHON=/usr/bin/python3.12   the interpreter .venv is made from (3.11 or later); `make clean` first to change it
 #   VENV=/tmp/elsewhere          where the environment goes
-#   ARGS="tests/unit -k fifo"    passed on to pytest (test, test-all, coverage) or to the benchmark (bench)
+#   ARGS="tests/unit -k fifo"    passed on to pytest (test, test-all, coverage), to the benchmark (bench) or to the demo
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,21 +16,21 @@ $(shell test -x "$(BIN)/python" || rm -f "$(VENV)"/.installed*)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all coverage lint format types bench clean
+.PHONY: help demo test test-all coverage lint format types bench browser clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed ## survey the standard library's sources with two pools (needs psutil alone)
-	$(BIN)/python examples/stdlib_survey.py
+	$(BIN)/python examples/stdlib_survey.py $(ARGS)
 
-test: $(VENV)/.installed-dev ## run the tests, without those marked slow
+test: $(VENV)/.installed-dev browser ## run the tests, without those marked slow
 	$(BIN)/python -m pytest $(ARGS)
 
-test-all: $(VENV)/.installed-dev ## run all tests, the slow ones too
+test-all: $(VENV)/.installed-dev browser ## run all tests, the slow ones too
 	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
 
-coverage: $(VENV)/.installed-dev ## run the tests and list the lines that none reached, workers included
+coverage: $(VENV)/.installed-dev browser ## run the tests and list the lines that none reached, workers included
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest $(ARGS)
 	$(BIN)/python -m coverage combine -q
@@ -50,6 +50,10 @@ types: $(VENV)/.installed-dev ## check the types of src with mypy --strict
 
 bench: $(VENV)/.installed-bench ## compare with other process pools: a table, and the same as JSON and as a chart
 	$(BIN)/python benchmarks/bench.py $(or $(ARGS),--json benchmarks/figures.json --png benchmarks/chart.png)
+
+# Quick where there is one. Tests find it on the path.
+browser:
+	@sh tools/browser.sh
 
 clean: ## remove .venv, caches and build output
 	test ! -f "$(VENV)/pyvenv.cfg" || rm -rf "$(VENV)"

@@ -8,6 +8,7 @@ A barrier ends the phase. Phase 2 needs all of its results: it follows the impor
 
     python examples/stdlib_survey.py
     python examples/stdlib_survey.py --workers 4 --limit 100
+    python examples/stdlib_survey.py --progress --timeline survey.html
 """
 
 import argparse
@@ -68,7 +69,7 @@ def main() -> None:
         Pool(priority=WIDE, n_workers=options.workers, name="wide"),
         Pool(priority=URGENT, n_workers=1, name="urgent"),
     ]
-    with Dispatcher(pools) as disp:
+    with Dispatcher(pools, progress=options.progress) as disp:
         started = time.monotonic()
         first = run_phase1(disp, files)
         print_phase1(first, elapsed=time.monotonic() - started)
@@ -79,6 +80,9 @@ def main() -> None:
 
         print_pools(disp.stats())
     print_sum(first, second)
+    if options.timeline:
+        disp.timeline().save_html(options.timeline, title="Survey of the standard library")
+        print(f"\nTimeline: {options.timeline}")
 
 
 def run_phase1(disp: Dispatcher, files: Sequence[Path]) -> Phase1:
@@ -256,6 +260,10 @@ def parse_options() -> argparse.Namespace:
         help="processes of the wide pool (default: one for each core, at least 2)",
     )
     parser.add_argument("--limit", type=positive, help="measure only the first LIMIT modules")
+    parser.add_argument("--progress", action="store_true", help="show progress (needs the extra cli)")
+    parser.add_argument(
+        "--timeline", type=Path, metavar="PAGE", help="write which worker did what when to PAGE"
+    )
     return parser.parse_args()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 import pty
@@ -36,6 +37,7 @@ class Terminal:
             finally:
                 os._exit(127)
         self.text = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
         self.code: int | None = None
 
     def press(self, keys: bytes) -> None:
@@ -80,7 +82,7 @@ class Terminal:
             data = os.read(self._fd, 65536)
         except OSError:  # EIO: the last process that had it is gone
             return False
-        self.text += data.decode().replace("\r\n", "\n")
+        self.text += self._decoder.decode(data).replace("\r\n", "\n")
         return bool(data)
 
 

@@ -43,7 +43,14 @@ from bulkhead.errors import (
 from bulkhead.job import Job
 from bulkhead.prepared import worker_state
 from bulkhead.retry import RetryPolicy
-from bulkhead.stats import BarrierReport, DispatcherStats, PoolStats
+from bulkhead.stats import (
+    BarrierReport,
+    DispatcherStats,
+    MapProgress,
+    PoolProgress,
+    PoolStats,
+    Progress,
+)
 from bulkhead.tracker import JobStatus, Tracker
 
 if TYPE_CHECKING:
@@ -70,6 +77,7 @@ __all__ = [
     "JobStatus",
     "JobTimeout",
     "JobsFailed",
+    "MapProgress",
     "MemoryLimitExceeded",
     "MissingMainGuard",
     "NestedDispatch",
@@ -78,8 +86,10 @@ __all__ = [
     "Pool",
     "PoolBroken",
     "PoolFull",
+    "PoolProgress",
     "PoolStats",
     "ProcessPoolExecutor",
+    "Progress",
     "RemoteError",
     "RetryPolicy",
     "Shared",

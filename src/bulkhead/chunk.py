@@ -42,6 +42,7 @@ class Chunk(Tracker):
         is_unreadable: No worker could take its items apart; they have to be sent one by one.
         is_abandoned: Nobody wants its results any more.
         seconds: How long the last sending took; None before its end.
+        last_sending: Of the last sending that is over: how many items have ended, how many failed, an error of those.
     """
 
     is_kept = False
@@ -50,6 +51,7 @@ class Chunk(Tracker):
         "_errors",
         "_failed_now",
         "_last_errors",
+        "_n_ended_before",
         "_n_missing",
         "_overtime",
         "_values",
@@ -58,6 +60,7 @@ class Chunk(Tracker):
         "is_star",
         "is_unreadable",
         "items",
+        "last_sending",
         "may_stop",
         "message",
         "seconds",
@@ -92,6 +95,8 @@ class Chunk(Tracker):
         self.is_unreadable = False
         self.is_abandoned = False
         self.seconds: float | None = None
+        self.last_sending: tuple[int, int, BaseException | None] = 0, 0, None
+        self._n_ended_before = 0  # items that had ended before the sending under way
         self._values: list[Any] = [_MISSING] * len(self.span)
         self._n_missing = len(self.span)
         self._errors: dict[int, BaseException] = {}
@@ -171,6 +176,7 @@ class Chunk(Tracker):
             self.take_error(position, error)
         rest = [index for index in self.todo if self._is_missing(index)]
         if rest:
+            self._count_sending()
             self._narrow(rest)
         return bool(rest)
 
@@ -180,6 +186,7 @@ class Chunk(Tracker):
         Args:
             attempt: Number of the attempt that has ended, from 1.
         """
+        self._count_sending()
         failed, self._failed_now = self._failed_now, []
         policy = self.retry
         if policy is None or self.is_abandoned:
@@ -188,10 +195,21 @@ class Chunk(Tracker):
         if not again:
             return None
         self._last_errors = {index: self._errors.pop(index) for index in again}
+        self._n_ended_before = self.n_ended
         self._narrow(again)
         return self._last_errors[again[0]]
 
+    def _count_sending(self) -> None:
+        failed = self._failed_now
+        ended, self._n_ended_before = self.n_ended - self._n_ended_before, self.n_ended
+        self.last_sending = ended, len(failed), self._errors[failed[0]] if failed else None
+
     # For the map
+
+    @property
+    def n_failed(self) -> int:
+        """Number of its items that have failed."""
+        return len(self._errors)
 
     @property
     def n_ended(self) -> int:

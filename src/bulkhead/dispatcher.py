@@ -14,9 +14,10 @@ import threading
 import time
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from types import TracebackType
+from types import FunctionType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, cast, overload
 
 from bulkhead import forks, validate
@@ -24,6 +25,7 @@ from bulkhead._kernel.lifecycle import JobState
 from bulkhead._kernel.phases import Phase
 from bulkhead.composition import Chain, ChainTracker, Group, GroupTracker
 from bulkhead.config import Pool, niceness_step, pools_from
+from bulkhead.engines.processes.interrupts import calm
 from bulkhead.engines.processes.main_module import refuse_while_importing
 from bulkhead.engines.processes.pool import ProcessPool, packed_setup
 from bulkhead.engines.processes.sharing import Shared
@@ -39,14 +41,17 @@ from bulkhead.errors import (
 )
 from bulkhead.feeding import Feeder
 from bulkhead.history import History
-from bulkhead.job import Composition, Job, Options, call_of, options_of, times_of
+from bulkhead.job import Composition, Job, Options, call_of, name_of, options_of, times_of
 from bulkhead.mapping import MapOptions, Results
 from bulkhead.planning import Nowhere, Plan
-from bulkhead.stats import BarrierReport, DispatcherStats, PhaseCounts
+from bulkhead.spans import BarrierMark
+from bulkhead.stats import BarrierReport, DispatcherStats, MapProgress, PhaseCounts, Progress
 from bulkhead.tracker import Tracker
 
 if TYPE_CHECKING:
     from bulkhead.executor import PoolExecutor
+    from bulkhead.instrumentation.progress import Displays
+    from bulkhead.instrumentation.timeline import Timeline
 
 __all__ = ["Dispatcher"]
 
@@ -56,6 +61,9 @@ _not_finalized: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
 
 # Bounds of the time that a cancelling finalize may take besides the kill ladder (seconds).
 _UNWIND = 5.0
+
+# How many barriers a timeline shows, the last ones (arbitrary).
+_MAX_BARRIERS = 10_000
 
 # Seconds that done callbacks have to end when everything is cancelled.
 _LAST_CALLBACKS = 1.0
@@ -71,6 +79,10 @@ class Dispatcher:
         job_expiry: Seconds that a settled job can be found by its id.
         max_history: How many settled jobs can be found by their id; fewer when their results take more than 64 MiB. A
             tracker that you hold keeps its result however old it is.
+        max_timeline: How many attempts of each pool `timeline` shows, the last ones; 100,000 take some 20 MB. 0: none.
+        progress: True draws a bar for each pool on standard error, or prints a line now and then where that is no
+            terminal (needs the extra "cli"). A function is called with a `Progress` five times a second, in a thread
+            of its own.
 
     Raises:
         ConfigError: A value cannot work; nothing was started.
@@ -90,11 +102,19 @@ class Dispatcher:
         *,
         job_expiry: float = 300.0,
         max_history: int = 10_000,
+        max_timeline: int = 100_000,
+        progress: bool | Callable[[Progress], object] = False,
     ) -> None:
         refuse_while_importing()
         configs = pools_from(pools)
         limit = validate.whole_number("max_history", max_history, at_least=0)
         self._history = History(validate.seconds("job_expiry", job_expiry), limit)
+        max_attempts = validate.whole_number("max_timeline", max_timeline, at_least=0)
+        self._displays: list[Displays] = []  # none or one: made when it is needed
+        if progress is not False:
+            _check_progress(progress)
+        self._epoch = time.monotonic(), time.time()
+        self._barriers: deque[BarrierMark] = deque(maxlen=_MAX_BARRIERS)
         self._pid = os.getpid()
         self._depth = forks.depth
         self._pools: dict[int, ProcessPool] = {}
@@ -104,17 +124,25 @@ class Dispatcher:
             # Why all before any begins: a launcher that is a fork must be made before our threads are.
             for config, setup in zip(configs, setups, strict=True):
                 self._pools[config.priority] = ProcessPool(
-                    config, setup=setup, keep_failures=limit, ledger=self._history
+                    config,
+                    setup=setup,
+                    keep_failures=limit,
+                    ledger=self._history,
+                    max_timeline=max_attempts,
                 )
             for pool in self._pools.values():
                 pool.begin()
             self._nowhere = Nowhere(pool)
+            if progress is not False:
+                self._display().begin(progress)
             # For jobs that name no priority.
             self._default_pool = self._pools.get(0) if len(self._pools) > 1 else pool
         except BaseException:
-            _end(list(self._pools.values()), cancel=True, deadline=None)
+            _end(list(self._pools.values()), self._displays, cancel=True, deadline=None)
             raise
-        self._finalizer = weakref.finalize(self, _dropped, list(self._pools.values()), self._pid)
+        self._finalizer = weakref.finalize(
+            self, _dropped, list(self._pools.values()), self._displays, self._pid
+        )
         self._finalizer.atexit = False
         _not_finalized.add(self)
 
@@ -229,6 +257,7 @@ class Dispatcher:
         chunksize: int | Literal["auto"] = "auto",
         buffersize: int | None = None,
         timeout: float | None = None,
+        progress: bool | Callable[[MapProgress], object] = False,
     ) -> Results:
         """Call `fn` with the items of the iterables in the workers of one pool, and iterate over the results.
 
@@ -250,6 +279,8 @@ class Dispatcher:
             buffersize: How many items may be read and not yet given out, at least 1. By default 1,000, or some
                 chunks for each worker if that is more, and nothing is read while 256 MiB of results wait.
             timeout: Longest run of one item in seconds; by default the pool's.
+            progress: True draws a bar on standard error, as the dispatcher's `progress` does; a function is called with
+                a `MapProgress` five times a second. From the first `next()` to the map's end.
 
         Returns:
             An iterator. Leaving it early, dropping it or its `close()` ends the map: no further item begins; one that
@@ -271,7 +302,11 @@ class Dispatcher:
         self._refuse_elsewhere()
         options = MapOptions(ordered, chunksize, buffersize, timeout)
         pool = self._default_pool if priority is None else self._pool_of(priority)
-        return Results.of(pool or self._pool_of(None), fn, iterables, options)
+        display = None
+        if progress is not False or self._displays:
+            _check_progress(progress)
+            display = self._display().map(progress)
+        return Results.of(pool or self._pool_of(None), fn, iterables, options, display)
 
     def executor(self, priority: int | None = None) -> PoolExecutor:
         """Return one pool as a `concurrent.futures.Executor`, for code that is written against that interface.
@@ -369,6 +404,7 @@ class Dispatcher:
             failed=_failures(done.values()),
             elapsed=time.monotonic() - began,
         )
+        self._barriers.append(_mark(priority, began - self._epoch[0], report))
         if check and report.failed_count:
             _raise_failures(report)
         return report
@@ -388,7 +424,7 @@ class Dispatcher:
         deadline = None
         if timeout is not None:
             deadline = time.monotonic() + validate.seconds("timeout", timeout, zero=True)
-        _end(list(self._pools.values()), cancel=cancel, deadline=deadline)
+        _end(list(self._pools.values()), self._displays, cancel=cancel, deadline=deadline)
         self._finalizer.detach()
         _not_finalized.discard(self)
 
@@ -429,6 +465,24 @@ class Dispatcher:
         self._refuse_elsewhere()
         return DispatcherStats({priority: pool.stats() for priority, pool in self._pools.items()})
 
+    def timeline(self) -> Timeline:
+        """Return which worker ran what when, so far; also after `finalize`.
+
+        Returns:
+            Frozen data, with `save_html(path)` for a page of its own and `save_chrome_trace(path)` for Perfetto. Of
+            each pool the last `max_timeline` attempts.
+
+        Example:
+            >>> with Dispatcher([(0, 2)]) as disp:
+            ...     _ = disp.dispatch(Job(pow, 2, 10)).result()
+            >>> [(span.function, span.outcome) for span in disp.timeline().spans]
+            [('pow', 'succeeded')]
+        """
+        from bulkhead.instrumentation.timeline import Timeline
+
+        self._refuse_elsewhere()
+        return Timeline.of([pool.past() for pool in self._pools.values()], list(self._barriers), *self._epoch)
+
     def __reduce__(self) -> NoReturn:
         raise NestedDispatch(
             "a Dispatcher cannot be sent to a job: jobs cannot dispatch to the dispatcher that runs them; return what "
@@ -450,10 +504,12 @@ class Dispatcher:
         if type(job) is Job:
             # Why here too: it is on the way of every job.
             (fn, args, kwargs), options = job.call, job.checked
+            name = fn.__qualname__ if type(fn) is FunctionType else name_of(fn)
         elif isinstance(job, Composition):
             return None, Plan(job, self._route, self._history).head
         else:
             (fn, args, kwargs), options = call_of(job), options_of(job)
+            name = name_of(fn, args)
         if options and ("on_success" in options or "on_failure" in options):
             return None, Plan(job, self._route, self._history).head
         pool = self._pool_of(options["priority"]) if "priority" in options else self._default_pool
@@ -462,6 +518,7 @@ class Dispatcher:
         config = pool.config
         payload = pool.pack(fn, args, kwargs, pool.segments)
         tracker = Tracker(pool, payload, config.priority, config.timeout, config.retry)
+        tracker.function = name
         if options:
             self._apply(options, tracker)
         return pool, tracker
@@ -495,6 +552,13 @@ class Dispatcher:
         if "delay" in options or "not_before" in options or "start_deadline" in options:
             tracker.due, tracker.start_by = times_of(options)
         tracker.id = options.get("id")
+
+    def _display(self) -> Displays:
+        from bulkhead.instrumentation.progress import Displays
+
+        if not self._displays:
+            self._displays.append(Displays(self._pools.values()))
+        return self._displays[0]
 
     def _pool_of(self, priority: int | None) -> ProcessPool:
         if priority is None:
@@ -536,8 +600,23 @@ def _full(pool: ProcessPool, timeout: float | None) -> PoolFull:
     return PoolFull(f"no worker of {pool.config.label} came free within {timeout} s")
 
 
-def _end(pools: list[ProcessPool], *, cancel: bool, deadline: float | None) -> None:
+def _check_progress(option: object) -> None:
+    from bulkhead.instrumentation.progress import checked
+
+    checked(option)
+
+
+def _end(pools: list[ProcessPool], displays: list[Displays], *, cancel: bool, deadline: float | None) -> None:
     """Tear pools down; an interrupt on the way cancels what is left and is raised when everything is down."""
+    try:
+        _end_pools(pools, cancel=cancel, deadline=deadline)
+    finally:
+        with calm():
+            for display in displays:
+                display.end()
+
+
+def _end_pools(pools: list[ProcessPool], *, cancel: bool, deadline: float | None) -> None:
     try:
         for pool in pools:
             pool.refuse()
@@ -564,13 +643,16 @@ def _tear_down(pools: list[ProcessPool], *, cancel: bool, deadline: float | None
         pool.stop(deadline)
 
 
-def _dropped(pools: list[ProcessPool], pid: int) -> None:
+def _dropped(pools: list[ProcessPool], displays: list[Displays], pid: int) -> None:
     """Tear down a dispatcher that nobody refers to any more: accepted jobs end, then the processes."""
     if os.getpid() == pid:
         # Why a thread: the garbage collector may call this anywhere, under a pool's lock as well. Not a daemon, so that
         # the interpreter waits for it.
         threading.Thread(
-            target=_end, args=(pools,), kwargs={"cancel": False, "deadline": None}, name="bulkhead-dropped"
+            target=_end,
+            args=(pools, displays),
+            kwargs={"cancel": False, "deadline": None},
+            name="bulkhead-dropped",
         ).start()
         warnings.warn("a Dispatcher was dropped without finalize()", ResourceWarning, stacklevel=2)
 
@@ -600,6 +682,12 @@ def _counts(phases: list[Phase]) -> PhaseCounts:
         succeeded=sum(phase.succeeded for phase in phases),
         failed=sum(phase.failed for phase in phases),
         cancelled=sum(phase.cancelled for phase in phases),
+    )
+
+
+def _mark(priority: int | None, began: float, report: BarrierReport) -> BarrierMark:
+    return BarrierMark(
+        priority, began, began + report.elapsed, report.succeeded, report.failed_count, report.cancelled
     )
 
 

@@ -39,7 +39,7 @@ from bulkhead.errors import (
     PoolBroken,
 )
 from bulkhead.executor_errors import as_executors_raise
-from bulkhead.job import run_each
+from bulkhead.job import name_of, run_each
 from bulkhead.tracker import Tracker
 
 __all__ = ["JobFuture", "PoolExecutor"]
@@ -325,7 +325,10 @@ def _packed(
 ) -> _Work:
     config = pool.config
     payload = pool.pack(fn, args, kwargs, pool.segments)
-    return _Work(pool, payload, config.priority, config.timeout, config.retry)
+    job = _Work(pool, payload, config.priority, config.timeout, config.retry)
+    # Of a chunk of `map` that of the function which it calls with each.
+    job.function = name_of(args[0] if fn is run_each else fn)
+    return job
 
 
 def _batched(items: Iterator[Any], size: int) -> Iterator[tuple[Any, ...]]:

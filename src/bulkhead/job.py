@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Hashable, Iterable
@@ -20,6 +21,8 @@ __all__ = [
     "call_of",
     "fed_call_of",
     "initialize",
+    "name_of",
+    "name_of_job",
     "options_of",
     "run_each",
     "run_object",
@@ -173,6 +176,21 @@ def options_of(job: object) -> Options:
         return job.checked
     found = {name: getattr(job, name, None) for name in _CHECKS if name not in _OF_JOBS_ALONE}
     return _checked({name: value for name, value in found.items() if value is not None})
+
+
+def name_of(fn: Callable[..., Any], args: tuple[Any, ...] = ()) -> str:
+    """Return what a call is named for who watches: its function, or the class of an object with `run()`."""
+    if fn is run_object and args:
+        return type(args[0]).__qualname__
+    if isinstance(fn, functools.partial):
+        return name_of(fn.func)
+    name = getattr(fn, "__qualname__", None)
+    return name if type(name) is str else type(fn).__qualname__
+
+
+def name_of_job(job: object) -> str:
+    """Return what a job is named for who watches."""
+    return name_of(job.fn) if isinstance(job, Job) else type(job).__qualname__
 
 
 def run_object(job: Any) -> Any:

@@ -14,7 +14,7 @@ import operator
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from bulkhead import validate
 from bulkhead._kernel.lifecycle import SETTLED
@@ -24,6 +24,8 @@ from bulkhead.engines.processes.interrupts import calm
 from bulkhead.engines.processes.pool import ProcessPool
 from bulkhead.errors import BulkheadError, ConfigError, ConfigTypeError
 from bulkhead.feeding import Offers
+from bulkhead.job import name_of
+from bulkhead.tally import MapTally, Tally
 
 __all__ = ["MapOptions", "Results"]
 
@@ -49,6 +51,13 @@ _SPARE_LINKS = 8
 # Reading one chunk's items should not take longer (seconds): workers wait meanwhile. A source that takes longer for
 # one item is slow; then results that have come are given out first.
 _READ_SECONDS = 0.005
+
+
+class MapDisplay(Protocol):
+    """Shows how far a map is."""
+
+    def begin(self) -> None: ...
+    def end(self, *, is_waiting: bool = True) -> None: ...
 
 
 class MapOptions:
@@ -97,13 +106,14 @@ class Results(itertools.chain[Any]):
         fn: Callable[..., Any],
         iterables: tuple[Iterable[Any], ...],
         options: MapOptions,
+        display: Callable[[MapTally], MapDisplay] | None = None,
     ) -> Results:
         """Make the iterator; nothing is read yet.
 
         Raises:
             ConfigTypeError, JobNotPicklable: `fn` or an iterable cannot be used.
         """
-        source = _Source(pool, fn, iterables, options)
+        source = _Source(pool, fn, iterables, options, display)
         results: Results = cls.from_iterable(source.links())  # type: ignore[assignment]
         results._source = source
         return results
@@ -125,11 +135,14 @@ class _Source:
         fn: Callable[..., Any],
         iterables: tuple[Iterable[Any], ...],
         options: MapOptions,
+        display: Callable[[MapTally], MapDisplay] | None,
     ) -> None:
         self._window: deque[Chunk] = deque()  # chunks that are not given out, in the order of their items
+        self._display: MapDisplay | None = None
         validate.function("fn", fn)
         self._pool = pool
         self._fn = fn
+        self._name = name_of(fn)
         self._options = options
         self._is_star = len(iterables) != 1
         self._input = _Input(_zipped(iterables))
@@ -146,7 +159,10 @@ class _Source:
         self._n_given = 0  # items of the chunk that was given out last
         self._bytes = 0  # of results that are ready
         self._failure: BaseException | None = None  # raised when all before it is given out
-        self._news = _News()
+        self._tally = MapTally(self._name, pool.config.priority, _length(iterables))
+        self._news = _News((pool.tally, self._tally))
+        if display is not None:
+            self._display = display(self._tally)
         self._current: Iterator[Any] = iter(())  # the results that are being given out
         self.is_over = False
         self._links: list[Iterator[Any]] = []
@@ -171,6 +187,8 @@ class _Source:
 
     def close(self) -> None:
         """Let nothing more begin, and give nothing out."""
+        if self._display is not None:
+            self._display.end()
         self.is_over = True
         self._links.clear()
         while operator.length_hint(self._current):
@@ -185,6 +203,8 @@ class _Source:
         chunks = self._leave()
         if chunks:
             self._pool.drop(chunks)
+        if self._display is not None:
+            self._display.end(is_waiting=False)
 
     def _leave(self) -> list[Chunk]:
         chunks = [chunk for chunk in self._window if chunk.state not in SETTLED]
@@ -192,6 +212,8 @@ class _Source:
         return chunks
 
     def __next__(self) -> Iterator[Any]:
+        if self._display is not None:
+            self._display.begin()
         while not self.is_over:
             # Race: Ctrl-C may have struck before the chain got it.
             if operator.length_hint(self._current):
@@ -212,6 +234,8 @@ class _Source:
                     self._links.clear()
                 elif not self._window:
                     continue
+            if self.is_over and self._display is not None:
+                self._display.end()
             if not self.is_over:
                 self._pool.wait_for_bell(self._news.bell)
             elif self._failure is not None:
@@ -288,6 +312,7 @@ class _Source:
         part = self._chunk(message, items, first)
         if error is not None:
             part.fail(error)
+            self._tally.n_unsent += len(items)
         return part
 
     def _give_up(self, error: BaseException) -> None:
@@ -348,6 +373,7 @@ class _Source:
         with calm():
             chunk = self._chunk(message, items, self._input.taken())
             self._n_waiting += len(items)
+            self._tally.n_read += len(items)
             self._window.append(chunk)
             if refusal is None:
                 self._unsent.append(chunk)
@@ -376,7 +402,7 @@ class _Source:
 
     def _chunk(self, message: Any, items: Sequence[Any], first: int, span: range | None = None) -> Chunk:
         config = self._pool.config
-        return Chunk(
+        chunk = Chunk(
             self._pool,
             message,
             config.priority,
@@ -388,6 +414,8 @@ class _Source:
             is_star=self._is_star,
             may_stop=self._options.chunksize is None,
         )
+        chunk.function = self._name
+        return chunk
 
 
 class _News:
@@ -396,10 +424,17 @@ class _News:
     Why apart from the source: a chunk under way refers to it, and must not keep alive a source that nobody reads.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tallies: tuple[Tally, ...]) -> None:
+        self._tallies = tallies
         self.settled: deque[Chunk] = deque()  # the consumer takes them out
         self.is_refused = False
         self.bell = Bell()
+
+    def settle(self, chunk: Chunk) -> None:
+        """A chunk has settled."""
+        self.settled.append(chunk)
+        for tally in self._tallies:
+            tally.count(chunk)
 
 
 class _Watch:
@@ -413,7 +448,7 @@ class _Watch:
         """Something has happened to the chunk: accepted, refused or settled. Called under the pool's lock."""
         chunk, news = self._chunk, self._news
         if chunk.state in SETTLED:
-            news.settled.append(chunk)
+            news.settle(chunk)
         elif chunk.state is None:
             news.is_refused = True
         else:
@@ -507,6 +542,13 @@ def _zipped(iterables: tuple[Iterable[Any], ...]) -> Iterator[Any]:
         if not isinstance(one, Iterable) and not hasattr(one, "__getitem__"):
             raise ConfigTypeError(f"map needs iterables, not {one!r} of type {type(one).__name__}")
     return iter(iterables[0]) if len(iterables) == 1 else zip(*iterables, strict=False)
+
+
+def _length(iterables: tuple[Iterable[Any], ...]) -> int | None:
+    try:
+        return min(len(one) for one in iterables)  # type: ignore[arg-type]
+    except Exception:  # one has no length, or one of the user's that raises
+        return None
 
 
 def _forget(chunk: Any) -> None:

@@ -43,7 +43,7 @@ from bulkhead.engines.processes.payload import cannot
 from bulkhead.engines.processes.pool import ProcessPool
 from bulkhead.errors import JobCancelled
 from bulkhead.history import History
-from bulkhead.job import FOLLOW_UPS, Options, call_of, fed_call_of, options_of, times_of
+from bulkhead.job import FOLLOW_UPS, Options, call_of, fed_call_of, name_of_job, options_of, times_of
 from bulkhead.tracker import Tracker
 
 __all__ = ["Link", "Nowhere", "Plan"]
@@ -72,6 +72,7 @@ class Link(Tracker):
         timeout = options.get("timeout", config.timeout)
         super().__init__(pool, None, config.priority, timeout, options.get("retry", config.retry))
         self.id = options.get("id")
+        self.function = name_of_job(job)
         self.pool = pool
         self.job: Any = job
         self.options = options

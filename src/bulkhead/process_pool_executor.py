@@ -74,7 +74,7 @@ class ProcessPoolExecutor(PoolExecutor):
             initargs=initargs,
             start_method=method,
         )
-        dispatcher = Dispatcher([pool], max_history=0)
+        dispatcher = Dispatcher([pool], max_history=0, max_timeline=0)
         super().__init__(dispatcher, dispatcher._pools[0])
         self._dispatcher = dispatcher
         self._closer: threading.Thread | None = None

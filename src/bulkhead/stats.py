@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bulkhead.tracker import Tracker
 
-__all__ = ["BarrierReport", "DispatcherStats", "PhaseCounts", "PoolStats", "WorkerStats"]
+__all__ = [
+    "BarrierReport",
+    "DispatcherStats",
+    "MapProgress",
+    "PhaseCounts",
+    "PoolProgress",
+    "PoolStats",
+    "Progress",
+    "WorkerStats",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,3 +130,84 @@ class BarrierReport:
     def cancelled(self) -> int:
         """Cancelled jobs of all pools."""
         return sum(counts.cancelled for counts in self.pools.values())
+
+
+@dataclass(frozen=True, slots=True)
+class PoolProgress:
+    """How far a pool is. Items of maps are counted one by one, once they have ended.
+
+    Attributes:
+        priority, name, workers: As of the `Pool`.
+        succeeded, failed, cancelled: Jobs and items so far.
+        running: Jobs that a worker has; a chunk of a map is one.
+        waiting: Accepted jobs that wait for a worker or for an instant; a chunk of a map is one.
+        rate: Ends per second over the last ten seconds.
+        eta: Seconds until what is accepted so far will have ended at that rate; None where that cannot be told.
+    """
+
+    priority: int
+    name: str
+    workers: int
+    succeeded: int
+    failed: int
+    cancelled: int
+    running: int
+    waiting: int
+    rate: float
+    eta: float | None
+
+    @property
+    def done(self) -> int:
+        """What has ended, in whatever way."""
+        return self.succeeded + self.failed + self.cancelled
+
+    @property
+    def total(self) -> int:
+        """What is accepted so far."""
+        return self.done + self.running + self.waiting
+
+
+@dataclass(frozen=True, slots=True)
+class MapProgress:
+    """How far a map is.
+
+    Attributes:
+        name: Of its function.
+        priority: Of its pool.
+        succeeded, failed: Items that have ended.
+        under_way: Items that are read and have not ended.
+        total: How many there are; None when an iterable has no length.
+        rate: Ends per second over the last ten seconds.
+        eta: Seconds until all items will have ended at that rate; None where that cannot be told.
+    """
+
+    name: str
+    priority: int
+    succeeded: int
+    failed: int
+    under_way: int
+    total: int | None
+    rate: float
+    eta: float | None
+
+    @property
+    def done(self) -> int:
+        """Items that have ended."""
+        return self.succeeded + self.failed
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a dispatcher is.
+
+    Attributes:
+        elapsed: Seconds since it was made.
+        pools: The most urgent first.
+        maps: Maps that are under way.
+        is_final: There will be no other.
+    """
+
+    elapsed: float
+    pools: tuple[PoolProgress, ...]
+    maps: tuple[MapProgress, ...]
+    is_final: bool

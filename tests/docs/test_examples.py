@@ -180,6 +180,18 @@ def test_the_function_jobs_count_what_a_sieve_counts(output_of: OutputOf) -> Non
     assert lines[4:] == ["barrier: 17 succeeded, 2 failed"]
 
 
+def test_the_survey_writes_its_timeline(
+    run_script: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    page = tmp_path / "survey.html"
+
+    run_script(EXAMPLES / "stdlib_survey.py", "--limit", "60", "--timeline", str(page))
+
+    text = page.read_text()
+    assert "Survey of the standard library" in text
+    assert '"measure_at_third"' in text
+
+
 def _figures(output: str) -> dict[str, int]:
     """The lines that are a label and a number, possibly with a remark, as the examples end with."""
     found = re.findall(r"^ *([a-z][a-z ]*?) {2,}([\d,]+)(?: {2}.*)?$", output, re.MULTILINE)

@@ -65,6 +65,7 @@ class JobRecord:
         "due",
         "error",
         "finished_at",
+        "function",
         "handle",
         "id",
         "payload",
@@ -96,6 +97,7 @@ class JobRecord:
         self.id: Any = None  # Owner: the dispatcher, set before the job is accepted.
         self.payload = payload  # Opaque here.
         self.priority = priority
+        self.function = ""  # Name of what is called. Owner: the dispatcher.
         self.timeout = timeout
         self.retry = retry
         self.state: JobState | None = None

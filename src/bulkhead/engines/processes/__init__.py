@@ -17,6 +17,7 @@
 | settling.py | waking whoever waits for a job, a phase or the last job |
 | tidying.py | giving back memory that nobody needs |
 | snapshot.py | the counters of one moment |
+| chronicle.py | what is remembered of attempts and workers |
 | driving.py | which thread polls, who waits, who takes over |
 | interrupts.py | keeping a Ctrl-C out of the middle of a change |
 | channel.py | bytes through a pipe without being held up |

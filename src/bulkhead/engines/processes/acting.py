@@ -31,6 +31,7 @@ from bulkhead.config import Pool
 from bulkhead.engines.base import Ledger
 from bulkhead.engines.processes import chunks
 from bulkhead.engines.processes.answers import Answer, tell
+from bulkhead.engines.processes.chronicle import Chronicle
 from bulkhead.engines.processes.driving import Driving, Errand, reentered
 from bulkhead.engines.processes.heritage import Heritage
 from bulkhead.engines.processes.memory_watch import MemoryWatch
@@ -70,6 +71,7 @@ class Acting:
         ledger: Says when it wants to be swept.
         settling: Tells who waits for the jobs that settle.
         segments: Where the large parts of jobs wait for their worker.
+        chronicle: Remembers attempts and workers.
 
     Attributes:
         driving: The driver's role, which makes the turns.
@@ -88,6 +90,7 @@ class Acting:
         ledger: Ledger,
         settling: Settling,
         segments: SegmentPool,
+        chronicle: Chronicle,
     ) -> None:
         self._label = config.label
         self._scheduler = scheduler
@@ -114,6 +117,7 @@ class Acting:
             carry_out=self.carry_out,
             borrowed=self._borrowed,
             output=self.output,
+            chronicle=chronicle,
         )
         self._tidying = Tidying(segments, self._borrowed, self.staff)
         limit = config.hard_memory_limit

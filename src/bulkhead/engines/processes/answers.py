@@ -14,6 +14,7 @@ from bulkhead._kernel.records import SlotState
 from bulkhead._kernel.scheduler import Scheduler
 from bulkhead.chunk import Chunk
 from bulkhead.engines.processes import chunks
+from bulkhead.engines.processes.chronicle import SHORT, noted
 from bulkhead.engines.processes.chunks import Outcome, Parts
 from bulkhead.engines.processes.payload import NONE, message_of, text_of, unpack_error, unpack_value
 from bulkhead.engines.processes.progress import ERROR, VALUES, Record, records_in
@@ -87,9 +88,13 @@ def tell(
     # Race: whatever else comes under this number, perhaps in the same breath, belongs to no job any more.
     worker.message += 1
     worker.jobs += 1
-    worker.busy_seconds += now - worker.began
+    took = now - worker.began
+    worker.busy_seconds += took
     assert job is not None
+    due = job.due
+    is_plain = error is None and due is None
     if isinstance(job, Chunk):
+        is_plain = False
         error = chunks.ended(job, error)
     else:
         job.value = value
@@ -98,6 +103,10 @@ def tell(
         scheduler.attempt_ended(slot, error, now)
     else:
         scheduler.attempt_ended(slot, error, now, worker.usage())
+    if is_plain and took < SHORT and now < worker.gather_until and job.function is worker.gathers:
+        worker.ended = now
+    else:
+        worker.record(worker, job, None if is_plain else noted(job, due, error), now)
 
 
 def _came_up(scheduler: Scheduler, worker: Worker, pid: int, error: BaseException | None, now: float) -> None:
@@ -105,6 +114,7 @@ def _came_up(scheduler: Scheduler, worker: Worker, pid: int, error: BaseExceptio
         worker.failure = error
     elif worker.slot.state is SlotState.STARTING:
         worker.pid = pid
+        worker.came_up = now
         scheduler.worker_ready(worker.slot, now)
 
 

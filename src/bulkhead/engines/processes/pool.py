@@ -31,6 +31,7 @@ from bulkhead.engines.base import Ledger
 from bulkhead.engines.processes import deaths, log_records, main_module
 from bulkhead.engines.processes.acting import Acting
 from bulkhead.engines.processes.callbacks import CallbackThread, DoneCallback
+from bulkhead.engines.processes.chronicle import Chronicle, Page
 from bulkhead.engines.processes.chunks import extended
 from bulkhead.engines.processes.driving import Bell, Driving, Waiter, reentered
 from bulkhead.engines.processes.heritage import Heritage, collecting
@@ -46,11 +47,12 @@ from bulkhead.engines.processes.payload import (
 from bulkhead.engines.processes.segments import SegmentPool
 from bulkhead.engines.processes.settling import Settling
 from bulkhead.engines.processes.sharing import Shared
-from bulkhead.engines.processes.snapshot import snapshot
+from bulkhead.engines.processes.snapshot import Counts, counts, snapshot
 from bulkhead.engines.processes.use import UseLimits
 from bulkhead.engines.processes.worker_main import Setup
 from bulkhead.errors import DispatcherFinalized, JobCancelled, JobNotPicklable, NestedDispatch, PoolBroken
 from bulkhead.stats import PoolStats
+from bulkhead.tally import Tally
 
 __all__ = ["ProcessPool", "packed_setup"]
 
@@ -108,6 +110,7 @@ class ProcessPool:
         setup: What `packed_setup` made of the same config.
         keep_failures: Failed jobs that a phase remembers for its barrier.
         ledger: Told of each job that is accepted or has settled.
+        max_timeline: How many attempts are remembered.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class ProcessPool:
         setup: PackedSetup,
         keep_failures: int,
         ledger: Ledger,
+        max_timeline: int,
     ) -> None:
         self.config = config
         method = config.start_method or "forkserver"
@@ -140,6 +144,8 @@ class ProcessPool:
             wear=_wear(config),
         )
         self._settling = Settling(self._scheduler, ledger, config.priority)
+        self._chronicle = Chronicle(max_timeline)
+        self.tally = Tally()
         self._acting = Acting(
             config,
             self._scheduler,
@@ -148,6 +154,7 @@ class ProcessPool:
             ledger=ledger,
             settling=self._settling,
             segments=self.segments,
+            chronicle=self._chronicle,
         )
         # Why names of their own: they are on the way of every job.
         self._carry_out = self._acting.carry_out
@@ -445,6 +452,20 @@ class ProcessPool:
         """Return a snapshot."""
         with self.lock:
             return snapshot(self.config, self._scheduler, self._staff, time.monotonic())
+
+    def counts(self) -> Counts:
+        """Return how far the pool is; also when it has ended."""
+        with self.lock:
+            return counts(self._scheduler, self.tally)
+
+    def past(self) -> Page:
+        """Return a copy of what is remembered of attempts and workers; also when the pool has ended."""
+        scheduler = self._scheduler
+        with self.lock:
+            n_ended = scheduler.succeeded + scheduler.failed + scheduler.cancelled + scheduler.retried
+            return self._chronicle.copy(
+                self.config, scheduler.slots, self._staff.workers.values(), n_ended, time.monotonic()
+            )
 
     # Ending
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from bulkhead._kernel.records import SlotState
 from bulkhead._kernel.scheduler import Scheduler
 from bulkhead.config import Pool
@@ -9,8 +11,9 @@ from bulkhead.engines.processes.memory import rss_of
 from bulkhead.engines.processes.staff import Staff
 from bulkhead.engines.processes.worker import Worker
 from bulkhead.stats import PoolStats, WorkerStats
+from bulkhead.tally import Tally
 
-__all__ = ["snapshot"]
+__all__ = ["Counts", "counts", "snapshot"]
 
 
 def snapshot(config: Pool, scheduler: Scheduler, staff: Staff, now: float) -> PoolStats:
@@ -34,6 +37,27 @@ def snapshot(config: Pool, scheduler: Scheduler, staff: Staff, now: float) -> Po
         recycled=scheduler.recycled,
         busy_seconds=staff.busy_seconds + sum(worker.busy_seconds for worker in workers),
         processes=workers,
+    )
+
+
+class Counts(NamedTuple):
+    """How far a pool is: what has ended, items of maps one by one, and what has not."""
+
+    succeeded: int
+    failed: int
+    cancelled: int
+    running: int
+    waiting: int
+
+
+def counts(scheduler: Scheduler, tally: Tally) -> Counts:
+    """Return how far the pool is. Under the lock."""
+    return Counts(
+        scheduler.succeeded - tally.chunks_succeeded + tally.succeeded,
+        scheduler.failed - tally.chunks_failed + tally.failed,
+        scheduler.cancelled - tally.chunks_cancelled,
+        scheduler.running,
+        scheduler.waiting + scheduler.delayed,
     )
 
 

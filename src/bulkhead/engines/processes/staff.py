@@ -16,11 +16,13 @@ import time
 from collections.abc import Callable
 from enum import Enum
 
-from bulkhead._kernel.records import Slot, SlotState, Verdict
+from bulkhead._kernel.lifecycle import JobState
+from bulkhead._kernel.records import Loss, Slot, SlotState, Verdict
 from bulkhead._kernel.scheduler import Scheduler
 from bulkhead.config import Pool
 from bulkhead.engines.processes import deaths
 from bulkhead.engines.processes.answers import Answer, recorded, tell
+from bulkhead.engines.processes.chronicle import Chronicle
 from bulkhead.engines.processes.driving import Driving, Waiter, fire
 from bulkhead.engines.processes.heritage import Heritage
 from bulkhead.engines.processes.launcher import Report, Says, Unsuitable
@@ -88,6 +90,7 @@ class Staff:
             on which the kernel is told more than one thing that depend on each other.
         borrowed: Where it is noted what the workers have lent.
         output: Where what they print goes; None when that is not captured.
+        chronicle: Where it is noted what became of them.
 
     Attributes:
         workers: By number, from the moment they are asked for until they are forgotten.
@@ -107,6 +110,7 @@ class Staff:
         carry_out: Callable[[float], None],
         borrowed: Borrowed,
         output: PoolOutput | None,
+        chronicle: Chronicle,
     ) -> None:
         self._label = config.label
         self._method = config.start_method or "forkserver"
@@ -120,6 +124,7 @@ class Staff:
         self._carry_out = carry_out
         self._borrowed = borrowed
         self._output = output
+        self._chronicle = chronicle
         self.workers: dict[int, Worker] = {}
         self.by_result_pipe: dict[int, Worker] = {}
         self._blocked: dict[int, Worker] = {}  # by descriptor of the job pipe, while it takes no more
@@ -154,6 +159,7 @@ class Staff:
             return
         slot.worker = worker
         self.workers[worker.number] = worker
+        self._chronicle.asked(worker, time.monotonic())
         names = () if worker.output is None else worker.output.names
         self._link.start(worker.number, worker.give_away(), names)
         worker.close_theirs()
@@ -294,12 +300,18 @@ class Staff:
             self._forget(worker)
             return
         slot = worker.slot
-        if slot.job is not None:
+        job, verdict = slot.job, slot.verdict
+        due = None if job is None else job.due
+        self._chronicle.close(worker, worker.jobs, worker.busy_seconds)
+        if job is not None:
             worker.busy_seconds += now - worker.began
         loss, error = deaths.meaning(worker, report, self._label)
+        self._chronicle.gone(worker, verdict, None if self._is_dismissed else error, now)
         self._forget(worker)
         was_killed = report.signal == signal.SIGKILL and worker.failure is None
         self._scheduler.worker_gone(slot, error, now, loss=loss, was_killed=was_killed)
+        if job is not None and not (loss is Loss.UNREAD and job.state is JobState.QUEUED):
+            self._chronicle.lost(worker, job, due, error, now)
         if isinstance(error.__cause__, MissingMainGuard):
             self._scheduler.break_down(error)
 
@@ -346,6 +358,7 @@ class Staff:
             self._output.forget(worker)
         self.overdue.pop(worker, None)
         self.busy_seconds += worker.busy_seconds
+        self._chronicle.gone(worker, None, None, time.monotonic())
         if worker.slot.worker is worker:
             worker.slot.worker = None
         worker.close()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from bulkhead._kernel.records import Slot, SlotState, Usage
 from bulkhead.engines.processes import blackbox
@@ -26,12 +27,15 @@ class Worker:
         number: Its own, unique in the pool.
         message: Number of the last message sent to it; the answer carries the same.
         began: When that was sent, monotonic seconds.
+        came_up: When it was ready for its first job.
         failure: What kept it from getting ready.
         exchange: Who has lent which segment to whom.
         let_go: What of it the worker has to be told.
         progress: How far it is with a chunk.
         output: What it prints and logs; None when that is not captured.
         excess: The memory that it took, and the limit, when it was told to end for that (bytes).
+        record: Takes what is to be remembered of an attempt.
+        gathers, gather_until, gathered, ended: Of short attempts that are remembered as one (see chronicle.py).
     """
 
     __slots__ = (
@@ -40,9 +44,14 @@ class Worker:
         "_theirs",
         "began",
         "busy_seconds",
+        "came_up",
+        "ended",
         "excess",
         "exchange",
         "failure",
+        "gather_until",
+        "gathered",
+        "gathers",
         "jobs",
         "let_go",
         "message",
@@ -51,6 +60,7 @@ class Worker:
         "pid",
         "progress",
         "reader",
+        "record",
         "slot",
         "writer",
     )
@@ -61,11 +71,17 @@ class Worker:
         self.pid: int | None = None
         self.message = 0
         self.began = 0.0
+        self.came_up: float | None = None
         self.jobs = 0
         self.busy_seconds = 0.0
         self.failure: BaseException | None = None
         self.output: WorkerOutput | None = None
         self.excess: tuple[int, int] | None = None
+        self.record: Callable[[Worker, Any, Any, float], None] = _forget
+        self.gathers: str | None = None
+        self.gather_until = 0.0
+        self.gathered: Any = None
+        self.ended = 0.0
         opened: list[int] = []
         try:
             for _ in range(3):
@@ -139,3 +155,7 @@ class Worker:
         if self.output is not None:
             self.output.close()
         self.cut()
+
+
+def _forget(_worker: Worker, _job: Any, _note: Any, _now: float) -> None:
+    """Remember nothing: for a worker that no chronicle knows."""
