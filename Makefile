@@ -25,7 +25,12 @@ demo: $(VENV)/.installed ## survey the standard library's sources with two pools
 	$(BIN)/python examples/stdlib_survey.py $(ARGS)
 
 test: $(VENV)/.installed-dev browser ## run the tests, without those marked slow
+ifeq ($(strip $(ARGS)),)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not alone"
+	$(BIN)/python -m pytest -m "not slow and alone"
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
 
 test-all: $(VENV)/.installed-dev browser ## run all tests, the slow ones too
 	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)

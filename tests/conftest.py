@@ -13,6 +13,16 @@ from traces import Traces
 PATIENCE = 5.0
 
 
+# Files and folders whose tests need the machine for themselves.
+ALONE = ("isolation", "chaos", "test_map_faults.py", "test_priorities.py", "test_delays.py", "test_long_waits.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not {*item.path.parts}.isdisjoint(ALONE):
+            item.add_marker(pytest.mark.alone)
+
+
 @pytest.fixture(autouse=True)
 def _nothing_is_left_behind() -> Iterator[None]:
     """Fail a test after which more processes, threads, descriptors or shared memory exist than before it.

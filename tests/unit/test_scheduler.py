@@ -1531,11 +1531,11 @@ def test_jobs_are_promised_to_workers_that_are_coming_up() -> None:
     jobs = [a_job() for _ in range(4)]
     for job in jobs:
         kernel.submit(job, 0.0)
-    assert kernel.promised() == jobs[:2]
+    assert kernel.next_for_absent() == jobs[:2]
     kernel.worker_ready(kernel.slots[0], 0.0)
-    assert kernel.promised() == [jobs[1]]
+    assert kernel.next_for_absent() == [jobs[1]]
     kernel.worker_ready(kernel.slots[1], 0.0)
-    assert kernel.promised() == []
+    assert kernel.next_for_absent() == []
 
 
 # Jobs that follow others

@@ -453,7 +453,7 @@ class Scheduler:
         capacity = self._capacity
         return not self._offers and (capacity is None or self.running + len(self._ready) < capacity)
 
-    def promised(self) -> list[JobRecord]:
+    def next_for_absent(self) -> list[JobRecord]:
         """Return the waiting jobs that are the next for slots whose workers are not up (again) yet."""
         n_absent = sum(slot.state not in (SlotState.IDLE, SlotState.BUSY) for slot in self.slots)
         return list(itertools.islice(self._ready, n_absent))

@@ -422,7 +422,7 @@ class ProcessPool:
         self._refuse_copy()
         with calm(), self.lock, self._guard:
             now = time.monotonic()
-            spared = self._scheduler.promised() if but_promised else ()
+            spared = self._scheduler.next_for_absent() if but_promised else ()
             for job in jobs:
                 if job.state not in (None, JobState.RUNNING) and job not in spared:
                     self._scheduler.cancel(job, JobCancelled(f"job {job.id!r} was cancelled"), now)
