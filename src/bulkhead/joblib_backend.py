@@ -1,4 +1,4 @@
-"""A parallel backend for joblib, so that joblib and scikit-learn run on a pool: `register()`, then `backend="bulkhead"`.
+"""A parallel backend for joblib, and so for scikit-learn: `register()`, then `backend="bulkhead"`.
 
     Parallel ── batches ──▶ submit ──▶ PoolExecutor of this call ──▶ a pool of its own, or a dispatcher's
        ▲                                                                  │
@@ -9,9 +9,9 @@ What is left for a backend: workers, sending batches, and ending what runs when 
 interrupted. The backend that a `parallel_config` holds serves no call itself: each Parallel gets one of its own, so
 that calls at the same time (generators, threads) neither share statistics nor abort one another.
 
-Who ends the workers: joblib tells nobody when a `parallel_config` is left, but lets go of the backend. The pool hangs on
-the backend and on the calls that run, and a ProcessPoolExecutor that is dropped ends its processes. Nothing here may
-make a cycle of references.
+Who ends the workers: joblib tells nobody when a `parallel_config` is left, but lets go of the backend. The pool hangs
+on the backend and on the calls that run, and a ProcessPoolExecutor that is dropped ends its processes. Nothing here
+may make a cycle of references.
 
 Not here: memory maps in a folder, as loky has them. Large arrays travel in shared memory, as with any job.
 

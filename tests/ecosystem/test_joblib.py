@@ -6,7 +6,6 @@ import gc
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 import weakref
@@ -19,8 +18,15 @@ import numpy as np
 import pytest
 from faulty_jobs import kill_self
 from gates import Gate, pass_gate
-from jobs import echo, fail, nap, nothing, pid
 from joblib import Parallel, delayed, parallel_config
+from joblib_jobs import (
+    fail_third,
+    fail_when_noted,
+    nested_pids,
+    note_pid_and_hang,
+    threads_allowed,
+)
+from jobs import echo, fail, nap, nothing, pid
 from scripts import running
 from sklearn.datasets import make_classification
 from sklearn.ensemble import RandomForestClassifier
@@ -28,10 +34,18 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.svm import SVC
 from staffing import staffed
-from watching import PATIENCE, alive, wait_until, wait_until_whole, worker_pids
+from watching import PATIENCE, alive, read_pids, wait_until, wait_until_whole, worker_pids
 
-from bulkhead import ConfigTypeError, Dispatcher, DispatcherFinalized, JobNotPicklable, Pool, WorkerCrashed
-from bulkhead.joblib_backend import BulkheadBackend, register
+from bulkhead import (
+    ConfigTypeError,
+    Dispatcher,
+    DispatcherFinalized,
+    JobNotPicklable,
+    Pool,
+    WorkerCrashed,
+    joblib_backend,
+)
+from bulkhead.joblib_backend import register
 
 register()
 
@@ -55,36 +69,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[None]:
         with parallel_config(backend="bulkhead", n_jobs=2, executor=disp.executor(1)):
             yield
         wait_until_whole(disp, 1)
-
-
-def fail_third(number: int) -> int:
-    if number == 3:
-        raise LookupError("number three")
-    return number
-
-
-def nested_pids(**options: Any) -> tuple[int, list[int], str]:
-    """Return this process, those of calls inside of it, and the name of the backend that was at work."""
-    inner = Parallel(**options)
-    return os.getpid(), inner(delayed(pid)() for _ in range(4)), type(inner._backend).__name__
-
-
-def threads_allowed() -> list[int]:
-    import threadpoolctl
-
-    np.ones((2, 2)) @ np.ones((2, 2))
-    return [pool["num_threads"] for pool in threadpoolctl.threadpool_info()]
-
-
-def note_pid_and_hang(path: Path) -> None:
-    with path.open("a") as file:
-        file.write(f"{os.getpid()}\n")
-    time.sleep(10**6)
-
-
-def noted(path: Path, count: int) -> list[int]:
-    wait_until(lambda: path.exists() and len(path.read_text().splitlines()) >= count, "calls that hang")
-    return [int(line) for line in path.read_text().splitlines()]
 
 
 # scikit-learn
@@ -122,9 +106,9 @@ def test_calls_run_in_the_workers_of_the_pool_that_is_named(disp: Dispatcher) ->
         assert joblib.effective_n_jobs(-2) == 1
         pids = Parallel(batch_size=1)(delayed(pid)() for _ in range(20))
     assert set(pids) <= set(worker_pids(disp, 1))
-    assert set(Parallel(backend="bulkhead", executor=disp.executor(0))(delayed(pid)() for _ in range(8))) <= set(
-        worker_pids(disp, 0)
-    )
+    assert set(
+        Parallel(backend="bulkhead", executor=disp.executor(0))(delayed(pid)() for _ in range(8))
+    ) <= set(worker_pids(disp, 0))
 
 
 def test_register_can_name_the_pool(disp: Dispatcher) -> None:
@@ -217,13 +201,8 @@ def test_a_failure_ends_the_calls_that_run(backend: None, tmp_path: Path) -> Non
     path = tmp_path / "pids"
     with pytest.raises(ValueError, match="no luck"):
         Parallel(batch_size=1)([delayed(note_pid_and_hang)(path), delayed(fail_when_noted)(path)])
-    wait_until(lambda: not alive(noted(path, 1)), "the end of the call that hangs")
+    wait_until(lambda: not alive(read_pids(path)), "the end of the call that hangs")
     assert Parallel()(delayed(echo)(n) for n in range(4)) == [0, 1, 2, 3]
-
-
-def fail_when_noted(path: Path) -> None:
-    noted(path, 1)
-    fail()
 
 
 def test_a_timeout_is_raised_and_ends_the_calls(backend: None, tmp_path: Path) -> None:
@@ -234,7 +213,7 @@ def test_a_timeout_is_raised_and_ends_the_calls(backend: None, tmp_path: Path) -
                 delayed(note_pid_and_hang)(path) for _ in range(6)
             ))  # fmt: skip
         if path.exists():
-            wait_until(lambda path=path: not alive(noted(path, 1)), "the end of the calls that hang")
+            wait_until(lambda path=path: not alive(read_pids(path)), "the end of the calls that hang")
     assert Parallel(timeout=PATIENCE)(delayed(echo)(n) for n in range(4)) == [0, 1, 2, 3]
 
 
@@ -340,11 +319,11 @@ def test_a_generator_that_is_dropped_ends_its_calls_and_spares_others(backend: N
         [delayed(echo)(1), *(delayed(note_pid_and_hang)(path) for _ in range(4))]
     )
     assert next(results) == 1
-    noted(path, 1)
+    read_pids(path)
     with pytest.warns(UserWarning, match="cancelled"):
         del results
     assert len(list(other)) == 30
-    wait_until(lambda: not alive(noted(path, 1)), "the end of the calls that hang")
+    wait_until(lambda: not alive(read_pids(path)), "the end of the calls that hang")
 
 
 def test_a_generator_that_the_garbage_collector_finds_ends_its_calls(backend: None, tmp_path: Path) -> None:
@@ -352,45 +331,77 @@ def test_a_generator_that_the_garbage_collector_finds_ends_its_calls(backend: No
     cycle: dict[str, Any] = {}
     cycle["itself"] = cycle
     cycle["results"] = Parallel(return_as="generator")(delayed(note_pid_and_hang)(path) for _ in range(4))
-    noted(path, 2)
+    read_pids(path, 2)
     del cycle
     with pytest.warns(UserWarning, match="cancelled"):
         gc.collect()
-    wait_until(lambda: not alive(noted(path, 2)), "the end of the calls that hang")
+    wait_until(lambda: not alive(read_pids(path, 2)), "the end of the calls that hang")
 
 
-def test_an_abort_under_a_lock_of_the_pool_does_not_hang(disp: Dispatcher, tmp_path: Path) -> None:
+def test_an_abort_under_a_lock_of_the_pool_does_not_hang(
+    disp: Dispatcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joblib_backend, "_ABORT_SECONDS", 0.1)
     path = tmp_path / "pids"
     with parallel_config(backend="bulkhead", executor=disp.executor(1)):
         results = Parallel(return_as="generator")(delayed(note_pid_and_hang)(path) for _ in range(4))
-    noted(path, 2)
+    read_pids(path, 2)
     with disp._pools[1].lock, pytest.warns(UserWarning, match="cancelled"):
         del results
-    wait_until(lambda: not alive(noted(path, 2)), "the end of the calls that hang")
+    wait_until(lambda: not alive(read_pids(path, 2)), "the end of the calls that hang")
     wait_until_whole(disp, 1)
 
 
 # The end
 
 
-def test_twenty_cycles_leave_nothing() -> None:
+CYCLES = """
+from joblib import Parallel, delayed, parallel_config
+from traces import Traces
+from watching import wait_until
+from bulkhead.joblib_backend import register
+
+def cycle(number):
+    with parallel_config(backend="bulkhead", n_jobs=2):
+        assert Parallel()(delayed(abs)(-n) for n in range(number)) == list(range(number))
+        if number % 5 == 0:
+            try:
+                Parallel()(delayed(int)("no number") for n in range(4))
+            except ValueError:
+                print("failed", end=" ")
+
+if __name__ == "__main__":
+    register()
+    before = Traces.now()
     for number in range(20):
-        with parallel_config(backend="bulkhead", n_jobs=2):
-            assert Parallel()(delayed(echo)(n) for n in range(number)) == list(range(number))
-            if number % 5 == 0:
-                with pytest.raises(ValueError, match="no luck"):
-                    Parallel()(delayed(fail)() for _ in range(4))
+        cycle(number)
+    wait_until(lambda: not Traces.now().beyond(before))
+    print("nothing is left")
+"""
 
 
-def test_nothing_refers_to_a_backend_after_its_block() -> None:
+def test_twenty_cycles_leave_nothing() -> None:
+    with running(CYCLES) as script:
+        assert script.wait(2 * PATIENCE) == 0, script.errors()
+        assert script.output() == "failed failed failed failed nothing is left\n"
+        assert script.errors() == ""
+
+
+def test_the_pool_goes_with_its_block_without_the_garbage_collector() -> None:
     gc.disable()
     try:
-        with parallel_config(backend="bulkhead", n_jobs=2) as config:
-            model = weakref.ref(config["backend"])
-            Parallel()(delayed(echo)(n) for n in range(4))
-            del config
-        assert isinstance(model, weakref.ref)
-        assert model() is None
+        block = parallel_config(backend="bulkhead", n_jobs=2)
+        model = weakref.ref(block.parallel_config["backend"])
+        with block:
+            parallel = Parallel()
+            parallel(delayed(echo)(n) for n in range(4))
+            kept = weakref.ref(model()._kept)
+            with pytest.raises(ValueError, match="no luck") as caught:
+                parallel(delayed(fail)() for _ in range(4))
+        assert kept() is not None
+        del block
+        assert model() is kept() is None
+        assert parallel is not caught
     finally:
         gc.enable()
 
@@ -463,7 +474,9 @@ print(Parallel(n_jobs=2, backend="bulkhead")(delayed(getattr)(Point(), "x") for 
 
 
 def test_functions_of_a_main_module_that_cannot_be_imported_run() -> None:
-    with running(f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {FROM_MAIN!r}]))") as script:
+    with running(
+        f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {FROM_MAIN!r}]))"
+    ) as script:
         assert script.wait() == 0, script.errors()
         assert script.output() == "[0, 2, 4, 6]\n[4, 4]\n"
 
