@@ -18,6 +18,7 @@ __all__ = [
     "nested_pids",
     "note_pid_and_hang",
     "threads_allowed",
+    "use_one_thread",
 ]
 
 
@@ -49,3 +50,8 @@ def note_pid_and_hang(path: Path) -> None:
 def fail_when_noted(path: Path) -> None:
     read_pids(path)
     fail()
+
+
+def use_one_thread() -> None:
+    """For an initializer: the workers of a pool share few CPUs."""
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")

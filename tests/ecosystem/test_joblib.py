@@ -25,6 +25,7 @@ from joblib_jobs import (
     nested_pids,
     note_pid_and_hang,
     threads_allowed,
+    use_one_thread,
 )
 from jobs import echo, fail, nap, nothing, pid
 from scripts import running
@@ -45,30 +46,40 @@ from bulkhead import (
     WorkerCrashed,
     joblib_backend,
 )
-from bulkhead.joblib_backend import register
+from bulkhead.joblib_backend import BulkheadBackend, register
 
 register()
 
 
-@pytest.fixture(scope="module", autouse=True)  # autouse: before the first test counts processes
+# autouse: all workers are up before the first test counts processes
+@pytest.fixture(scope="module", autouse=True)
 def disp() -> Iterator[Dispatcher]:
-    with staffed(Dispatcher([Pool(0, 2), Pool(1, 2)])) as made:
+    with staffed(Dispatcher([Pool(0, 2), Pool(1, 2, initializer=use_one_thread)])) as made:
         for priority in (0, 1):  # so that each pool has its callback thread
             made.executor(priority).submit(os.getpid).add_done_callback(id)
         yield made
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own() -> BulkheadBackend:
+    """A backend with two workers of its own."""
+    made = BulkheadBackend()
+    with parallel_config(backend=made, n_jobs=2):
+        Parallel()(delayed(nothing)() for _ in range(4))
+    wait_until_whole(made._kept._dispatcher)
+    return made
+
+
 @pytest.fixture(params=["own", "pool"])
-def backend(request: pytest.FixtureRequest) -> Iterator[None]:
+def backend(
+    request: pytest.FixtureRequest, disp: Dispatcher, own: BulkheadBackend
+) -> Iterator[BulkheadBackend]:
     """Within a `parallel_config` of two workers, which are its own or a dispatcher's."""
-    if request.param == "own":
-        with parallel_config(backend="bulkhead", n_jobs=2):
-            yield
-    else:
-        disp = request.getfixturevalue("disp")
-        with parallel_config(backend="bulkhead", n_jobs=2, executor=disp.executor(1)):
-            yield
-        wait_until_whole(disp, 1)
+    made = own if request.param == "own" else BulkheadBackend(executor=disp.executor(1))
+    with parallel_config(backend=made, n_jobs=2):
+        yield made
+    wait_until_whole(own._kept._dispatcher)
+    wait_until_whole(disp, 1)
 
 
 # scikit-learn
@@ -80,7 +91,7 @@ def data() -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_scikit_learn_gives_the_results_of_a_sequential_run(
-    backend: None, data: tuple[np.ndarray, np.ndarray]
+    backend: BulkheadBackend, data: tuple[np.ndarray, np.ndarray]
 ) -> None:
     grid = {"C": [0.1, 1.0, 10.0], "kernel": ["linear", "rbf"]}
     search = GridSearchCV(SVC(random_state=0), grid, cv=3).fit(*data)
@@ -144,7 +155,7 @@ def test_another_number_of_jobs_gets_so_many_workers() -> None:
     with parallel_config(backend="bulkhead"):
         assert joblib.effective_n_jobs(-1) == joblib.cpu_count()
         for number in (2, 3):
-            calls = (delayed(nap)(0.02) for _ in range(12))
+            calls = (delayed(nap)(0.01) for _ in range(8))
             spans = Parallel(n_jobs=number, batch_size=1)(calls)
             most = max(sum(a <= began < b for a, b in spans) for began, _ in spans)
             assert 1 <= most <= number
@@ -153,6 +164,8 @@ def test_another_number_of_jobs_gets_so_many_workers() -> None:
 def test_a_single_job_runs_in_the_caller() -> None:
     with parallel_config(backend="bulkhead", n_jobs=1):
         assert set(Parallel()(delayed(pid)() for _ in range(3))) == {os.getpid()}
+    with Dispatcher([(0, 1)]) as disp, parallel_config(backend="bulkhead", executor=disp.executor()):
+        assert set(Parallel(n_jobs=4)(delayed(pid)() for _ in range(3))) == {os.getpid()}
 
 
 def test_native_threads_are_shared_out_among_the_workers() -> None:
@@ -165,21 +178,21 @@ def test_native_threads_are_shared_out_among_the_workers() -> None:
     assert all(count == [3] * len(count) and count for count in counts)
 
 
-def test_large_arrays_and_closures_travel(backend: None) -> None:
+def test_large_arrays_and_closures_travel(backend: BulkheadBackend) -> None:
     array = np.arange(300_000.0)
     assert Parallel()(delayed(lambda a, k: float(a.sum() * k))(array, k) for k in range(4)) == [
         array.sum() * k for k in range(4)
     ]
 
 
-def test_many_short_calls_keep_their_order(backend: None) -> None:
+def test_many_short_calls_keep_their_order(backend: BulkheadBackend) -> None:
     assert Parallel()(delayed(echo)(n) for n in range(5000)) == list(range(5000))
 
 
 # What goes wrong
 
 
-def test_an_error_comes_with_its_type_and_the_next_call_works(backend: None) -> None:
+def test_an_error_comes_with_its_type_and_the_next_call_works(backend: BulkheadBackend) -> None:
     for _ in range(2):
         with pytest.raises(LookupError, match="number three"):
             Parallel()(delayed(fail_third)(n) for n in range(8))
@@ -190,14 +203,14 @@ def test_an_error_comes_with_its_type_and_the_next_call_works(backend: None) -> 
         assert parallel(delayed(echo)(n) for n in range(4)) == [0, 1, 2, 3]
 
 
-def test_a_worker_that_dies_fails_its_call_and_the_next_one_works(backend: None) -> None:
+def test_a_worker_that_dies_fails_its_call_and_the_next_one_works(backend: BulkheadBackend) -> None:
     for _ in range(2):
         with pytest.raises(WorkerCrashed):
             Parallel()([delayed(echo)(1), delayed(kill_self)(), delayed(echo)(2)])
         assert Parallel()(delayed(echo)(n) for n in range(4)) == [0, 1, 2, 3]
 
 
-def test_a_failure_ends_the_calls_that_run(backend: None, tmp_path: Path) -> None:
+def test_a_failure_ends_the_calls_that_run(backend: BulkheadBackend, tmp_path: Path) -> None:
     path = tmp_path / "pids"
     with pytest.raises(ValueError, match="no luck"):
         Parallel(batch_size=1)([delayed(note_pid_and_hang)(path), delayed(fail_when_noted)(path)])
@@ -205,11 +218,11 @@ def test_a_failure_ends_the_calls_that_run(backend: None, tmp_path: Path) -> Non
     assert Parallel()(delayed(echo)(n) for n in range(4)) == [0, 1, 2, 3]
 
 
-def test_a_timeout_is_raised_and_ends_the_calls(backend: None, tmp_path: Path) -> None:
+def test_a_timeout_is_raised_and_ends_the_calls(backend: BulkheadBackend, tmp_path: Path) -> None:
     for return_as in ("list", "generator_unordered"):
         path = tmp_path / return_as
         with pytest.raises(multiprocessing.TimeoutError):
-            list(Parallel(timeout=0.3, batch_size=1, return_as=return_as)(
+            list(Parallel(timeout=0.1, batch_size=1, return_as=return_as)(
                 delayed(note_pid_and_hang)(path) for _ in range(6)
             ))  # fmt: skip
         if path.exists():
@@ -217,7 +230,7 @@ def test_a_timeout_is_raised_and_ends_the_calls(backend: None, tmp_path: Path) -
     assert Parallel(timeout=PATIENCE)(delayed(echo)(n) for n in range(4)) == [0, 1, 2, 3]
 
 
-def test_what_cannot_be_pickled_or_read_is_an_error(backend: None) -> None:
+def test_what_cannot_be_pickled_or_read_is_an_error(backend: BulkheadBackend) -> None:
     with pytest.raises(JobNotPicklable):
         Parallel()(delayed(echo)(threading.Lock()) for _ in range(4))
     # Also when it turns up after the first batches, in the callback thread.
@@ -282,14 +295,14 @@ def test_calls_of_others_in_the_pool_go_on_when_one_fails(
 # Nested calls
 
 
-def test_a_call_inside_of_a_call_runs_in_threads_of_its_worker(backend: None) -> None:
+def test_a_call_inside_of_a_call_runs_in_threads_of_its_worker(backend: BulkheadBackend) -> None:
     for me, inner, name in Parallel()(delayed(nested_pids)(n_jobs=2) for _ in range(3)):
         assert me != os.getpid()
         assert set(inner) == {me}
         assert name == "ThreadingBackend"
 
 
-def test_a_call_inside_of_a_call_that_names_the_backend_is_sequential(backend: None) -> None:
+def test_a_call_inside_of_a_call_that_names_the_backend_is_sequential(backend: BulkheadBackend) -> None:
     options = {"n_jobs": 2, "backend": "bulkhead"}
     for me, inner, name in Parallel()(delayed(nested_pids)(**options) for _ in range(3)):
         assert set(inner) == {me}
@@ -300,7 +313,9 @@ def test_a_call_inside_of_a_call_that_names_the_backend_is_sequential(backend: N
 
 
 @pytest.mark.parametrize("return_as", ["generator", "generator_unordered"])
-def test_results_come_as_they_are_there(backend: None, return_as: str, gate: Gate, tmp_path: Path) -> None:
+def test_results_come_as_they_are_there(
+    backend: BulkheadBackend, return_as: str, gate: Gate, tmp_path: Path
+) -> None:
     calls = [delayed(echo)(0), *(delayed(pass_gate)(str(tmp_path / "gate"), name) for name in "ab")]
     results = Parallel(return_as=return_as, batch_size=1)(calls)
     assert next(results) == 0
@@ -312,7 +327,9 @@ def test_results_come_as_they_are_there(backend: None, return_as: str, gate: Gat
         assert numbers == sorted(numbers)
 
 
-def test_a_generator_that_is_dropped_ends_its_calls_and_spares_others(backend: None, tmp_path: Path) -> None:
+def test_a_generator_that_is_dropped_ends_its_calls_and_spares_others(
+    backend: BulkheadBackend, tmp_path: Path
+) -> None:
     path = tmp_path / "pids"
     other = Parallel(return_as="generator", batch_size=1)(delayed(nap)(0.01) for _ in range(30))
     results = Parallel(return_as="generator", batch_size=1)(
@@ -326,7 +343,9 @@ def test_a_generator_that_is_dropped_ends_its_calls_and_spares_others(backend: N
     wait_until(lambda: not alive(read_pids(path)), "the end of the calls that hang")
 
 
-def test_a_generator_that_the_garbage_collector_finds_ends_its_calls(backend: None, tmp_path: Path) -> None:
+def test_a_generator_that_the_garbage_collector_finds_ends_its_calls(
+    backend: BulkheadBackend, tmp_path: Path
+) -> None:
     path = tmp_path / "pids"
     cycle: dict[str, Any] = {}
     cycle["itself"] = cycle
