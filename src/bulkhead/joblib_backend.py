@@ -21,8 +21,6 @@ Source: joblib's ParallelBackendBase; loky's backend for what nested calls and t
 from __future__ import annotations
 
 import atexit
-import os
-import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -30,7 +28,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
-from bulkhead import forks
+from bulkhead import forks, native_threads
 from bulkhead.errors import BulkheadError, ConfigTypeError
 from bulkhead.executor import PoolExecutor
 from bulkhead.process_pool_executor import ProcessPoolExecutor
@@ -209,7 +207,7 @@ class BulkheadBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         if kept is not None and kept._max_workers == n_workers and _is_usable(kept):
             return kept
         env = self._prepare_worker_env(n_jobs=n_workers)
-        made = ProcessPoolExecutor(n_workers, initializer=_limit_threads, initargs=(env,))
+        made = ProcessPoolExecutor(n_workers, initializer=native_threads.limit, initargs=(env,))
         if model is not None:
             # Race: of two threads that are here at once, one has its workers for a single call. Others that were kept
             # end with the last call that runs on them.
@@ -268,18 +266,6 @@ def _is_usable(executor: ProcessPoolExecutor) -> bool:
     except BulkheadError:
         return False
     return True
-
-
-def _limit_threads(env: dict[str, str]) -> None:
-    """Have native libraries of this worker use so many threads: those to be loaded, and those that are."""
-    given = os.environ.get("OMP_NUM_THREADS")
-    os.environ.update(env)
-    if env["OMP_NUM_THREADS"] != given and "numpy" in sys.modules:
-        try:
-            import threadpoolctl
-        except ImportError:
-            return
-        threadpoolctl.threadpool_limits(int(env["OMP_NUM_THREADS"]))
 
 
 @atexit.register

@@ -16,6 +16,7 @@ from typing import Any
 import joblib
 import numpy as np
 import pytest
+from calling import at_once
 from faulty_jobs import kill_self
 from gates import Gate, pass_gate
 from joblib import Parallel, delayed, parallel_config
@@ -170,12 +171,30 @@ def test_a_single_job_runs_in_the_caller() -> None:
 
 def test_native_threads_are_shared_out_among_the_workers() -> None:
     share = max(joblib.cpu_count() // 2, 1)
-    with parallel_config(backend="bulkhead", n_jobs=2):
-        counts = Parallel()(delayed(threads_allowed)() for _ in range(2))
-    assert all(count == [share] * len(count) and count for count in counts)
+    for options, number in (({}, share), ({"inner_max_num_threads": 3}, 3)):
+        with parallel_config(backend="bulkhead", n_jobs=2, **options):
+            counts = Parallel()(delayed(threads_allowed)() for _ in range(2))
+        assert all(count and set(count) == {number} for count in counts)
+
+
+LOADED = """
+import numpy
+from joblib import Parallel, delayed, parallel_config
+from joblib_jobs import threads_allowed
+from bulkhead.joblib_backend import register
+
+if __name__ == "__main__":
+    register()
     with parallel_config(backend="bulkhead", n_jobs=2, inner_max_num_threads=3):
         counts = Parallel()(delayed(threads_allowed)() for _ in range(2))
-    assert all(count == [3] * len(count) and count for count in counts)
+    print([set(count) for count in counts])
+"""
+
+
+def test_native_libraries_of_the_main_module_are_limited_too() -> None:
+    with running(LOADED) as script:
+        assert script.wait() == 0, script.errors()
+        assert script.output() == "[{3}, {3}]\n"
 
 
 def test_large_arrays_and_closures_travel(backend: BulkheadBackend) -> None:
@@ -290,6 +309,19 @@ def test_calls_of_others_in_the_pool_go_on_when_one_fails(
     other.result(PATIENCE)
     assert [future.result(PATIENCE) for future in waiting] == [0, 1, 2]
     wait_until_whole(disp, 1)
+
+
+def test_threads_that_call_at_once_get_their_own_results_and_errors(backend: BulkheadBackend) -> None:
+    def call(index: int) -> list[int]:
+        with parallel_config(backend=backend, n_jobs=2):
+            numbers = [3] if index == 0 else range(100 * index, 100 * index + 50)
+            return Parallel()(delayed(fail_third)(n) for n in [*numbers, -1])
+
+    failing, *others = at_once(4, call)
+    for index, other in enumerate(others, 1):
+        assert other.value() == [*range(100 * index, 100 * index + 50), -1]
+    with pytest.raises(LookupError, match="number three"):
+        failing.value()
 
 
 # Nested calls
@@ -470,6 +502,7 @@ def test_the_interpreter_exits_while_calls_run() -> None:
     with running(LEFT_OPEN) as script:
         assert script.wait() == 0, script.errors()
         assert script.output() == "at the end\n"
+        assert "Traceback" not in script.errors()
         wait_until(lambda: not script.processes(), "the end of all processes")
 
 
