@@ -1,8 +1,8 @@
 """How many threads native libraries (OpenMP, BLAS) use in a worker.
 
-By default as many each as all workers together have CPUs for. A module of its own, because a worker has to be told before it imports such a library: they read the environment when
-they are loaded. Libraries that are loaded already, as those of a main module which the workers were forked with, are
-told by threadpoolctl, if it is there.
+By default as many each as all workers together have CPUs for. A module of its own, because a worker has to be told
+before it imports such a library: they read the environment when they are loaded. Libraries that are loaded already, as
+those of a main module which the workers were forked with, are told by threadpoolctl, if it is there.
 """
 
 from __future__ import annotations
