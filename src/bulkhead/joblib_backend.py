@@ -31,6 +31,7 @@ from typing import Any
 from bulkhead import forks, native_threads
 from bulkhead.errors import BulkheadError, ConfigTypeError
 from bulkhead.executor import PoolExecutor
+from bulkhead.job import name_of
 from bulkhead.process_pool_executor import ProcessPoolExecutor
 
 try:
@@ -219,13 +220,16 @@ class _Batch:
     """A batch of calls on its way to a worker.
 
     `__module__` says "__main__" of one with a function or an argument from there. Why: workers that cannot import that
-    module (a notebook, standard input) get such calls by value, and the batch hides what it holds.
+    module (a notebook, standard input) get such calls by value, and the batch hides what it holds. `__qualname__` is
+    for timelines.
     """
 
     def __init__(self, calls: Any) -> None:
         self._calls = calls
         if any(map(_is_from_main, calls.items)):
             self.__module__ = "__main__"
+        for fn, _, _ in calls.items[:1]:
+            self.__qualname__ = name_of(fn)
 
     def __call__(self) -> Any:
         global _is_in_worker

@@ -83,6 +83,10 @@ def backend(
     wait_until_whole(disp, 1)
 
 
+# For what does not depend on whose workers they are: each worker that is replaced imports joblib anew.
+in_pool = pytest.mark.parametrize("backend", ["pool"], indirect=True)
+
+
 # scikit-learn
 
 
@@ -118,6 +122,7 @@ def test_calls_run_in_the_workers_of_the_pool_that_is_named(disp: Dispatcher) ->
         assert joblib.effective_n_jobs(-2) == 1
         pids = Parallel(batch_size=1)(delayed(pid)() for _ in range(20))
     assert set(pids) <= set(worker_pids(disp, 1))
+    assert "pid" in {span.function for span in disp.timeline().spans}
     assert set(
         Parallel(backend="bulkhead", executor=disp.executor(0))(delayed(pid)() for _ in range(8))
     ) <= set(worker_pids(disp, 0))
@@ -229,6 +234,7 @@ def test_a_worker_that_dies_fails_its_call_and_the_next_one_works(backend: Bulkh
         assert Parallel()(delayed(echo)(n) for n in range(4)) == [0, 1, 2, 3]
 
 
+@in_pool
 def test_a_failure_ends_the_calls_that_run(backend: BulkheadBackend, tmp_path: Path) -> None:
     path = tmp_path / "pids"
     with pytest.raises(ValueError, match="no luck"):
@@ -237,6 +243,7 @@ def test_a_failure_ends_the_calls_that_run(backend: BulkheadBackend, tmp_path: P
     assert Parallel()(delayed(echo)(n) for n in range(4)) == [0, 1, 2, 3]
 
 
+@in_pool
 def test_a_timeout_is_raised_and_ends_the_calls(backend: BulkheadBackend, tmp_path: Path) -> None:
     for return_as in ("list", "generator_unordered"):
         path = tmp_path / return_as
@@ -249,6 +256,7 @@ def test_a_timeout_is_raised_and_ends_the_calls(backend: BulkheadBackend, tmp_pa
     assert Parallel(timeout=PATIENCE)(delayed(echo)(n) for n in range(4)) == [0, 1, 2, 3]
 
 
+@in_pool
 def test_what_cannot_be_pickled_or_read_is_an_error(backend: BulkheadBackend) -> None:
     with pytest.raises(JobNotPicklable):
         Parallel()(delayed(echo)(threading.Lock()) for _ in range(4))
@@ -311,6 +319,7 @@ def test_calls_of_others_in_the_pool_go_on_when_one_fails(
     wait_until_whole(disp, 1)
 
 
+@in_pool
 def test_threads_that_call_at_once_get_their_own_results_and_errors(backend: BulkheadBackend) -> None:
     def call(index: int) -> list[int]:
         with parallel_config(backend=backend, n_jobs=2):
@@ -359,6 +368,7 @@ def test_results_come_as_they_are_there(
         assert numbers == sorted(numbers)
 
 
+@in_pool
 def test_a_generator_that_is_dropped_ends_its_calls_and_spares_others(
     backend: BulkheadBackend, tmp_path: Path
 ) -> None:
@@ -375,6 +385,7 @@ def test_a_generator_that_is_dropped_ends_its_calls_and_spares_others(
     wait_until(lambda: not alive(read_pids(path)), "the end of the calls that hang")
 
 
+@in_pool
 def test_a_generator_that_the_garbage_collector_finds_ends_its_calls(
     backend: BulkheadBackend, tmp_path: Path
 ) -> None:
