@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -469,28 +468,31 @@ def test_the_pool_goes_with_its_block_without_the_garbage_collector() -> None:
 
 
 INTERRUPTED = """
-import time
+from pathlib import Path
 from joblib import Parallel, delayed
+from joblib_jobs import note_pid_and_hang
 from bulkhead.joblib_backend import register
 
 if __name__ == "__main__":
     register()
+    path = Path(PATH)
     try:
-        Parallel(n_jobs=2, backend="bulkhead", batch_size=1)(delayed(time.sleep)(s) for s in [0, 0, 600, 600, 600])
+        Parallel(n_jobs=2, backend="bulkhead", batch_size=1)(delayed(note_pid_and_hang)(path) for _ in range(6))
     except KeyboardInterrupt:
         print("interrupted", flush=True)
     print(Parallel(n_jobs=2, backend="bulkhead")(delayed(abs)(n) for n in range(4)), flush=True)
 """
 
 
-def test_ctrl_c_ends_a_call_and_the_next_one_works() -> None:
-    with running(INTERRUPTED) as script:
-        wait_until(lambda: len(script.processes()) >= 4, "workers")
-        time.sleep(0.3)  # any instant will do; a later one is the more interesting
+def test_ctrl_c_ends_a_call_and_the_next_one_works(tmp_path: Path) -> None:
+    path = tmp_path / "pids"
+    with running(INTERRUPTED.replace("PATH", repr(str(path)))) as script:
+        read_pids(path, 2)
         os.kill(script.pid, signal.SIGINT)
         assert script.wait() == 0, script.errors()
         assert script.output() == "interrupted\n[0, 1, 2, 3]\n"
         assert script.errors() == ""
+        assert len(read_pids(path)) == 2
         wait_until(lambda: not script.processes(), "the end of all processes")
 
 
