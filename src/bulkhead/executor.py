@@ -185,6 +185,27 @@ class PoolExecutor(Executor):
             pool.wait_as(waiter)
             pool.wait_for_callbacks()
 
+    @property
+    def is_shut(self) -> bool:
+        """Tell whether this takes no more calls."""
+        return self._book.is_shut
+
+    def cancel_all(self) -> None:
+        """Take no more calls, cancel those that have not begun, end the workers of those that run. The pool lives on.
+
+        Not among them is one that another thread submits meanwhile and has not made a job yet.
+        """
+        if self._depth != forks.depth:
+            _refuse_elsewhere()
+        book, pool = self._book, self._pool
+        book.is_shut = True
+        jobs = [job for future in list(book.open) if (job := future._job) is not None]
+        # Why these first: else each worker that is freed would begin the next of them.
+        pool.cancel_waiting(jobs)
+        for job in jobs:
+            if job.state is JobState.RUNNING:
+                pool.cancel(job)
+
     def __reduce__(self) -> NoReturn:
         raise NestedDispatch("an executor cannot be sent to another process")
 

@@ -25,7 +25,7 @@ from faulty_jobs import kill_self
 from gates import Gate
 from jobs import echo, fail, fail_at_first, lines, nap, note, nothing, pid
 from staffing import staffed
-from watching import PATIENCE, wait_until, worker_pids
+from watching import PATIENCE, wait_until, wait_until_whole, worker_pids
 
 from bulkhead import (
     Dispatcher,
@@ -521,6 +521,26 @@ def test_shutdown_may_cancel_what_waits(disp: Dispatcher, gate: Gate) -> None:
     executor.shutdown()
     assert held.result(0) == "held"
     assert its.result(PATIENCE) == 5
+
+
+def test_cancel_all_ends_the_calls_of_this_executor_alone(
+    disp: Dispatcher, gate: Gate, tmp_path: Path
+) -> None:
+    mine, others = disp.executor(1), disp.executor(1)
+    running = hold(mine, gate, "held")
+    gate.wait_begun(1)
+    waiting = [mine.submit(note, tmp_path / "ran", number) for number in range(3)]
+    kept = others.submit(echo, 5)
+    mine.cancel_all()
+    assert mine.is_shut
+    assert not others.is_shut
+    assert kept.result(PATIENCE) == 5
+    assert all(future.cancelled() for future in [running, *waiting])
+    assert not lines(tmp_path / "ran")
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        mine.submit(nothing)
+    mine.cancel_all()
+    wait_until_whole(disp, 1)
 
 
 def test_shutdown_waits_for_callbacks(disp: Dispatcher) -> None:
