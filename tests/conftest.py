@@ -14,7 +14,14 @@ PATIENCE = 5.0
 
 
 # Files and folders whose tests need the machine for themselves.
-ALONE = ("isolation", "chaos", "test_map_faults.py", "test_priorities.py", "test_delays.py", "test_long_waits.py")
+ALONE = (
+    "isolation",
+    "chaos",
+    "test_map_faults.py",
+    "test_priorities.py",
+    "test_delays.py",
+    "test_long_waits.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
