@@ -22,7 +22,7 @@ help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed ## survey the standard library's sources with two pools (needs psutil alone)
-	$(BIN)/python examples/stdlib_survey.py $(ARGS)
+	$(BIN)/bulkhead demo $(ARGS)
 
 test: $(VENV)/.installed-dev browser ## run the tests, without those marked slow
 ifeq ($(strip $(ARGS)),)

@@ -18,9 +18,12 @@ LONGEST = 90.0  # seconds; below the limit of a test, so that the script's outpu
 
 @pytest.fixture(scope="session")
 def run_script(tmp_path_factory: pytest.TempPathFactory) -> RunScript:
-    """Run a script with the current interpreter in an empty folder; require exit code 0, only progress on stderr."""
+    """Run a script, or "-m" and a module, with the current interpreter in an empty folder.
 
-    def run(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    Requires exit code 0, and nothing but progress on stderr.
+    """
+
+    def run(script: Path | str, *arguments: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             # Why: -W default prints the warnings that Python hides by default, and stderr has to be empty.
             [sys.executable, "-W", "default", str(script), *arguments],

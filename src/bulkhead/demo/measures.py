@@ -1,4 +1,4 @@
-"""What stdlib_survey.py measures: plain functions on Python source files, with no pool in sight.
+"""What the survey measures: plain functions on Python source files, with no pool in sight.
 
 They run in worker processes there, and in a plain loop in the test that checks the survey's sums.
 """

@@ -6,12 +6,11 @@ jobs of the wide pool misbehave on purpose: one kills its process, one hangs, on
 
 A barrier ends the phase. Phase 2 needs all of its results: it follows the imports from module to module.
 
-    python examples/stdlib_survey.py
-    python examples/stdlib_survey.py --workers 4 --limit 100
-    python examples/stdlib_survey.py --progress --timeline survey.html
+    bulkhead demo
+    bulkhead demo --workers 4 --limit 100
+    bulkhead demo --progress --timeline survey.html
 """
 
-import argparse
 import os
 import platform
 import signal
@@ -22,7 +21,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from source_measures import (
+from bulkhead import Dispatcher, DispatcherStats, Job, JobState, JobStatus, Pool, RetryPolicy, Tracker
+from bulkhead.demo.measures import (
     Module,
     Totals,
     import_graph,
@@ -33,7 +33,7 @@ from source_measures import (
     summarise,
 )
 
-from bulkhead import Dispatcher, DispatcherStats, Job, JobState, JobStatus, Pool, RetryPolicy, Tracker
+__all__ = ["survey"]
 
 WIDE, URGENT = 0, 1  # the priorities of the two pools
 BATCH = 50  # modules to a summary, and to a job of phase 2; arbitrary
@@ -61,15 +61,22 @@ class Phase2:
     reach: dict[str, int]
 
 
-def main() -> None:
-    options = parse_options()
-    files = source_files(options.limit)
+def survey(*, workers: int, limit: int | None, progress: bool, timeline: Path | None) -> None:
+    """Run both phases and print what was found.
+
+    Args:
+        workers: Processes of the wide pool.
+        limit: How many modules to measure; None means all.
+        progress: Show live progress.
+        timeline: Where to write the page of who did what when.
+    """
+    files = source_files(limit)
     print(f"Python {platform.python_version()}, {len(files)} modules of its standard library")
     pools = [
-        Pool(priority=WIDE, n_workers=options.workers, name="wide"),
+        Pool(priority=WIDE, n_workers=workers, name="wide"),
         Pool(priority=URGENT, n_workers=1, name="urgent"),
     ]
-    with Dispatcher(pools, progress=options.progress) as disp:
+    with Dispatcher(pools, progress=progress) as disp:
         started = time.monotonic()
         first = run_phase1(disp, files)
         print_phase1(first, elapsed=time.monotonic() - started)
@@ -80,9 +87,9 @@ def main() -> None:
 
         print_pools(disp.stats())
     print_sum(first, second)
-    if options.timeline:
-        disp.timeline().save_html(options.timeline, title="Survey of the standard library")
-        print(f"\nTimeline: {options.timeline}")
+    if timeline is not None:
+        disp.timeline().save_html(timeline, title="Survey of the standard library")
+        print(f"\nTimeline: {timeline}")
 
 
 def run_phase1(disp: Dispatcher, files: Sequence[Path]) -> Phase1:
@@ -249,30 +256,3 @@ def seconds_taken(status: JobStatus) -> float:
     if status.queued_at is None or status.finished_at is None:
         return 0.0
     return (status.finished_at - status.queued_at).total_seconds()
-
-
-def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Survey the standard library's sources on two pools.")
-    parser.add_argument(
-        "--workers",
-        type=positive,
-        default=max(2, os.cpu_count() or 2),
-        help="processes of the wide pool (default: one for each core, at least 2)",
-    )
-    parser.add_argument("--limit", type=positive, help="measure only the first LIMIT modules")
-    parser.add_argument("--progress", action="store_true", help="show progress (needs the extra cli)")
-    parser.add_argument(
-        "--timeline", type=Path, metavar="PAGE", help="write which worker did what when to PAGE"
-    )
-    return parser.parse_args()
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
-
-
-if __name__ == "__main__":
-    main()
