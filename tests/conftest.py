@@ -21,6 +21,7 @@ ALONE = (
     "test_priorities.py",
     "test_delays.py",
     "test_long_waits.py",
+    "test_timeouts.py",
 )
 
 

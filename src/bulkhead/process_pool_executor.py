@@ -33,8 +33,8 @@ class ProcessPoolExecutor(PoolExecutor):
 
     Args:
         max_workers: Number of processes, at least 1; by default the CPUs that this process may use.
-        mp_context: Names the start method. By default the one that `multiprocessing.set_start_method` was given, else
-            forkserver.
+        mp_context: Names the start method. By default forkserver, or spawn if `multiprocessing.set_start_method` said
+            so; never fork.
         initializer: Called once in each worker before its first call.
         initargs: Arguments of `initializer`.
         max_tasks_per_child: Calls after which a worker is replaced, at least 1; None for never. Not with start method
@@ -137,9 +137,10 @@ def _start_method(context: BaseContext | None, max_tasks: int | None) -> StartMe
     if max_tasks is not None:
         _checked("max_tasks_per_child", max_tasks)
     if context is None:
-        # Why not `get_start_method()`: it would fix the default.
+        # Why allow_none: it would fix the default. Why not fork: nobody need have chosen it. It is what multiprocessing
+        # falls back to on many systems, for good as soon as any library makes a lock; and it copies threads half.
         method: Any = multiprocessing.get_start_method(allow_none=True) if max_tasks is None else "spawn"
-        return method  # type: ignore[no-any-return]
+        return None if method == "fork" else method
     if not isinstance(context, BaseContext):
         raise ConfigTypeError(f"mp_context must be a multiprocessing context, not {context!r}")
     method = context.get_start_method()

@@ -143,6 +143,32 @@ def test_locks_queues_values_and_pipes_of_multiprocessing_reach_the_workers_thro
         assert (script.output(), script.errors()) == ("done\n", "")
 
 
+LOCK_BEFORE = """
+import multiprocessing
+from bulkhead import ProcessPoolExecutor
+
+is_main = False
+
+def is_fork():
+    return is_main
+
+if __name__ == "__main__":
+    is_main = True
+    lock = multiprocessing.Lock()
+    print(multiprocessing.get_start_method(allow_none=True) is not None)
+    with ProcessPoolExecutor(1) as executor:
+        print(executor.submit(is_fork).result())
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as executor:
+        print(executor.submit(is_fork).result())
+"""
+
+
+def test_a_lock_that_somebody_makes_does_not_make_forks_the_default() -> None:
+    with running(LOCK_BEFORE) as script:
+        assert script.wait() == 0, script.errors()
+        assert script.output() == "True\nFalse\nTrue\n"
+
+
 def test_an_initializer_that_cannot_be_sent_is_refused_and_its_descriptors_are_closed() -> None:
     receiver, sender = multiprocessing.Pipe(duplex=False)
     with pytest.raises(JobNotPicklable, match="initializer cannot be pickled"):
