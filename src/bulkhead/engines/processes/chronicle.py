@@ -25,6 +25,7 @@ from bulkhead.config import Pool
 from bulkhead.engines.processes.worker import Worker
 from bulkhead.errors import JobTimeout, RemoteError, WorkerCrashed
 from bulkhead.spans import Outcome, Span, TimelinePool, WorkerLife
+from bulkhead.validate import shown
 
 __all__ = ["SHORT", "Chronicle", "Page", "noted"]
 
@@ -259,8 +260,10 @@ def _in_short(error: BaseException) -> str:
     # Why neither str() nor the attribute: they may run the user's code, and this is under the lock.
     name = error.type_name if isinstance(error, RemoteError) and error.type_name else type(error).__qualname__
     args: tuple[Any, ...] = vars(BaseException)["args"].__get__(error)
-    first = args[0] if args and type(args[0]) in (str, int, float) else ""
-    text = str(first).partition("\n")[0]
+    first = args[0] if args else ""
+    if type(first) is not str:
+        first = shown(first) if type(first) in (int, float) else ""
+    text = first.partition("\n")[0]
     return f"{name}: {text}"[:_ERROR_LENGTH] if text else name
 
 
