@@ -14,6 +14,7 @@ Owner: the pool's lock, for all of this; what `copy` returns belongs to the call
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -142,7 +143,7 @@ class Chronicle:
     """
 
     def __init__(self, limit: int) -> None:
-        self._attempts: deque[Attempt] = deque(maxlen=limit)
+        self._attempts: deque[Attempt] = deque(maxlen=min(limit, sys.maxsize))
         self._lives: dict[int, _Life] = {}
 
     def asked(self, worker: Worker, now: float) -> None:
