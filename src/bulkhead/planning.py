@@ -424,7 +424,7 @@ def _call_off(before: Part, error: BaseException, link: Link) -> None:
     cancelled = JobCancelled(f"job {shown(link.id)} was cancelled, as {what} before it {how}")
     # Why the first cause: in a long chain each would be the cause of the next.
     first = error.__cause__ if isinstance(error, JobCancelled) else None
-    cancelled.__cause__ = first or error
+    cancelled.__cause__ = error if first is None else first
     link.pool.links.call_off(link, cancelled)
 
 

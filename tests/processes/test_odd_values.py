@@ -1,8 +1,9 @@
-"""Values of the user's that cannot be turned into text cost their own job's words, and neither its pool nor others."""
+"""Values of the user's that break an assumption: they cost their own job something, and neither its pool nor others."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import faulty_jobs
@@ -18,8 +19,10 @@ from bulkhead import (
     JobsFailed,
     JobTimeout,
     Pool,
+    RetryPolicy,
     WaitTimeout,
     WorkerCrashed,
+    chain,
     testing,
 )
 
@@ -90,3 +93,37 @@ def test_finalize_cancels_a_job_with_such_an_id(make: Callable[[], Any]) -> None
     tracker = disp.dispatch(Job(faulty_jobs.loop).options(id=make()))
     disp.finalize(cancel=True)
     assert isinstance(tracker.exception(0), JobCancelled)
+
+
+class Empty(Exception):
+    """Is false, as an error that is a collection may be."""
+
+    def __len__(self) -> int:
+        return 0
+
+
+class Undecided(Exception):
+    def __bool__(self) -> bool:
+        raise RuntimeError("neither")
+
+
+def fail_at_one(kind: type[Exception], number: int) -> int:
+    if number == 1:
+        raise kind("none")
+    return number
+
+
+@pytest.mark.parametrize("retry", [RetryPolicy(1), RetryPolicy(2, initial=0.01)], ids=["once", "twice"])
+@pytest.mark.parametrize("kind", [Empty, Undecided])
+def test_an_error_that_is_not_true_is_one(kind: type[Exception], retry: RetryPolicy) -> None:
+    with Dispatcher([Pool(0, 1, retry=retry)]) as disp:
+        results = disp.map(partial(fail_at_one, kind), range(3), chunksize=3)
+        assert next(results) == 0
+        with pytest.raises(kind):
+            next(results)
+        assert next(results) == 2
+        tracker = disp.dispatch(chain([Job(fail_at_one, kind, 1), Job(jobs.echo)]))
+        assert isinstance(tracker.exception(PATIENCE), kind)
+        cancelled = tracker.trackers[1].exception(PATIENCE)
+        assert isinstance(cancelled, JobCancelled)
+        assert isinstance(cancelled.__cause__, kind)

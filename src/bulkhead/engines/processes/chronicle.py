@@ -236,7 +236,7 @@ def noted(job: JobRecord, due: float | None, error: BaseException | None) -> Not
     outcome = _outcome(job, error)
     if isinstance(job, Chunk):
         items, failed, first = job.last_sending
-        error = error or first
+        error = first if error is None else error
         if failed and outcome == Outcome.SUCCEEDED:
             outcome = Outcome.FAILED
     text = None
