@@ -262,7 +262,9 @@ class Chunk(Tracker):
         value = self._values[index - self.span.start]
         if value is not _MISSING:
             return value, None
-        return None, self._errors.get(index) or self._last_errors.get(index) or self.error
+        # Why no `or`: an error of the user's may be false (one with `__len__`).
+        found = (self._errors.get(index), self._last_errors.get(index), self.error)
+        return None, next((error for error in found if error is not None), None)
 
     def _is_missing(self, index: int) -> bool:
         return self._values[index - self.span.start] is _MISSING and index not in self._errors

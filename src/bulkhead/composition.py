@@ -31,6 +31,7 @@ from bulkhead.errors import (
 )
 from bulkhead.job import Composition, call_of
 from bulkhead.tracker import JobStatus, Tracker
+from bulkhead.validate import shown
 
 __all__ = [
     "Chain",
@@ -311,12 +312,12 @@ def error_of(part: Any) -> BaseException | None:
         )
         return error_of(guilty)
     ids = [leaf.id for leaf in part.leaves if leaf.state is state]
-    shown = ", ".join(map(repr, ids[:10])) + (", …" if len(ids) > 10 else "")
+    named = ", ".join(map(shown, ids[:10])) + (", …" if len(ids) > 10 else "")
     if state is JobState.CANCELLED:
-        return JobCancelled(f"{len(ids)} jobs of the group were cancelled: {shown}")
+        return JobCancelled(f"{len(ids)} jobs of the group were cancelled: {named}")
     errors: list[Any] = [leaf.error for leaf in part.leaves if leaf.state is state]
     return JobsFailed(
-        f"{len(ids)} jobs of the group failed: {shown}", errors, job_ids=tuple(ids), total=len(ids)
+        f"{len(ids)} jobs of the group failed: {named}", errors, job_ids=tuple(ids), total=len(ids)
     )
 
 

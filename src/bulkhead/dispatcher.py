@@ -47,6 +47,7 @@ from bulkhead.planning import Nowhere, Plan
 from bulkhead.spans import BarrierMark
 from bulkhead.stats import BarrierReport, DispatcherStats, MapProgress, PhaseCounts, Progress
 from bulkhead.tracker import Tracker
+from bulkhead.validate import shown
 
 if TYPE_CHECKING:
     from bulkhead.executor import PoolExecutor
@@ -700,15 +701,15 @@ def _raise_pending(pending: list[Any], timeout: float | None) -> NoReturn:
     # Why not all: a follow-up has no id before it is known whether it will run.
     known = [job for job in pending if job.queued_at is not None]
     ids = tuple(job.id for job in sorted(known, key=lambda job: job.queued_at))
-    shown = ", ".join(map(repr, ids[:10])) + (", …" if len(ids) > 10 else "")
-    raise BarrierTimeout(f"{len(pending)} jobs have not settled within {timeout} s: {shown}", pending=ids)
+    named = ", ".join(map(shown, ids[:10])) + (", …" if len(ids) > 10 else "")
+    raise BarrierTimeout(f"{len(pending)} jobs have not settled within {timeout} s: {named}", pending=ids)
 
 
 def _raise_failures(report: BarrierReport) -> NoReturn:
     ids = tuple(job.id for job in report.failed)
-    shown = ", ".join(map(repr, ids[:10])) + (", …" if report.failed_count > 10 else "")
+    named = ", ".join(map(shown, ids[:10])) + (", …" if report.failed_count > 10 else "")
     raise JobsFailed(
-        f"{report.failed_count} jobs failed: {shown}",
+        f"{report.failed_count} jobs failed: {named}",
         [_groupable(job) for job in report.failed],
         job_ids=ids,
         total=report.failed_count,

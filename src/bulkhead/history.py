@@ -16,6 +16,7 @@ from typing import Any
 from bulkhead._kernel.lifecycle import SETTLED
 from bulkhead.errors import DuplicateJobId, JobNotFound
 from bulkhead.tracker import Tracker
+from bulkhead.validate import shown
 
 __all__ = ["History"]
 
@@ -53,12 +54,12 @@ class History:
         """Give `job` an id of the user's; raises DuplicateJobId when a live job has it."""
         job.id = job_id  # Why first: `release` finds by it what a Ctrl-C may leave here
         if self._reserved.setdefault(job_id, job) is not job:
-            raise DuplicateJobId(f"a job with id {job_id!r} is being dispatched already")
+            raise DuplicateJobId(f"a job with id {shown(job_id)} is being dispatched already")
         # Race: whoever held the reservation before has been entered by now, so it is found here.
         holder = self._jobs.get(job_id)
         if holder is not None and holder.state not in SETTLED:
             del self._reserved[job_id]
-            raise DuplicateJobId(f"a job with id {job_id!r} is still live")
+            raise DuplicateJobId(f"a job with id {shown(job_id)} is still live")
 
     def number(self, job: Tracker) -> None:
         """Reserve the next number for a job that is about to be accepted and has no id."""
@@ -138,7 +139,7 @@ class History:
             job = None
         if job is None:
             raise JobNotFound(
-                f"no job {job_id!r} is known: it was never dispatched, or it has expired", job_id=job_id
+                f"no job {shown(job_id)} is known: it was never dispatched, or it has expired", job_id=job_id
             )
         return job
 

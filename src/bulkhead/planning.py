@@ -45,6 +45,7 @@ from bulkhead.errors import JobCancelled
 from bulkhead.history import History
 from bulkhead.job import FOLLOW_UPS, Options, call_of, fed_call_of, name_of_job, options_of, times_of
 from bulkhead.tracker import Tracker
+from bulkhead.validate import shown
 
 __all__ = ["Link", "Nowhere", "Plan"]
 
@@ -418,12 +419,12 @@ def _send(previous: Any, link: Link) -> None:
 
 
 def _call_off(before: Part, error: BaseException, link: Link) -> None:
-    what = f"job {before.id!r}" if isinstance(before, Tracker) else f"a job of {before.id!r}"
+    what = f"job {shown(before.id)}" if isinstance(before, Tracker) else f"a job of {shown(before.id)}"
     how = "was cancelled" if isinstance(error, JobCancelled) else "has failed"
-    cancelled = JobCancelled(f"job {link.id!r} was cancelled, as {what} before it {how}")
+    cancelled = JobCancelled(f"job {shown(link.id)} was cancelled, as {what} before it {how}")
     # Why the first cause: in a long chain each would be the cause of the next.
     first = error.__cause__ if isinstance(error, JobCancelled) else None
-    cancelled.__cause__ = first or error
+    cancelled.__cause__ = error if first is None else first
     link.pool.links.call_off(link, cancelled)
 
 

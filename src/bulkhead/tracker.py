@@ -22,6 +22,7 @@ from bulkhead.errors import (
     WorkerCrashed,
 )
 from bulkhead.retry import RetryPolicy
+from bulkhead.validate import shown
 
 if TYPE_CHECKING:
     import asyncio
@@ -174,7 +175,7 @@ class Tracker(JobRecord):
             WaitTimeout: It has not settled within `timeout` seconds; it goes on.
         """
         if not self.wait(timeout):
-            raise WaitTimeout(f"job {self.id!r} has not settled within {timeout} s; it is {self.state}")
+            raise WaitTimeout(f"job {shown(self.id)} has not settled within {timeout} s; it is {self.state}")
         return self.error
 
     def cancel(self) -> bool:
@@ -218,7 +219,7 @@ class Tracker(JobRecord):
         raise NestedDispatch("a Tracker cannot be sent to another process; send its id or its result instead")
 
     def __repr__(self) -> str:
-        return f"<Tracker {self.id!r} {self.state or 'not accepted'}>"
+        return f"<Tracker {shown(self.id)} {self.state or 'not accepted'}>"
 
 
 class _AsyncWaiter:

@@ -8,7 +8,7 @@ from typing import Any
 
 from bulkhead.errors import ConfigError, ConfigTypeError
 
-__all__ = ["function", "seconds", "whole_number"]
+__all__ = ["function", "seconds", "shown", "whole_number"]
 
 
 def whole_number(option: str, value: Any, *, at_least: int | None = None, at_most: int | None = None) -> int:
@@ -49,3 +49,11 @@ def function(option: str, value: Any) -> Any:
     if not callable(value):
         raise ConfigTypeError(f"{option} must be callable, not {value!r} of type {type(value).__name__}")
     return value
+
+
+def shown(value: object) -> str:
+    """Return the `repr` of a value of the user's for a message, or its type where there is none: never raises."""
+    try:
+        return repr(value)
+    except Exception:  # a class of the user's; an int of more digits than are turned into text
+        return f"<{type(value).__qualname__}>"

@@ -187,8 +187,28 @@ def test_other_bad_input_is_refused() -> None:
         inject("jobs.echo", "crash")  # type: ignore[arg-type]
     with pytest.raises(ConfigTypeError, match="calls"):
         inject("jobs.echo", testing.fail, calls=3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigTypeError, match="calls"):
+        inject("jobs.echo", testing.fail, calls="1")  # type: ignore[arg-type]
+    with pytest.raises(ConfigTypeError, match="calls"):
+        inject("jobs.echo", testing.fail, calls={1.5})  # type: ignore[arg-type]
+    for calls in ({0}, [-1, 2], range(3)):
+        with pytest.raises(ConfigError, match="calls must be at least 1"):
+            inject("jobs.echo", testing.fail, calls=calls)
     with pytest.raises(ConfigError, match="picklable"):
         inject("jobs.echo", testing.fail, threading.Lock())
+
+
+def test_what_a_job_calls_in_a_fresh_worker_is_out_of_reach() -> None:
+    with (
+        inject("jobs.echo", testing.fail) as injection,
+        Dispatcher([Pool(0, 1, start_method="spawn")]) as disp,
+    ):
+        assert disp.dispatch(Job(_call_echo)).result(PATIENCE) == 1
+    assert (injection.calls, injection.faults) == (0, 0)
+
+
+def _call_echo() -> object:
+    return jobs.echo(1)
 
 
 def test_a_function_of_the_script_itself_suffers(tmp_path: Path) -> None:

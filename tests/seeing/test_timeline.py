@@ -293,6 +293,26 @@ def test_none_are_kept_when_none_are_wanted() -> None:
     assert len(disp.timeline().workers) == 1
 
 
+def test_the_bound_may_be_as_large_as_one_likes() -> None:
+    with Dispatcher([Pool(0, 1)], max_timeline=10**30) as disp:
+        disp.dispatch(Job(nothing)).result()
+        assert len(disp.timeline().spans) == 1
+
+
+def test_ids_that_are_large_numbers_are_written_exactly(tmp_path: Path) -> None:
+    ids = [2**53 + 1, 10**5000, -7]
+    with Dispatcher([Pool(0, 1)]) as disp:
+        for number in ids:
+            disp.dispatch(Job(fail).options(id=number))
+        disp.barrier(check=False)
+    timeline = disp.timeline()
+    assert [span.job for span in timeline.spans] == ids
+    timeline.save_html(tmp_path / "page.html")
+    timeline.save_chrome_trace(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert [one["args"]["job"] for one in events if one["ph"] == "X"] == ["9007199254740993", "<int>", -7]
+
+
 def test_neither_tracker_nor_result_nor_argument_nor_error_is_kept_alive() -> None:
     with Dispatcher([Pool(0, 1)], max_history=0) as disp:
         tracker = disp.dispatch(Job(echo, _Thing()))

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import pickle
+import socket
 import sys
 import threading
 
@@ -15,7 +16,7 @@ from watching import wait_until
 
 from bulkhead.engines.processes import log_records, outlet
 from bulkhead.engines.processes.log_records import Levels, current_levels, deliver, packed
-from bulkhead.engines.processes.outlet import Lines, Outlet
+from bulkhead.engines.processes.outlet import Lines, Outlet, Record
 
 
 @pytest.fixture
@@ -60,6 +61,29 @@ def test_lines_that_came_together_are_one_write(made: Outlet) -> None:
         made.end(20.0)
     assert stream.getvalue().split() == [str(number) for number in range(100)]
     assert stream.writes == 1
+
+
+def test_a_handler_that_raises_costs_no_other_record(made: Outlet) -> None:
+    class Choosy(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.msg == 1:
+                raise RuntimeError("not this one")
+            found.append(record.msg)
+
+    found: list[object] = []
+    handler = Choosy()
+    logger = logging.getLogger("lab.outlet")
+    logger.addHandler(handler)
+    try:
+        for number in range(4):
+            one = logging.LogRecord(logger.name, logging.WARNING, "file", 1, number, None, None)
+            made.put(Record(packed(one), {}))
+        made.begin()
+        made.end(20.0)
+    finally:
+        logger.removeHandler(handler)
+    assert found == [0, 2, 3]
+    assert made.n_written == 4
 
 
 def test_whoever_waits_is_told_of_progress() -> None:
@@ -159,6 +183,22 @@ def test_levels_are_those_that_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "lab.not.there" not in levels.named
     assert pickle.loads(pickle.dumps(levels)) == levels
     assert isinstance(levels, Levels)
+
+
+def test_a_record_with_a_huge_int_is_sent_and_shortened(caplog: pytest.LogCaptureFixture) -> None:
+    made = record("text")
+    made.big = 10**400_000
+    assert len(packed(made)) > log_records.MESSAGE
+    found = arrived(log_records._shortened(made), caplog)
+    assert found.getMessage().startswith("text")
+
+
+def test_a_record_of_a_logger_without_a_proper_name_costs_its_job_nothing() -> None:
+    left, right = socket.socketpair()
+    with left, right:
+        made = record("text")
+        made.name = 5  # type: ignore[assignment]
+        log_records._Sender(left).emit(made)
 
 
 def test_a_message_fits_into_a_socket_with_room_for_a_second_one() -> None:

@@ -414,7 +414,7 @@ class Scheduler:
 
     def ruin(self, error: BaseException) -> list[JobRecord]:
         """Forget everything, for an engine that cannot trust this state any more; return the jobs that were offered."""
-        self.broken = self.broken or error
+        self.broken = error if self.broken is None else self.broken
         offers = [job for job in self._offers if job.state is None]
         for phase in self.phases.unreported:
             phase.unsettled = 0

@@ -18,10 +18,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bulkhead.spans import BarrierMark, Outcome, Span, TimelinePool, WorkerLife
+from bulkhead.validate import shown
 
 __all__ = ["PoolSummary", "Timeline", "Waits"]
 
 _DATA = "/*DATA*/"
+
+# Whoever reads the files may round a larger number (to a double), and one of too many digits cannot be written.
+_MAX_NUMBER = 2**53
 
 # The page shows so many failures and so many slowest jobs (arbitrary).
 _MAX_LISTED = 200
@@ -339,12 +343,9 @@ def _named(kind: str, pid: int, tid: int, **args: Any) -> dict[str, Any]:
 
 
 def _job_name(job: Any) -> int | str:
-    if type(job) in (int, str):
-        return job  # type: ignore[no-any-return]
-    try:
-        return repr(job)
-    except Exception:  # a class of the user's
-        return f"<{type(job).__qualname__}>"
+    if type(job) is str or (type(job) is int and abs(job) <= _MAX_NUMBER):
+        return job
+    return shown(job)
 
 
 def _rfc3339(instant: datetime) -> str:

@@ -74,7 +74,7 @@ def slow(seconds: float) -> None:
 
 def fail(error: BaseException | None = None) -> None:
     """Raise `error`, by default a RuntimeError."""
-    raise error or RuntimeError("a fault that was injected")
+    raise RuntimeError("a fault that was injected") if error is None else error
 
 
 def fail_unrebuildably() -> None:

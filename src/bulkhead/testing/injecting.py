@@ -14,7 +14,7 @@ import os
 import pickle
 import struct
 import tempfile
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Self
@@ -30,10 +30,11 @@ _COUNTS = struct.Struct("<QQ")  # calls, faults
 def inject(
     target: str, fault: Callable[..., Any], *args: Any, calls: Container[int] | None = None
 ) -> Injection:
-    """Have a function suffer a fault when workers call it, while the returned context is entered.
+    """Have a function suffer a fault when it is dispatched, while the returned context is entered.
 
     At a chosen call `fault(*args)` is called first, in the worker. When it returns None the function runs as always;
-    anything else is returned in its place.
+    anything else is returned in its place. A function that jobs call, and that is not dispatched itself, is out of
+    reach: a worker that was started afresh has its own modules.
 
     Args:
         target: The function by the name under which the script finds it, such as "images.convert": in the module whose
@@ -67,8 +68,7 @@ class Injection:
         if not isinstance(target, str):
             raise ConfigTypeError(f"target must be a str such as 'module.function', not {target!r}")
         validate.function("fault", fault)
-        if calls is not None and not isinstance(calls, Container):
-            raise ConfigTypeError(f"calls must hold numbers of calls, such as {{1}}, not {calls!r}")
+        _check_calls(calls)
         try:
             pickle.dumps((fault, args, calls))
         except Exception as error:
@@ -148,6 +148,19 @@ def _in_worker(module: str, name: str, path: str, plan: Any) -> _StandIn:
     made = _StandIn(function, module, name, path, plan)
     made._home = None
     return made
+
+
+def _check_calls(calls: object) -> None:
+    """Refuse numbers that no call has: the fault would never come, and a test of it would pass."""
+    if calls is None:
+        return
+    if isinstance(calls, (str, bytes, bytearray)) or not isinstance(calls, Container):
+        raise ConfigTypeError(f"calls must hold numbers of calls, such as {{1}}, not {calls!r}")
+    numbers: Iterable[Any] = calls if isinstance(calls, (set, frozenset, list, tuple)) else ()
+    if isinstance(calls, range) and calls:
+        numbers = calls[0], calls[-1]
+    for number in numbers:
+        validate.whole_number("each number in calls", number, at_least=1)
 
 
 def _is_to_suffer(path: str, calls: Container[int] | None) -> bool:

@@ -14,6 +14,7 @@ Owner: the pool's lock, for all of this; what `copy` returns belongs to the call
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from bulkhead.config import Pool
 from bulkhead.engines.processes.worker import Worker
 from bulkhead.errors import JobTimeout, RemoteError, WorkerCrashed
 from bulkhead.spans import Outcome, Span, TimelinePool, WorkerLife
+from bulkhead.validate import shown
 
 __all__ = ["SHORT", "Chronicle", "Page", "noted"]
 
@@ -141,7 +143,7 @@ class Chronicle:
     """
 
     def __init__(self, limit: int) -> None:
-        self._attempts: deque[Attempt] = deque(maxlen=limit)
+        self._attempts: deque[Attempt] = deque(maxlen=min(limit, sys.maxsize))
         self._lives: dict[int, _Life] = {}
 
     def asked(self, worker: Worker, now: float) -> None:
@@ -234,7 +236,7 @@ def noted(job: JobRecord, due: float | None, error: BaseException | None) -> Not
     outcome = _outcome(job, error)
     if isinstance(job, Chunk):
         items, failed, first = job.last_sending
-        error = error or first
+        error = first if error is None else error
         if failed and outcome == Outcome.SUCCEEDED:
             outcome = Outcome.FAILED
     text = None
@@ -259,8 +261,10 @@ def _in_short(error: BaseException) -> str:
     # Why neither str() nor the attribute: they may run the user's code, and this is under the lock.
     name = error.type_name if isinstance(error, RemoteError) and error.type_name else type(error).__qualname__
     args: tuple[Any, ...] = vars(BaseException)["args"].__get__(error)
-    first = args[0] if args and type(args[0]) in (str, int, float) else ""
-    text = str(first).partition("\n")[0]
+    first = args[0] if args else ""
+    if type(first) is not str:
+        first = shown(first) if type(first) in (int, float) else ""
+    text = first.partition("\n")[0]
     return f"{name}: {text}"[:_ERROR_LENGTH] if text else name
 
 

@@ -17,6 +17,7 @@ from bulkhead.errors import (
     StartDeadlineExceeded,
     WorkerCrashed,
 )
+from bulkhead.validate import shown
 
 __all__ = ["UNKNOWN", "crash", "excess", "expiry", "meaning", "timeout"]
 
@@ -137,7 +138,7 @@ def excess(what: str, worker: Worker, report: Report) -> MemoryLimitExceeded:
 
 def expiry(job: JobRecord) -> StartDeadlineExceeded:
     """Return the error for a job that was not started in time."""
-    return StartDeadlineExceeded(f"job {job.id!r} did not start before its deadline and was not run")
+    return StartDeadlineExceeded(f"job {shown(job.id)} did not start before its deadline and was not run")
 
 
 def _start_failure(worker: Worker, report: Report, label: str) -> BaseException:
@@ -149,7 +150,7 @@ def _start_failure(worker: Worker, report: Report, label: str) -> BaseException:
 
 def _at(worker: Worker, job: JobRecord) -> str:
     """Return what a worker's job is called in an error."""
-    return chunks.title(worker, job) if isinstance(job, Chunk) else f"job {job.id!r}"
+    return chunks.title(worker, job) if isinstance(job, Chunk) else f"job {shown(job.id)}"
 
 
 def _how(report: Report, name: str | None) -> str:

@@ -27,6 +27,7 @@ from bulkhead.engines.processes.callbacks import CallbackThread
 from bulkhead.engines.processes.interrupts import calm
 from bulkhead.engines.processes.settling import Settling
 from bulkhead.errors import JobCancelled
+from bulkhead.validate import shown
 
 __all__ = ["Links"]
 
@@ -115,4 +116,4 @@ class Links:
             self._acting.carry_out(now)
 
     def _keep(self, job: JobRecord) -> None:
-        self._scheduler.keep(job, JobCancelled(f"job {job.id!r} was cancelled by finalize"))
+        self._scheduler.keep(job, JobCancelled(f"job {shown(job.id)} was cancelled by finalize"))

@@ -82,9 +82,9 @@ class _Sender(logging.Handler):
         self._line = line
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self._is_handled_here(record.name):
-            return
         try:
+            if self._is_handled_here(record.name):
+                return
             data = packed(record)
             if len(data) > MESSAGE:
                 data = _shortened(record)
@@ -138,7 +138,7 @@ def _shortened(record: logging.LogRecord) -> bytes:
     fields = _fields(record)
     text, trace = _message(record), fields["exc_text"]
     kept = {
-        name: value for name, value in fields.items() if type(value) in _PLAIN and len(str(value)) < _SHORT
+        name: value for name, value in fields.items() if type(value) in _PLAIN and len(_repr(value)) < _SHORT
     }
     kept["msg"] = f"{text[:_SHORT]} … ({len(text)} characters)"
     kept["exc_text"] = trace and trace[-_SHORT:]

@@ -156,14 +156,18 @@ class Outlet:
         return batch, True
 
     def _emit(self, stream: str | None, entries: list[Any]) -> None:
+        if stream is not None:
+            lines = [line for entry in entries for line in _shown(entry)]
+            self._give(f"sys.{stream}", self._write, stream, lines)
+            return
+        for entry in entries:
+            # Why each by itself: a handler that raises must not cost the records behind.
+            self._give("the loggers", log_records.deliver, entry.data, entry.facts)
+
+    def _give(self, where: str, give: Callable[..., None], *args: Any) -> None:
         try:
-            if stream is not None:
-                self._write(stream, [line for entry in entries for line in _shown(entry)])
-                return
-            for entry in entries:
-                log_records.deliver(entry.data, entry.facts)
+            give(*args)
         except BaseException as error:  # whatever a stream or a handler of the user's raises
-            where = f"sys.{stream}" if stream else "the loggers"
             self._complain(where, f"output of jobs cannot be given to {where}", error)
 
     def _write(self, name: str, lines: list[str]) -> None:

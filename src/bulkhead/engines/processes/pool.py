@@ -53,6 +53,7 @@ from bulkhead.engines.processes.worker_main import Setup
 from bulkhead.errors import DispatcherFinalized, JobCancelled, JobNotPicklable, NestedDispatch, PoolBroken
 from bulkhead.stats import PoolStats
 from bulkhead.tally import Tally
+from bulkhead.validate import shown
 
 __all__ = ["ProcessPool", "packed_setup"]
 
@@ -408,7 +409,9 @@ class ProcessPool:
         self._refuse_copy()
         with calm(), self.lock, self._guard:
             now = time.monotonic()
-            is_cancelled = self._scheduler.cancel(job, JobCancelled(f"job {job.id!r} was cancelled"), now)
+            is_cancelled = self._scheduler.cancel(
+                job, JobCancelled(f"job {shown(job.id)} was cancelled"), now
+            )
             self._carry_out(now)
         return is_cancelled or job.state is JobState.CANCELLED
 
@@ -425,7 +428,7 @@ class ProcessPool:
             spared = self._scheduler.next_for_absent() if but_promised else ()
             for job in jobs:
                 if job.state not in (None, JobState.RUNNING) and job not in spared:
-                    self._scheduler.cancel(job, JobCancelled(f"job {job.id!r} was cancelled"), now)
+                    self._scheduler.cancel(job, JobCancelled(f"job {shown(job.id)} was cancelled"), now)
             self._carry_out(now)
 
     def close_phases(self) -> list[Phase]:
@@ -493,7 +496,9 @@ class ProcessPool:
             if self._acting.output is not None:
                 self._acting.output.hasten()
             for job in self._scheduler.unsettled_jobs():
-                self._scheduler.cancel(job, JobCancelled(f"job {job.id!r} was cancelled by finalize"), now)
+                self._scheduler.cancel(
+                    job, JobCancelled(f"job {shown(job.id)} was cancelled by finalize"), now
+                )
             self._carry_out(now)
 
     def dismiss(self) -> None:
