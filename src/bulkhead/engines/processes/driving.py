@@ -338,7 +338,11 @@ class Driving:
             self._sleepers.append(waiter)
             if self._role is _BACKGROUND:
                 self._alarm.ring()
-        bed.acquire(timeout=-1 if patience is None else min(max(patience, 0), _LONGEST))
+        if not bed.acquire(timeout=-1 if patience is None else min(max(patience, 0), _LONGEST)):
+            with self.lock:
+                # Why: it may lie down again; who was on the list twice would stay there, and be woken in vain.
+                if waiter in self._sleepers:
+                    self._sleepers.remove(waiter)
 
     def _pass_on(self) -> None:
         if self._role is not None:
