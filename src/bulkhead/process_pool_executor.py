@@ -77,7 +77,6 @@ class ProcessPoolExecutor(PoolExecutor):
         dispatcher = Dispatcher([pool], max_history=0, max_timeline=0)
         super().__init__(dispatcher, dispatcher._pools[0])
         self._dispatcher = dispatcher
-        self._closer: threading.Thread | None = None
         self._finalizer = weakref.finalize(self, _dropped, dispatcher, os.getpid())
         self._finalizer.atexit = False
         _not_shut.add(self)

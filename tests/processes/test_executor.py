@@ -31,6 +31,7 @@ from bulkhead import (
     Dispatcher,
     DispatcherFinalized,
     Job,
+    JobCancelled,
     JobNotPicklable,
     JobTimeout,
     NestedDispatch,
@@ -680,3 +681,16 @@ def test_asyncio_cancels_a_call_that_waits(single: PoolExecutor, gate: Gate, tmp
     asyncio.run(main())
     single.shutdown()
     assert lines(ran) == []
+
+
+def test_a_future_whose_end_was_decided_when_the_pool_was_hit_is_told_of_it() -> None:
+    with Dispatcher([(0, 1)]) as disp:
+        executor, pool = disp.executor(), disp._pools[0]
+        running, waiting = executor.submit(time.sleep, 0.5), executor.submit(pow, 2, 5)
+        assert waiting._job is not None
+        # What a signal handler that raises leaves between a decision and its consequences.
+        with pool.lock:
+            pool._scheduler.cancel(waiting._job, JobCancelled("decided"), time.monotonic())
+            pool._acting.ruin(ZeroDivisionError())
+        assert waiting.cancelled()
+        assert isinstance(running.exception(5), BrokenProcessPool)

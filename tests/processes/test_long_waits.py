@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
+from calling import Call
+from gates import Gate
 from watching import PATIENCE
 
 from bulkhead import Dispatcher, Job, Pool
@@ -49,3 +52,21 @@ def test_a_job_that_answered_in_time_has_not_timed_out_because_the_caller_was_bu
         in_time = disp.dispatch(Job(nap, 0.3).options(timeout=0.9))
         assert in_time.result(PATIENCE) == "done"
         assert disp.stats()[0].restarts == 0
+
+
+def test_who_has_waited_in_vain_is_not_the_one_who_is_told_to_go_on(tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    with Dispatcher([(0, 2)]) as disp:
+        first, second = disp.dispatch(gate.job("first")), disp.dispatch(gate.job("second"))
+        gate.wait_begun(2)
+        driver = Call(first.result).until_waiting()
+        time.sleep(0.1)  # so that it drives by now
+        for _ in range(3):
+            assert not second.wait(0.02)
+        sleeper = Call(second.result).until_waiting()
+        time.sleep(0.1)  # so that it sleeps by now, and the background thread does without a limit
+
+        gate.open("first")
+        assert driver.value() == "first"
+        gate.open("second")
+        assert sleeper.value(5) == "second"

@@ -1526,6 +1526,17 @@ def test_ruin_returns_offers_alone() -> None:
     assert kernel.ruin(PoolBroken("ruined")) == [offered]
 
 
+def test_ruin_returns_jobs_whose_end_is_decided_and_not_told() -> None:
+    kernel = staffed(n_workers=1, backlog=1)
+    running, cancelled, refused = (a_job() for _ in range(3))
+    kernel.offer(running, 0.0)
+    kernel.submit(cancelled, 0.0)
+    kernel.offer(refused, 0.0)
+    kernel.refuse()
+    kernel.cancel(cancelled, JobCancelled(), 1.0)
+    assert kernel.ruin(PoolBroken("ruined")) == [refused, cancelled]
+
+
 def test_jobs_are_promised_to_workers_that_are_coming_up() -> None:
     kernel = unstaffed(n_workers=2, backlog=1)
     jobs = [a_job() for _ in range(4)]

@@ -413,9 +413,15 @@ class Scheduler:
         self._offers.clear()
 
     def ruin(self, error: BaseException) -> list[JobRecord]:
-        """Forget everything, for an engine that cannot trust this state any more; return the jobs that were offered."""
+        """Forget everything, for an engine that cannot trust this state any more.
+
+        Returns:
+            The jobs whose waiters may not know what has become of them: those that were offered, and those whose end
+            was decided and perhaps not told.
+        """
         self.broken = error if self.broken is None else self.broken
-        offers = [job for job in self._offers if job.state is None]
+        untold = [job for job in self._offers if job.state is None]
+        untold += [one.job for one in self.instructions if isinstance(one, (SettleJob, RefuseOffer))]
         for phase in self.phases.unreported:
             phase.unsettled = 0
         self._idle.clear()
@@ -428,7 +434,7 @@ class Scheduler:
         for slot in self.slots:
             slot.state, slot.job, slot.verdict = SlotState.VACANT, None, None
         self.running = self.unsettled = 0
-        return offers
+        return untold
 
     # Answers
 

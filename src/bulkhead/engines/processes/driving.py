@@ -233,6 +233,9 @@ class Driving:
             self._role = beneath
             if beneath is None:
                 self._role_thread = None
+            else:
+                # Race: its wish may have been fulfilled meanwhile, and it goes on with the poll that it was in.
+                self._alarm.ring()
         elif waiter in self._sleepers:
             self._sleepers.remove(waiter)
         # Race: also a waiter that never drove may have been woken to take over and have run out of time instead.
@@ -253,7 +256,11 @@ class Driving:
 
         Who calls has Ctrl-C held off. If the wish is fulfilled the waiter has left; otherwise it may have the role now,
         and who calls goes on with `wait` or `leave`.
+
+        Raises:
+            NestedDispatch: As `wait`.
         """
+        self._refuse_within()
         with self.lock:
             if not self.try_role(waiter):
                 return False
@@ -303,18 +310,26 @@ class Driving:
     # The role
 
     def _take_role(self, waiter: Waiter) -> bool:
+        self._refuse_within()
         with self.lock:
             return self.try_role(waiter)
 
     def _take_over(self, waiter: Waiter) -> object | None:
         """Take the role from a waiter of this thread, which cannot go on before we return: this is a signal handler."""
+        self._refuse_within()
         with self.lock:
             if self._is_at_work:
                 raise reentered()
             beneath, self._role = self._role, waiter
             return beneath
 
+    def _refuse_within(self) -> None:
+        """Raise NestedDispatch if this thread has the lock: what it is at is half done, and nobody else can drive."""
+        if self.lock._is_owned():  # type: ignore[attr-defined]  # as threading.Condition does
+            raise reentered()
+
     def _sleep(self, waiter: Waiter, patience: float | None) -> None:
+        self._refuse_within()
         with self.lock:
             # Race: the driver may have fulfilled the wish, or left, since we looked.
             if waiter.is_done or self._role is None:
@@ -323,7 +338,11 @@ class Driving:
             self._sleepers.append(waiter)
             if self._role is _BACKGROUND:
                 self._alarm.ring()
-        bed.acquire(timeout=-1 if patience is None else min(max(patience, 0), _LONGEST))
+        if not bed.acquire(timeout=-1 if patience is None else min(max(patience, 0), _LONGEST)):
+            with self.lock:
+                # Why: it may lie down again; who was on the list twice would stay there, and be woken in vain.
+                if waiter in self._sleepers:
+                    self._sleepers.remove(waiter)
 
     def _pass_on(self) -> None:
         if self._role is not None:
