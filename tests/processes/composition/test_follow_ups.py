@@ -188,9 +188,12 @@ class TestFollowUps:
         jobs = [Job(echo, 1), *(there(Job(echo, 2)).options(on_success=Job(echo)) for _ in range(3))]
         trackers = disp.dispatch_all(jobs)
         assert next(trackers).result(PATIENCE) == 1
-        Call(next, trackers).until_waiting()
+        waiting = Call(next, trackers).until_waiting()
         gate.open()
         assert held.result(PATIENCE) == "held"
+        assert (
+            waiting.value().result(PATIENCE) == 2
+        )  # and the other two, if they were not accepted yet, never are
 
 
 class TestCallbacks:
