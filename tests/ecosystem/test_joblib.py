@@ -174,9 +174,9 @@ def test_a_single_job_runs_in_the_caller() -> None:
 
 
 def test_native_threads_are_shared_out_among_the_workers() -> None:
-    # Why 2: a library that is loaded already cannot be given more threads than there are CPUs.
-    share = max(joblib.cpu_count() // 2, 1)
-    for options, number in (({}, share), ({"inner_max_num_threads": 2}, 2)):
+    # Why no more than there are CPUs: OpenBLAS takes no larger number from its environment.
+    n_cpus = joblib.cpu_count()
+    for options, number in (({}, max(n_cpus // 2, 1)), ({"inner_max_num_threads": n_cpus}, n_cpus)):
         with parallel_config(backend="bulkhead", n_jobs=2, **options):
             counts = Parallel()(delayed(threads_allowed)() for _ in range(2))
         assert [set(count) for count in counts] == [{number}, {number}]
