@@ -398,7 +398,9 @@ class _Source:
             return None, error
 
     def _part(self, chunk: Chunk, span: range) -> Chunk:
-        return self._chunk(chunk.message, chunk.items, chunk.first, span)
+        part = self._chunk(chunk.message, chunk.items, chunk.first, span)
+        part.is_exact = chunk.is_exact
+        return part
 
     def _chunk(self, message: Any, items: Sequence[Any], first: int, span: range | None = None) -> Chunk:
         config = self._pool.config
@@ -413,6 +415,7 @@ class _Source:
             span=span,
             is_star=self._is_star,
             may_stop=self._options.chunksize is None,
+            is_exact=self._options.chunksize is not None,
         )
         chunk.function = self._name
         return chunk

@@ -37,7 +37,7 @@ class Parts(NamedTuple):
 
 def order(chunk: Chunk) -> ChunkOrder:
     """Return what a worker is told to do with the chunk's message."""
-    return ChunkOrder(chunk.todo, chunk.is_star, chunk.timeout is not None, chunk.may_stop)
+    return ChunkOrder(chunk.todo, chunk.is_star, chunk.timeout is not None, chunk.may_stop, chunk.is_exact)
 
 
 def take(chunk: Chunk, parts: Parts, size: int) -> None:
@@ -61,7 +61,7 @@ def ended(chunk: Chunk, error: BaseException | None) -> BaseException | None:
 
 def lost(worker: Worker, chunk: Chunk, error: BaseException) -> tuple[Loss, BaseException]:
     """Return what the worker's death means for a chunk, and the error that may be retried."""
-    if chunk.lose(worker.progress.running(worker.message), error):
+    if chunk.lose(worker.progress.running(worker.message), error, worker.progress.span()):
         return Loss.REST, error
     failure = chunk.end_round(chunk.attempt)
     return (Loss.NOTHING, error) if failure is None else (Loss.ATTEMPT, failure)
@@ -69,7 +69,7 @@ def lost(worker: Worker, chunk: Chunk, error: BaseException) -> tuple[Loss, Base
 
 def title(worker: Worker, chunk: Chunk) -> str:
     """Return what errors call that of the chunk which the worker ran."""
-    return chunk.describe(worker.progress.running(worker.message))
+    return chunk.describe(worker.progress.running(worker.message), worker.progress.span())
 
 
 def extended(job: JobRecord) -> float | None:

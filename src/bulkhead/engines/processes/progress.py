@@ -19,6 +19,7 @@ __all__ = [
     "ERROR",
     "NOBODY",
     "RUNNING",
+    "SPAN",
     "VALUE",
     "VALUES",
     "Progress",
@@ -38,8 +39,9 @@ _HEAD = struct.Struct("<QQBQ")  # first position, number of items, kind, length 
 _RECORDS_AT = 64
 
 # Counters of eight bytes: message, position of the running item, bytes of records, message whose chunk is to stop, when
-# the running item began (ns of the monotonic clock, which all processes share; only for chunks with a timeout).
-_MESSAGE, RUNNING, _USED, _STOP, BEGAN = range(5)
+# the running item began (ns of the monotonic clock, which all processes share; only for chunks with a timeout), how many
+# items from that position on one of which runs (more than 1 only for very short ones).
+_MESSAGE, RUNNING, _USED, _STOP, BEGAN, SPAN = range(6)
 
 Record = tuple[int, int, int, memoryview]
 
@@ -66,6 +68,7 @@ class Progress:
         marks[_MESSAGE] = 0
         marks[RUNNING] = NOBODY
         marks[_USED] = 0
+        marks[SPAN] = 1
         marks[_MESSAGE] = message
         return marks
 
@@ -98,6 +101,10 @@ class Progress:
         if marks[_MESSAGE] != message:
             return None
         return marks[RUNNING], marks[BEGAN] / 1e9
+
+    def span(self) -> int:
+        """Return how many items from the running one's position on it may be, when it is not known better."""
+        return self._marks[SPAN]
 
     def records(self, message: int) -> list[Record]:
         """Return the records of a message's chunk. They refer to this memory, which the next chunk overwrites."""
