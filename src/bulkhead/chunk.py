@@ -57,6 +57,7 @@ class Chunk(Tracker):
         "_overtime",
         "_values",
         "first",
+        "goes_ahead",
         "is_abandoned",
         "is_exact",
         "is_star",
@@ -95,6 +96,7 @@ class Chunk(Tracker):
         self.is_star = is_star
         self.may_stop = may_stop
         self.is_exact = is_exact
+        self.goes_ahead = False
         self.todo: Sequence[int] = self.span
         self.is_unreadable = False
         self.is_abandoned = False

@@ -76,6 +76,8 @@ class ChunkOrder(NamedTuple):
         is_timed: Note when each item begins.
         may_stop: Give the rest back when it takes long.
         is_exact: Note each item, however short.
+        half: Which half of the progress memory is to be written.
+        is_ahead: Sent before the last one was answered: to be begun only if it was not taken back meanwhile.
     """
 
     todo: Sequence[int]
@@ -83,6 +85,8 @@ class ChunkOrder(NamedTuple):
     is_timed: bool
     may_stop: bool
     is_exact: bool
+    half: int = 0
+    is_ahead: bool = False
 
 
 def run_chunk(
@@ -170,7 +174,8 @@ class _Chunk:
             position += n_run
             before, now = now, time.perf_counter()
             took = max(now - before, 1e-9)
-            if error is not None or n_run < len(block) or now - recorded + took > _TOGETHER:
+            is_plain = error is None and type(self._values[-1]) in _PLAIN
+            if not is_plain or now - recorded + took > _TOGETHER:
                 self._record(position, error)
                 recorded = now
             size = max(1, min(int(n_run * _TOGETHER / took), _GROWTH * n_run, _MAX_BLOCK))

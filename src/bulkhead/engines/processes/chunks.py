@@ -35,9 +35,12 @@ class Parts(NamedTuple):
     seconds: float | None  # that the whole chunk took, at its end
 
 
-def order(chunk: Chunk) -> ChunkOrder:
-    """Return what a worker is told to do with the chunk's message."""
-    return ChunkOrder(chunk.todo, chunk.is_star, chunk.timeout is not None, chunk.may_stop, chunk.is_exact)
+def order(chunk: Chunk, half: int, *, is_ahead: bool = False) -> ChunkOrder:
+    """Return what a worker is told to do with the chunk's message; see `ChunkOrder` for `half` and `is_ahead`."""
+    is_timed = chunk.timeout is not None
+    return ChunkOrder(
+        chunk.todo, chunk.is_star, is_timed, chunk.may_stop, chunk.is_exact, half, is_ahead
+    )
 
 
 def take(chunk: Chunk, parts: Parts, size: int) -> None:
@@ -90,7 +93,10 @@ def extended(job: JobRecord) -> float | None:
 def abandon(chunk: Chunk, scheduler: Scheduler, now: float) -> None:
     """See to it that no more items of the chunk begin; those that run run to their end."""
     chunk.is_abandoned = True
-    if chunk.state is None:
+    slot = scheduler.begun_ahead(chunk)
+    if slot is not None:
+        slot.worker.stop_ahead()
+    elif chunk.state is None:
         scheduler.withdraw(chunk)
     elif chunk.state is JobState.RUNNING:
         worker = chunk.slot.worker if chunk.slot is not None else None

@@ -56,9 +56,9 @@ class Progress:
         self._marks = memory[:_RECORDS_AT].cast("Q")
 
     @classmethod
-    def in_box(cls, fd: int) -> Progress:
-        """Return a view of the black box behind a descriptor."""
-        return cls(memoryview(mmap.mmap(fd, PROGRESS_SIZE, offset=PROGRESS_AT)))
+    def in_box(cls, fd: int, half: int = 0) -> Progress:
+        """Return a view of one half of what the black box behind a descriptor has for this."""
+        return cls(memoryview(mmap.mmap(fd, PROGRESS_SIZE, offset=PROGRESS_AT + half * PROGRESS_SIZE)))
 
     # The worker's side
 
