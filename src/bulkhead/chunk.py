@@ -146,7 +146,7 @@ class Chunk(Tracker):
     def describe(self, running: Running, span: int = 1) -> str:
         """Return what errors call the running item, which is one of so many."""
         position = self._blamed(running)
-        if position is not None and span > 1:
+        if position is not None and span > 1 and not self.is_exact:
             last = min(position + span, len(self.todo)) - 1
             return f"one of the items {self.first + self.todo[position]} to {self.first + self.todo[last]} of a map"
         if position is None and len(self.todo) == 1:
@@ -187,8 +187,9 @@ class Chunk(Tracker):
             self.is_unreadable = True  # one of the items has killed it on arrival, nobody knows which
             return False
         if running is None:
-            position = 0
-        if position is not None and span > 1:
+            position, span = 0, 1
+        # Why only once: what runs again is noted item by item, whatever the memory of a damaged worker says.
+        if position is not None and span > 1 and not self.is_exact:
             self.is_exact = True
         elif position is not None:
             self.take_error(position, error)

@@ -56,7 +56,7 @@ def recorded(worker: Worker) -> list[Answer]:
     """Return what a worker that is gone had recorded of its last chunk, and of the one that was sent ahead."""
     number, ahead = worker.message, worker.ahead
     size, outcomes = _outcomes(_records(worker.progress, number))
-    if not worker.has_begun_ahead():
+    if not worker.has_begun_ahead() or not worker.progress.is_over(number):
         return [(worker, Kind.PART, number, size, Parts(outcomes, None), None)]
     # So the last one has ended, even if its answer is lost. If it is not, this one comes too late and is ignored.
     answers: list[Answer] = [(worker, Kind.CHUNK_DONE, number, size, Parts(outcomes, None), None)]

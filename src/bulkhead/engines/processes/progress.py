@@ -102,6 +102,14 @@ class Progress:
             return None
         return marks[RUNNING], marks[BEGAN] / 1e9
 
+    def is_over(self, message: int) -> bool:
+        """Tell whether the worker has ended the chunk of a message."""
+        try:
+            running = self.running(message)
+        except ValueError:  # Race: another thread has given the pool up and closed the view
+            return False
+        return running is not None and running[0] == NOBODY
+
     def span(self) -> int:
         """Return how many items from the running one's position on it may be, when it is not known better."""
         return self._marks[SPAN]
