@@ -183,12 +183,14 @@ class Acting:
         assert isinstance(job, Chunk)
         number = worker.next_ahead()
         slot.is_ahead_sent = True
-        body = worker.exchange.wrap(job.payload, number, chunks.order(job, 1 - worker.half, is_ahead=True))
+        order = chunks.order(job, 1 - worker.half, is_ahead=True)
+        body = worker.exchange.wrap(job.payload, number, tuple(order))
         if not worker.writer.write(Kind.NOTED, number, body):
             self.staff.block(worker)
 
     def _start_noted(self, worker: Worker, job: JobRecord, now: float) -> None:
-        order = chunks.order(job, worker.half) if isinstance(job, Chunk) else None
+        # Why a tuple: a class of ours is looked up on both sides, each time.
+        order = tuple(chunks.order(job, worker.half)) if isinstance(job, Chunk) else None
         try:
             body = worker.exchange.wrap(job.payload, worker.message, order)
         except OSError as error:

@@ -289,7 +289,7 @@ class _Desk:
         del body, notes
         if order is None:
             return _attempt(opened.body, self.segments, opened.buffers)
-        return self._attempt_chunk(number, opened, order)
+        return self._attempt_chunk(number, opened, ChunkOrder(*order))
 
     def send(self, number: int, packed: bytes | Parcel, kind: int) -> None:
         """Send an answer with notes. Blocking: until the caller has taken it."""
