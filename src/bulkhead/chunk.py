@@ -176,8 +176,8 @@ class Chunk(Tracker):
         Args:
             running: The item that it ran.
             error: Its error.
-            span: It may also be another one of so many from that position on. Then nobody is blamed: they run again, and
-                this time it will be known.
+            span: It may also be another one of so many from that position on. Then nobody is blamed: they run again,
+                and this time it will be known.
         """
         position = self._blamed(running)
         self._overtime = None

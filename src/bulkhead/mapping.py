@@ -418,8 +418,8 @@ class _Source:
             is_exact=self._options.chunksize is not None,
         )
         chunk.function = self._name
-        # Why none with a time limit: who is ended for it must not have begun the next. Why none with parts beside it: what
-        # is taken back would leave their descriptors in the line.
+        # Why none with a time limit: who is ended for it must not have begun the next. Why none with parts beside it:
+        # what is taken back would leave their descriptors in the line.
         chunk.goes_ahead = chunk.timeout is None and message is not None and message.is_lone
         return chunk
 

@@ -293,7 +293,8 @@ class WorkersThatGoOn(RuleBasedStateMachine):
 
     @invariant()
     def no_more_are_accepted_than_there_is_room_for(self) -> None:
-        n_begun = sum(worker.is_ahead_begun for worker in self.workers)  # as good as running, on a worker that is done
+        # Those are as good as running, on workers that are done with the job before.
+        n_begun = sum(worker.is_ahead_begun for worker in self.workers)
         if self.room is not None:
             assert self.kernel.running + self.kernel.waiting <= self.room + n_begun
         assert self.kernel.running == sum(slot.job is not None for slot in self.kernel.slots)

@@ -135,7 +135,17 @@ class SlotState(Enum):
 class Slot:
     """The right to one worker of the pool. Workers come and go, slots stay."""
 
-    __slots__ = ("ahead", "index", "is_ahead_cancelled", "is_ahead_sent", "job", "ready_at", "state", "verdict", "worker")
+    __slots__ = (
+        "ahead",
+        "index",
+        "is_ahead_cancelled",
+        "is_ahead_sent",
+        "job",
+        "ready_at",
+        "state",
+        "verdict",
+        "worker",
+    )
 
     def __init__(self, index: int) -> None:
         self.index = index

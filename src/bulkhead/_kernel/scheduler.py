@@ -75,7 +75,7 @@ class StartJob(NamedTuple):
 
 
 class SendAhead(NamedTuple):
-    """Send the job to the slot's busy worker, to be begun as soon as that has answered. Moot if the slot's is another."""
+    """Send the job to the slot's busy worker, to be begun when that has answered. Moot if it is not `slot.ahead`."""
 
     slot: Slot
     job: JobRecord
@@ -118,7 +118,9 @@ class SendHome(NamedTuple):
     slot: Slot
 
 
-Instruction = StartJob | SendAhead | SettleJob | AcceptOffer | RefuseOffer | StartWorker | EndWorker | SendHome
+Instruction = (
+    StartJob | SendAhead | SettleJob | AcceptOffer | RefuseOffer | StartWorker | EndWorker | SendHome
+)
 
 
 class Scheduler:
@@ -270,7 +272,7 @@ class Scheduler:
             self.instructions.append(SendAhead(slot, job))
 
     def begun_ahead(self, job: JobRecord) -> Slot | None:
-        """Take a job back that was sent ahead; return the slot whose worker has begun it when it is too late for that."""
+        """Take a job back that was sent ahead; return the slot whose worker has begun it when that is too late."""
         if job.state is JobState.RUNNING or self._bring_back(job):
             return None
         return self._slot_ahead(job)

@@ -102,20 +102,16 @@ def tell(
     if isinstance(job, Chunk):
         is_plain = False
         error = chunks.ended(job, error)
-        ahead = slot.ahead if slot.is_ahead_sent else None
-        worker.message = max(worker.message, worker.ahead + 1)  # no number twice, of what was taken back either
+        ahead = worker.end_chunk()
     else:
         job.value = value
         job.size = size
-    if scheduler.wear is None:
-        scheduler.attempt_ended(slot, error, now)
-    else:
-        scheduler.attempt_ended(slot, error, now, worker.usage())
+    scheduler.attempt_ended(slot, error, now, None if scheduler.wear is None else worker.usage())
     if is_plain and took < SHORT and now < worker.gather_until and job.function is worker.gathers:
         worker.ended = now
     else:
         worker.record(worker, job, None if is_plain else noted(job, due, error), now)
-    if ahead is not None and slot.job is ahead:
+    if ahead is not None:
         worker.go_on(ahead, now)
 
 

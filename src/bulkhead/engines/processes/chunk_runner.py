@@ -42,8 +42,8 @@ __all__ = ["ChunkOrder", "leave_copy", "run_chunk"]
 # Results of so long (seconds) are recorded together; a block takes no longer either, as far as the last one tells.
 _TOGETHER = 50e-6
 
-# How many items a block may have, and how many times as many as the last one. Why so few: should the first of them take
-# long after all, the others are recorded no sooner than they. More would save little: a block costs as much as 10 items.
+# How many items a block may have, and how many times as many as the last one. Why so few: should one of them take long
+# after all, those before it are recorded no sooner. More would save little: a block costs as much as some 50 no-ops.
 _MAX_BLOCK = 256
 _GROWTH = 8
 

@@ -38,9 +38,7 @@ class Parts(NamedTuple):
 def order(chunk: Chunk, half: int, *, is_ahead: bool = False) -> ChunkOrder:
     """Return what a worker is told to do with the chunk's message; see `ChunkOrder` for `half` and `is_ahead`."""
     is_timed = chunk.timeout is not None
-    return ChunkOrder(
-        chunk.todo, chunk.is_star, is_timed, chunk.may_stop, chunk.is_exact, half, is_ahead
-    )
+    return ChunkOrder(chunk.todo, chunk.is_star, is_timed, chunk.may_stop, chunk.is_exact, half, is_ahead)
 
 
 def take(chunk: Chunk, parts: Parts, size: int) -> None:

@@ -39,8 +39,8 @@ _HEAD = struct.Struct("<QQBQ")  # first position, number of items, kind, length 
 _RECORDS_AT = 64
 
 # Counters of eight bytes: message, position of the running item, bytes of records, message whose chunk is to stop, when
-# the running item began (ns of the monotonic clock, which all processes share; only for chunks with a timeout), how many
-# items from that position on one of which runs (more than 1 only for very short ones).
+# the running item began (ns of the monotonic clock, which all processes share; only for chunks with a timeout), and how
+# many items from that position on may be the running one (more than 1 only for very short ones).
 _MESSAGE, RUNNING, _USED, _STOP, BEGAN, SPAN = range(6)
 
 Record = tuple[int, int, int, memoryview]

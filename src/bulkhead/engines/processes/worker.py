@@ -165,8 +165,15 @@ class Worker:
         """Let no more items begin of the chunk that was sent ahead."""
         self.progress_ahead.stop(self.ahead)
 
+    def end_chunk(self) -> JobRecord | None:
+        """Use none of the numbers again that were given until now; return what was sent ahead, if anything was."""
+        self.message = max(self.message, self.ahead + 1)
+        return self.slot.ahead if self.slot.is_ahead_sent else None
+
     def go_on(self, job: JobRecord, now: float) -> None:
-        """It has answered, and what was sent ahead is what it is at from now on."""
+        """What was sent ahead is what it is at from now on, if the kernel knows of nothing else."""
+        if self.slot.job is not job:
+            return
         self.message = self.ahead
         self._half = 1 - self._half
         self.began = now
