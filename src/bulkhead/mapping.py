@@ -31,7 +31,7 @@ __all__ = ["MapOptions", "Results"]
 
 # What a chunk of automatic size should take (seconds), and bounds of its items and of its bytes.
 _CHUNK_SECONDS = 0.004
-_MAX_ITEMS = 8192
+_MAX_ITEMS = 12288
 _CHUNK_BYTES = 4 << 20
 
 # A chunk is at most so many times as long as the last one: the first items may not be typical.

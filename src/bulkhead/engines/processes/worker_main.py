@@ -262,6 +262,10 @@ def _serve_at(desk: _Desk, ends: Ends, box: BlackBox, sleeper: select.poll) -> N
         else:
             desk.send(number, packed, outcome)
         del packed
+        if kind != _JOB and outcome == Kind.CHUNK_DONE:
+            # The next chunk may be there already. As long as all CPUs compute, the caller would get none to see to the
+            # one after that.
+            _give_way()
 
 
 class _Desk:
