@@ -355,7 +355,7 @@ class Entry:
 
 
 class Registry(ABC):
-    """Small named values. A key is up to 200 characters; values are meant to be up to some 100 KiB."""
+    """Small named values. A key is up to 300 characters; values are meant to be up to some 100 KiB."""
 
     @abstractmethod
     def get(self, key: str) -> Entry | None:
