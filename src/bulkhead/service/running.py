@@ -114,7 +114,7 @@ def _handler(task: Task[..., Any]) -> Callable[[JobContext], Any]:
         for middleware in reversed(task.app.middlewares):
             found = middleware.wrapped_handle(found)
         task.__dict__["handler"] = found
-    return found  
+    return found
 
 
 class _Arguments:

@@ -1,8 +1,8 @@
 """Letting the backend know what has become of jobs, in an order in which nothing is lost whenever we die.
 
 First the jobs that follow are enqueued: their ids are fixed, so doing it twice changes nothing. Then outcomes are
-saved, then the jobs are acked. A failure is told to the broker first, which checks that the job is still ours: so a consumer
-that was too late cannot put its failure in the place of another's success.
+saved, then the jobs are acked. A failure is told to the broker first, which checks that the job is still ours: so a
+consumer that was too late cannot put its failure in the place of another's success.
 """
 
 from __future__ import annotations
