@@ -1,0 +1,67 @@
+"""Every backend does what its contracts say; the tests themselves are in bulkhead.testing.conformance.
+
+A backend adds a line to BACKENDS: its name, and what gives the URL of a place for one test. A place that is used by
+several tests is fine: each has namespaces of its own.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+pytest.register_assert_rewrite("bulkhead.testing.conformance")
+
+from bulkhead import backends  # noqa: E402
+from bulkhead.backends.base import Backend  # noqa: E402
+from bulkhead.testing.conformance import (  # noqa: E402
+    Again,
+    BrokerContract,
+    RegistryContract,
+    ResultStoreContract,
+)
+
+
+@contextmanager
+def _memory(folder: Path) -> Iterator[str]:
+    yield f"memory://{uuid4().hex}"
+
+
+Place = Callable[[Path], AbstractContextManager[str]]
+
+BACKENDS: dict[str, Place] = {
+    "memory": _memory,
+}
+
+# Those that are in one process only.
+LOCAL = {"memory"}
+
+
+class OnEachBackend:
+    @pytest.fixture(params=list(BACKENDS))
+    def again(self, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Again]:
+        opened: list[Backend] = []
+        run = uuid4().hex[:12]
+
+        def connect(namespace: str = "one") -> Backend:
+            opened.append(backends.connect(url, f"{run}-{namespace}"))
+            return opened[-1]
+
+        self.is_shared_by_processes = request.param not in LOCAL
+        with BACKENDS[request.param](tmp_path) as url:
+            yield connect
+            for backend in opened:
+                backend.close()
+
+
+class TestBroker(OnEachBackend, BrokerContract):
+    pass
+
+
+class TestResultStore(OnEachBackend, ResultStoreContract):
+    pass
+
+
+class TestRegistry(OnEachBackend, RegistryContract):
+    pass
