@@ -17,6 +17,8 @@ if last > stamp and last < t + 1000 then -- beyond that the clock was set back
     stamp = last
 end
 
+-- Those of this call that are due at the same later instant are put a microsecond apart.
+local taken = {}
 local seen, answers, sets, bells = {}, {}, {}, {}
 for i, id in ipairs(ids) do
     if seen[id] or (not all_free and call('EXISTS', keys[i]) == 1) then
@@ -33,6 +35,8 @@ for i, id in ipairs(ids) do
             due = stamp
             call('HSET', keys[i], 'queue', queue, 'body', bodies[i], 'due', text(due))
         else
+            taken[due] = (taken[due] or -1) + 1
+            due = due + taken[due]
             call('HSET', keys[i], 'queue', queue, 'body', bodies[i], 'due', text(due), 'enqueued', text(t))
         end
         if priority ~= 0 then
