@@ -152,7 +152,7 @@ class RedisBroker(Broker):
         """See `Broker`."""
         rows = self._link.run(_COUNTS, is_repeatable=True)
         return {
-            queue.decode(): QueueCounts(ready, scheduled, running, dead, int(latency) / 1e6)
+            queue.decode(): QueueCounts(ready, scheduled, running, dead, latency / 1e6)
             for queue, ready, scheduled, running, dead, latency in rows
         }
 
@@ -278,8 +278,8 @@ def _record(row: list[Any]) -> Record:
         body=body,
         priority=int(priority),
         attempt=int(attempt),
-        enqueued_at=int(enqueued) / 1e6,
-        due_at=int(due) / 1e6,
+        enqueued_at=float(enqueued) / 1e6,
+        due_at=float(due) / 1e6,
         leased_until=None if leased is None else float(leased) / 1e6,
         reason=reason.decode(),
         error=error,

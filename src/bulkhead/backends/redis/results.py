@@ -47,7 +47,9 @@ class RedisResults(ResultStore):
     def save_many(self, outcomes: Sequence[Outcome]) -> None:
         """See `ResultStore`."""
         check_size([len(outcome.value or b"") + len(outcome.error or b"") for outcome in outcomes])
-        for part in batches(outcomes):
+        # The last one of an id counts.
+        kept = list({outcome.id: outcome for outcome in outcomes}.values())
+        for part in batches(kept):
             columns = (
                 [outcome.id for outcome in part],
                 [_place(outcome) for outcome in part],

@@ -20,8 +20,9 @@ MAX_BATCH = 1000
 # Bytes that a server takes as one argument are 512 MiB; the rest is for what goes with the bodies.
 _MAX_BYTES = 500 * 1024 * 1024
 
-# Why a bound: later instants have no exact microseconds as a float, which is what Lua and sorted sets have.
-_LAST_MICROSECOND = 2**53 - 1
+# POSIX seconds, in the year 2255. Later instants have no exact microseconds as a float, which is what Lua and sorted sets
+# have.
+_LAST = 9e9
 
 packed = msgspec.msgpack.Encoder().encode
 
@@ -52,10 +53,12 @@ def check_size(sizes: Sequence[int]) -> None:
 
 
 def micros(seconds: float) -> int:
-    """Return seconds as microseconds, at least 0."""
-    return min(max(0, round(min(seconds, 1e10) * 1_000_000)), _LAST_MICROSECOND)
+    """Return seconds as microseconds, from 0 to the last exact instant."""
+    if seconds <= 0:
+        return 0
+    return round(seconds * 1_000_000) if seconds < _LAST else round(_LAST * 1_000_000)
 
 
 def millis(seconds: float) -> int:
     """Return seconds as milliseconds, at least 1."""
-    return max(1, micros(seconds) // 1000)
+    return micros(seconds) // 1000 or 1

@@ -2,7 +2,7 @@
 -- Returns a character for each: h held, c held and to be cancelled, l lost.
 
 local ids, queues, tokens = unpack(cmsgpack.unpack(ARGV[1]))
-local ends = text(now() + tonumber(ARGV[2]))
+local ends = now() + tonumber(ARGV[2])
 local answers, leases = {}, {}
 for i, id in ipairs(ids) do
     local queue = queues[i]
