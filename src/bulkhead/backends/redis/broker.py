@@ -1,7 +1,7 @@
 """The broker on Redis.
 
-Waiting for jobs: each queue has a bell, a list that takes one ring. Whoever makes a job claimable rings, and a claimer that
-found nothing waits for the ring (BLPOP), but no longer than until the next job is due, and at most a second. So
+Waiting for jobs: each queue has a bell, a list that takes one ring. Whoever makes a job claimable rings, and a claimer
+that found nothing waits for the ring (BLPOP), but no longer than until the next job is due, and at most a second. So
 
 - a ring between the look and the wait is not missed: the list keeps it;
 - a ring wakes one claimer, not all; if that one leaves due jobs behind, its claim rings for the next one;

@@ -1,7 +1,7 @@
 """The result store on Redis: one string for each outcome, which expires, and sorted lists by state and queue.
 
-Lists do not expire entry by entry. A sorted set of all entries by expiry is swept in small steps: by each call that saves,
-and before lists and counts are read.
+Lists do not expire entry by entry. A sorted set of all entries by expiry is swept in small steps: by each call that
+saves, and before lists and counts are read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How lists travel to scripts: as columns in one MessagePack argument, which costs a tenth of an argument for each value."""
+"""How lists travel to scripts: as columns in one MessagePack argument, far cheaper than an argument for each value."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ __all__ = ["MAX_BATCH", "batches", "check_size", "micros", "millis", "packed", "
 
 T = TypeVar("T")
 
-# Things in one round trip: a script holds up the server for a few milliseconds, and Lua unpacks no more than some 8,000.
+# Things in one round trip: a script holds up the server for a few milliseconds, and Lua unpacks some 8,000 at most.
 MAX_BATCH = 1000
 
 # Bytes that a server takes as one argument are 512 MiB; the rest is for what goes with the bodies.
 _MAX_BYTES = 500 * 1024 * 1024
 
-# POSIX seconds, in the year 2255. Later instants have no exact microseconds as a float, which is what Lua and sorted sets
-# have.
+# POSIX seconds, in the year 2255. Of later instants a float, as Lua and sorted sets have them, has no exact microseconds.
 _LAST = 9e9
 
 packed = msgspec.msgpack.Encoder().encode

@@ -19,6 +19,7 @@ for i, id in ipairs(ids) do
         call('ZADD', dead_key(queue), t + i, id)
     else
         answers[i] = '0'
+        drop_unless_held(id, queue, job[1])
     end
 end
 return table.concat(answers)

@@ -104,6 +104,13 @@ local function withdraw(id, queue, priority)
     end
 end
 
+-- Whoever has lost a job helps to drop it where its hash is gone, or nobody holds it.
+local function drop_unless_held(id, queue, token)
+    if not token then
+        call('ZREM', running_key(queue), id)
+    end
+end
+
 -- Forget a job; its id stays taken for `remember` milliseconds.
 local function forget(id, remember)
     local key = job_key(id)

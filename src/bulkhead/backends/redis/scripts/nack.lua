@@ -22,6 +22,7 @@ for i, id in ipairs(ids) do
         ring_if_soon(queue, due, t)
     else
         answers[i] = '0'
+        drop_unless_held(id, queue, job[1])
     end
 end
 return table.concat(answers)

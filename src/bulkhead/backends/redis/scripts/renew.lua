@@ -15,9 +15,7 @@ for i, id in ipairs(ids) do
         some.members[#some.members + 1] = { id, job[3] }
     else
         answers[i] = 'l'
-        if not job[1] then
-            call('ZREM', running_key(queue), id)
-        end
+        drop_unless_held(id, queue, job[1])
     end
 end
 for queue, some in pairs(leases) do
