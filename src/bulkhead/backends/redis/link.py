@@ -2,8 +2,8 @@
 
 A link has a pool of connections for each process: a forked copy makes its own. A call takes a connection that nobody
 uses, so any number of threads may call at once. redis-py never repeats a call here: whether that is right is known to
-who calls. One that gives the same answer when it is carried out twice is repeated after a lost connection; any other one
-is not, for the answer would be another one (a job that was kept in the first go would look like a duplicate).
+who calls. One that gives the same answer when it is carried out twice is repeated after a lost connection; any other
+one is not, for the answer would be another one (a job that was kept in the first go would look like a duplicate).
 
 All keys of a namespace have the hash tag `{namespace}`, and so lie on one node of a cluster.
 """
@@ -116,6 +116,19 @@ class Link:
     def command(self, *parts: Argument, is_repeatable: bool = True) -> Any:
         """Return the answer to one command; raises as `run`."""
         return self._carry_out(lambda client: client.execute_command(*parts), is_repeatable)
+
+    def transaction(self, commands: Sequence[tuple[Argument, ...]]) -> list[Any]:
+        """Return the answers to commands that are carried out all or none, in one round trip; raises as `run`."""
+
+        def call(client: Any) -> list[Any]:
+            with client.pipeline(transaction=True) as pipeline:
+                for parts in commands:
+                    pipeline.execute_command(*parts)
+                answers: list[Any] = pipeline.execute()
+                return answers
+
+        answers: list[Any] = self._carry_out(call, is_repeatable=False)
+        return answers
 
     def close(self) -> None:
         """End this process's connections, also those that a thread waits on."""

@@ -20,7 +20,7 @@ MAX_BATCH = 1000
 # Bytes that a server takes as one argument are 512 MiB; the rest is for what goes with the bodies.
 _MAX_BYTES = 500 * 1024 * 1024
 
-# POSIX seconds, in the year 2255. Of later instants a float, as Lua and sorted sets have them, has no exact microseconds.
+# POSIX seconds, in the year 2255. Lua and sorted sets have floats, which hold no exact microseconds of later instants.
 _LAST = 9e9
 
 packed = msgspec.msgpack.Encoder().encode
