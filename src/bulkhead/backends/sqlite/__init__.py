@@ -1,18 +1,19 @@
-"""Jobs in a file: `sqlite:///jobs.db` (relative) or `sqlite:////var/lib/jobs.db`, for any number of processes of a machine.
+"""Jobs in a file, for the processes of one machine: `sqlite:///jobs.db` (relative) or `sqlite:////var/lib/jobs.db`.
 
 The file is made when it is not there; its folder has to be. Options of the URL:
 
-- `synchronous=normal` (as is) or `full`. With either, a process that is killed loses nothing that a call has returned for.
-  When the machine itself stops (power, kernel), `normal` may lose the last fraction of a second, whole transactions, never
-  the file; `full` loses nothing and waits for the disk once per call that changes something.
+- `synchronous=normal` (if nothing is said) or `full`. With either, a process that is killed loses nothing that a call
+  has returned for. When the machine itself stops (power, kernel), `normal` may lose the last transactions, never the
+  file; `full` loses nothing and waits for the disk once in each call that changes something.
 - `busy_timeout=5`: seconds after which a call gives up with `BrokerUnavailable` because other processes write.
 
-Not on a network file system: SQLite's locks and its shared memory need one machine. The server's clock is the machine's.
+Not on a network file system: SQLite's locks and its shared memory need one machine, whose clock is the server's clock.
 
 | file | what it holds |
 |---|---|
 | file.py | the connections to one file: transactions, waiting for who else writes, forks |
 | schema.py | the tables, and whether a file is ours |
+| statements.py | what the broker asks of SQLite |
 | troubles.py | what SQLite's errors mean to the caller |
 | broker.py, results.py, registry.py | the contracts |
 """

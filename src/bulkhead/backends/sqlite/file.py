@@ -1,15 +1,15 @@
 """The connections of this process to one file, and how its threads and other processes take turns.
 
-Two connections: one that writes, under a lock, and one that reads, under another, so that a long list holds up no claim.
-Why not one for each thread: SQLite lets one connection write at a time, and those that find it taken can only sleep and
-try again; threads that wait for a lock are woken the moment it is free.
+Two connections: one that writes, under a lock, and one that reads, under another, so that a long list holds up no
+claim. Why not one for each thread: SQLite lets one connection write at a time, and those that find it taken can only
+sleep and try again; threads that wait for a lock are woken the moment it is free.
 
 Guarantees:
 
-- A change is one transaction that has the write lock from its start (BEGIN IMMEDIATE), so that what it reads stays true
-  and no statement in it finds the file locked.
-- Who finds the file locked by another process tries again for `busy_seconds`, with no lock of this process held, and then
-  raises `BrokerUnavailable`.
+- A change is one transaction that has the write lock from its start (BEGIN IMMEDIATE), so that what it reads stays
+  true and no statement in it finds the file locked.
+- Who finds the file locked by another process tries again for `busy_seconds`, with no lock of this process held, and
+  then raises `BrokerUnavailable`.
 - Whatever ends a process ends its transaction: the next one to open the file undoes it.
 - No connection lives through a fork. Why: SQLite keeps for each file what this process has locked, and a copy of the
   process has that knowledge, but not the locks. Both sides connect anew.
@@ -24,8 +24,9 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,9 +34,13 @@ from bulkhead.backends.sqlite import schema
 from bulkhead.backends.sqlite.troubles import is_busy, translated
 from bulkhead.errors import BrokerUnavailable
 
-__all__ = ["File"]
+__all__ = ["BATCH", "File"]
 
 T = TypeVar("T")
+U = TypeVar("U")
+
+# How many things one transaction takes.
+BATCH = 1000
 
 # Seconds between two looks for what other processes have changed. Why: a job is to be seen within 20 ms.
 _POLL = 0.01
@@ -93,7 +98,7 @@ class File:
 
     def open(self) -> None:
         """Connect, and make the tables where there are none."""
-        self._patiently(self._writer, lambda connection: None)
+        self._patiently(self._writer, lambda _: None)
 
     def close(self) -> None:
         """End the connections; a claim that waits is woken."""
@@ -117,6 +122,15 @@ class File:
             return result
 
         return self._patiently(self._writer, transact)
+
+    def change_many(
+        self, things: Sequence[T], work: Callable[[sqlite3.Connection, Sequence[T]], list[U]]
+    ) -> list[U]:
+        """Run `work` for all of these in transactions of up to 1,000, so that others get their turn between them."""
+        answers: list[U] = []
+        for start in range(0, len(things), BATCH):
+            answers += self.change(partial(_swapped, work, things[start : start + BATCH]))
+        return answers
 
     def look(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run `work` in a transaction that only reads."""
@@ -186,7 +200,7 @@ class File:
             raise BrokerUnavailable(f"{self._path}: this connection was closed; connect anew")
         if self._is_torn:
             raise BrokerUnavailable(
-                f"{self._path} was used by another thread in the moment of the fork that made this process: connect anew"
+                f"{self._path} was in use by another thread when this process was forked: connect anew"
             )
 
     def _connected(self, link: _Link) -> sqlite3.Connection:
@@ -232,11 +246,19 @@ class File:
         self._next_tidy = now if max(gone) == _TIDY_ROWS else now + _TIDY_EVERY
 
     def _cut_log(self, connection: sqlite3.Connection) -> None:
-        # Why: SQLite begins the log anew only when it meets a moment without readers, which many that poll may not grant.
+        # Why: SQLite begins the log anew only in a moment without readers, which many that poll may not grant.
         log = self._path.with_name(self._path.name + "-wal")
         with contextlib.suppress(OSError, sqlite3.OperationalError):
             if log.stat().st_size > 2 * _LOG_LIMIT:
                 connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+
+
+def _swapped(
+    work: Callable[[sqlite3.Connection, Sequence[T]], list[U]],
+    things: Sequence[T],
+    connection: sqlite3.Connection,
+) -> list[U]:
+    return work(connection, things)
 
 
 @contextlib.contextmanager

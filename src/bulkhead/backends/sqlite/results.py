@@ -5,15 +5,13 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from bulkhead.backends.base import Outcome, OutcomeState, ResultStore
 from bulkhead.backends.sqlite.file import File
 from bulkhead.backends.sqlite.sizes import check_size
 
 __all__ = ["SqliteResultStore"]
-
-# How many one transaction takes.
-_BATCH = 1000
 
 _COLUMNS = "id, queue, task, state, value, error, attempt, enqueued, started, finished, keep"
 
@@ -39,10 +37,13 @@ class SqliteResultStore(ResultStore):
         """See `ResultStore`."""
         for outcome in outcomes:
             check_size("the result of a job", outcome.value, outcome.error)
-        for start in range(0, len(outcomes), _BATCH):
+
+        def save(connection: sqlite3.Connection, part: Sequence[Outcome]) -> list[None]:
             now = time.time()
-            rows = [self._row(outcome, now) for outcome in outcomes[start : start + _BATCH]]
-            self._file.change(lambda connection, rows=rows: connection.executemany(_SAVE, rows))
+            connection.executemany(_SAVE, [self._row(outcome, now) for outcome in part])
+            return []
+
+        self._file.change_many(outcomes, save)
 
     def get_many(self, ids: Sequence[str]) -> list[Outcome | None]:
         """See `ResultStore`."""
@@ -61,11 +62,7 @@ class SqliteResultStore(ResultStore):
             now = time.time()
             return [connection.execute(_DELETE, (self._namespace, id, now)).rowcount == 1 for id in part]
 
-        answers: list[bool] = []
-        for start in range(0, len(ids), _BATCH):
-            part = ids[start : start + _BATCH]
-            answers += self._file.change(lambda connection, part=part: delete(connection, part))
-        return answers
+        return self._file.change_many(ids, delete)
 
     def outcomes(
         self, state: OutcomeState, *, queue: str | None = None, offset: int = 0, limit: int = 100
@@ -113,6 +110,6 @@ class SqliteResultStore(ResultStore):
         )
 
 
-def _outcome(row: tuple) -> Outcome:
+def _outcome(row: tuple[Any, ...]) -> Outcome:
     id, queue, task, state, *rest = row
     return Outcome(id, queue, task, OutcomeState(state), *rest)

@@ -8,8 +8,8 @@ A job's `state` says which of the indexes it is in, and `visible` when that chan
     DEAD       visible NULL
 
 A claim makes ready what has become visible before it looks for the first in line; whoever only reads takes a job whose
-`visible` is past for ready. `rank` is the negative priority, so that one index has the order of claims. Instants are POSIX
-seconds.
+`visible` is past for ready. `rank` is the negative priority, so that one index has the order of claims, and `seq` is
+the order of arrival. Instants are POSIX seconds.
 """
 
 from __future__ import annotations

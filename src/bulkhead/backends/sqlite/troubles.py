@@ -20,8 +20,8 @@ _ADVICE = {
     sqlite3.SQLITE_PERM: "the system does not allow it: see who owns the file and its folder",
     sqlite3.SQLITE_IOERR: "the disk has failed to read or write: see that it is there, has room, and is no network "
     "file system",
-    sqlite3.SQLITE_CORRUPT: "it is damaged: stop all users, keep a copy, and recover it with `sqlite3 FILE .recover`, or "
-    "put another file in its place",
+    sqlite3.SQLITE_CORRUPT: "it is damaged: stop all users, keep a copy, and recover it with `sqlite3 FILE "
+    ".recover`, or put another file in its place",
     sqlite3.SQLITE_PROTOCOL: "its locks do not work: a network file system is no place for it",
 }
 _ADVICE[sqlite3.SQLITE_LOCKED] = _ADVICE[sqlite3.SQLITE_BUSY]
