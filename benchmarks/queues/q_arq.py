@@ -22,7 +22,7 @@ async def late(ctx, sent):
 
 
 class WorkerSettings:
-    functions = [noop, late]
+    functions = (noop, late)
     redis_settings = settings
     max_jobs = 100
     poll_delay = 0.05

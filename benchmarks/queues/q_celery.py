@@ -11,9 +11,11 @@ app = Celery("queues.q_celery", broker=URL, backend=URL)
 app.conf.update(worker_prefetch_multiplier=64, task_acks_late=True, worker_hijack_root_logger=False)
 server = redis.Redis(port=PORT)
 WORKERS = [
-    [PYTHON, "-m", "celery", "-A", "queues.q_celery", "worker", "--pool", "prefork"]
-    + ["--concurrency", str(PROCESSES), "--loglevel", "ERROR"]
-    + ["--without-gossip", "--without-mingle", "--without-heartbeat"]
+    [
+        *(PYTHON, "-m", "celery", "-A", "queues.q_celery", "worker", "--pool", "prefork"),
+        *("--concurrency", str(PROCESSES), "--loglevel", "ERROR"),
+        *("--without-gossip", "--without-mingle", "--without-heartbeat"),
+    ]
 ]
 
 

@@ -12,8 +12,10 @@ from queues.place import PORT, PROCESSES, PYTHON, URL, note_latency
 broker = RedisStreamBroker(url=URL).with_result_backend(RedisAsyncResultBackend(redis_url=URL))
 server = redis.Redis(port=PORT)
 WORKERS = [
-    [str(Path(PYTHON).with_name("taskiq")), "worker", "queues.q_taskiq:broker", "--workers", str(PROCESSES)]
-    + ["--log-level", "ERROR"]
+    [
+        *(str(Path(PYTHON).with_name("taskiq")), "worker", "queues.q_taskiq:broker"),
+        *("--workers", str(PROCESSES), "--log-level", "ERROR"),
+    ]
 ]
 keys = []
 
