@@ -97,8 +97,8 @@ class File:
         _all.add(self)
 
     def open(self) -> None:
-        """Connect, and make the tables where there are none."""
-        self._patiently(self._writer, lambda _: None)
+        """Connect, make the tables where there are none, and see that the file can be written."""
+        self.change(lambda _: None)
 
     def close(self) -> None:
         """End the connections; a claim that waits is woken."""
@@ -224,7 +224,6 @@ class File:
         # Why 0: waiting is done in `_patiently`, with shorter pauses and no lock of this process held.
         connection = sqlite3.connect(self._path, timeout=0.0, isolation_level=None, check_same_thread=False)
         try:
-            connection.execute("PRAGMA journal_mode = WAL").fetchone()
             connection.execute(f"PRAGMA synchronous = {'FULL' if self._is_full else 'NORMAL'}")
             connection.execute(f"PRAGMA journal_size_limit = {_LOG_LIMIT}")
             schema.prepare(connection, self._path)
