@@ -2,9 +2,10 @@
 
 import os
 import sqlite3
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,9 @@ def test_a_file_that_is_no_database_is_refused_and_left_alone(tmp_path: Path) ->
     assert os.listdir(tmp_path) == ["notes.txt"]
 
 
-@pytest.mark.parametrize("setup", ["CREATE TABLE mine (a)", "PRAGMA application_id = 7", "PRAGMA user_version = 3"])
+@pytest.mark.parametrize(
+    "setup", ["CREATE TABLE mine (a)", "PRAGMA application_id = 7", "PRAGMA user_version = 3"]
+)
 def test_the_database_of_another_application_is_refused_and_left_alone(tmp_path: Path, setup: str) -> None:
     path = tmp_path / "mine.db"
     with sqlite3.connect(path) as mine:
@@ -123,35 +126,36 @@ def _in_copy_without_rights(work: Callable[[], str]) -> str:
 
 
 @pytest.fixture
-def _open_to_all(tmp_path: Path) -> None:
-    for folder in (tmp_path, *list(tmp_path.parents)[:-1]):
-        if folder.stat().st_uid == os.getuid() and not folder.stat().st_mode & 0o1:
-            folder.chmod(folder.stat().st_mode | 0o11)
+def common_folder() -> Iterator[Path]:
+    """A folder that every user can look into, unlike `tmp_path`."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
+        folder.chmod(0o755)
 
 
-@pytest.mark.usefixtures("_open_to_all")
-def test_a_file_that_can_only_be_read_is_said_to_be_so(tmp_path: Path) -> None:
-    path = tmp_path / "jobs.db"
+def test_a_file_that_can_only_be_read_is_said_to_be_so(common_folder: Path) -> None:
+    path = common_folder / "jobs.db"
     with connected(path) as backend:
         backend.broker.enqueue_many([Message("a", "q", b"")])
     path.chmod(0o444)
-    tmp_path.chmod(0o555)
+    common_folder.chmod(0o555)
     answer = _in_copy_without_rights(lambda: str(backends.connect(f"sqlite:///{path}")))
-    tmp_path.chmod(0o755)
     assert answer.startswith("BrokerUnavailable")
     assert "write the file and its folder" in answer
 
 
-@pytest.mark.usefixtures("_open_to_all")
-def test_a_folder_that_cannot_be_written_is_said_to_be_so(tmp_path: Path) -> None:
-    tmp_path.chmod(0o555)
-    answer = _in_copy_without_rights(lambda: str(backends.connect(f"sqlite:///{tmp_path}/jobs.db")))
-    tmp_path.chmod(0o755)
+def test_a_folder_that_cannot_be_written_is_said_to_be_so(common_folder: Path) -> None:
+    common_folder.chmod(0o555)
+    answer = _in_copy_without_rights(lambda: str(backends.connect(f"sqlite:///{common_folder}/jobs.db")))
     assert answer.startswith("BrokerUnavailable")
     assert "write the file and its folder" in answer
 
 
-def test_on_a_full_disk_a_call_keeps_nothing_and_the_next_one_works_when_there_is_room(tmp_path: Path) -> None:
+def test_on_a_full_disk_a_call_keeps_nothing_and_the_next_one_works_when_there_is_room(
+    tmp_path: Path,
+) -> None:
     def limit(pages: int) -> None:
         # Why not a disk: this is the same error from the same place, and needs no right to mount.
         backend.broker._file.change(lambda db: db.execute(f"PRAGMA max_page_count = {pages}").fetchone())

@@ -43,7 +43,7 @@ U = TypeVar("U")
 BATCH = 1000
 
 # Seconds between two looks for what other processes have changed. Why: a job is to be seen within 20 ms.
-_POLL = 0.01
+_POLL = 0.015
 
 # Longest pause in seconds between two attempts to get the write lock; the shortest is a tenth of it.
 _PAUSE = 0.005
@@ -159,7 +159,7 @@ class File:
     def wait_changed(self, seen: tuple[int, int, int], timeout: float) -> None:
         """Wait until the version is no longer `seen`, at most `timeout` seconds.
 
-        Blocking: looks every 10 ms for what other processes do, some 10 microseconds each time.
+        Blocking: looks every 15 ms for what other processes do, some 10 microseconds each time.
         """
         deadline = time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0 and self.version() == seen:

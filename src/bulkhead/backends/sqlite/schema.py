@@ -122,7 +122,9 @@ def prepare(connection: sqlite3.Connection, path: Path) -> None:
     is_made = _is_made(connection, path)
     [mode] = connection.execute("PRAGMA journal_mode = WAL").fetchone()
     if mode != "wal":
-        raise BrokerUnavailable(f"{path}: its file system has no shared memory for SQLite's log; put it on a local disk")
+        raise BrokerUnavailable(
+            f"{path}: its file system has no shared memory for SQLite's log; put it on a local disk"
+        )
     if not is_made:
         _make(connection, path)
 
