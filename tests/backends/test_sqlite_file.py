@@ -165,7 +165,7 @@ def test_on_a_full_disk_a_call_keeps_nothing_and_the_next_one_works_when_there_i
         [pages] = backend.broker._file.change(lambda db: db.execute("PRAGMA page_count").fetchone())
         limit(pages + 5)
         messages = [Message("b", "q", b"x"), Message("c", "q", b"x" * 100_000)]
-        with pytest.raises(BrokerUnavailable, match="disk is full.*make room"):
+        with pytest.raises(BrokerUnavailable, match=r"disk is full.*make room"):
             backend.broker.enqueue_many(messages)
         assert backend.broker.find(["b", "c"]) == [None, None]
         limit(10**6)

@@ -17,7 +17,7 @@ from scripts import Script, running
 from sqlite_files import connected
 from watching import wait_until
 
-from bulkhead.backends.base import Backend, Message, Outcome, OutcomeState, Place
+from bulkhead.backends.base import Backend, Message, OutcomeState, Place
 from bulkhead.backends.sqlite import file as sqlite_file
 from bulkhead.errors import BrokerUnavailable
 
