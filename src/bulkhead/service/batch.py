@@ -79,6 +79,7 @@ class HeldJob:
         verdict: Set by a middleware in `dequeue` to keep the job from being run: what is to become of it.
         is_returned: It is given back if it does not end by itself: the consumer stops.
         is_lost: Its lease is lost: whatever it does, nothing is told to the broker.
+        is_over: Its attempt is over, and the broker is being told.
         is_cancelled: Somebody has asked for it to be cancelled; since `cancelled_at`, monotonic seconds.
         asked_at: When it last asked whether it is, monotonic seconds.
         seconds: How long the attempt took.
@@ -93,6 +94,7 @@ class HeldJob:
     batch: Batch | None = None
     is_returned: bool = False
     is_lost: bool = False
+    is_over: bool = False
     is_cancelled: bool = False
     cancelled_at: float = 0.0
     asked_at: float | None = None

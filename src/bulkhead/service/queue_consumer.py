@@ -51,6 +51,9 @@ _log = logging.getLogger("bulkhead")
 # A claim waits so long for a job (seconds); so long a stop may take to be noticed.
 _CLAIM_WAIT = 0.5
 
+# Jobs that come one after the other are claimed together so often (seconds).
+_GATHER = 0.002
+
 # Jobs that take less than this on average travel in batches (seconds), of which each should take so long.
 _SHORT = 0.002
 _BATCH_AIM = 0.01
@@ -192,11 +195,18 @@ class QueueConsumer:
     # Fetching. Owner: the fetch thread.
 
     def _fetch(self) -> None:
-        pause = _FIRST_PAUSE
+        pause, last = _FIRST_PAUSE, 0.0
         while n := self._wait_for_room():
             try:
-                self._admit(self._dequeue(n))
+                jobs = self._dequeue(n)
+                self._admit(jobs)
                 pause = _FIRST_PAUSE
+                # Why: while jobs are enqueued one by one, a round trip for each would cost more than it brings. The
+                # first after a pause never waits.
+                now = time.monotonic()
+                if jobs and len(jobs) < n // 4 and now - last < 2 * _GATHER:
+                    self._is_over.wait(_GATHER)
+                last = now
             except BrokerUnavailable as error:
                 pause = self._hold_on(error, pause)
             except Exception:
@@ -377,7 +387,8 @@ class QueueConsumer:
         now = time.monotonic()
         standings = self._app.backend.broker.renew([held.claim.hold for held in jobs], self._app.lease)
         for held, standing in zip(jobs, standings, strict=True):
-            if standing is Standing.LOST and held.id in self._held:
+            # Race: it may have been acked meanwhile; the ack says whether it was ours.
+            if standing is Standing.LOST and not held.is_over:
                 if not held.is_lost:
                     _log.warning(
                         "queue %s: the lease of job %s is lost; its run here is ended", self.name, held.id
@@ -475,6 +486,8 @@ class QueueConsumer:
         self._seconds[task] = seconds if known is None else _MEMORY * known + (1 - _MEMORY) * seconds
 
     def _tell(self, verdicts: list[tuple[HeldJob, Verdict]]) -> None:
+        for held, _ in verdicts:
+            held.is_over = True
         wanted = [(held, verdict) for held, verdict in verdicts if not held.is_lost]
         if wanted and self._told(lambda: self._teller.tell(wanted)):
             for held, verdict in wanted:

@@ -45,7 +45,17 @@ _PAUSES = (0.1, 0.4)
 _REFUSED = (AuthenticationError, AuthorizationError, NoPermissionError)
 
 # Beginnings of answers that say: not now, or not this server.
-_NOT_NOW = ("READONLY", "OOM", "MISCONF", "NOREPLICAS", "BUSY", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")
+_NOT_NOW = (
+    "READONLY",
+    "OOM",
+    "MISCONF",
+    "NOREPLICAS",
+    "BUSY",
+    "LOADING",
+    "MASTERDOWN",
+    "CLUSTERDOWN",
+    "TRYAGAIN",
+)
 
 
 class Link:
@@ -155,7 +165,9 @@ class Link:
                 f"puts there; delete that key, or choose another namespace: {text}"
             ) from error
         if "invalid bulk length" in text:
-            raise MessageTooLarge(f"{where} does not take that much at once (proto-max-bulk-len): {text}") from error
+            raise MessageTooLarge(
+                f"{where} does not take that much at once (proto-max-bulk-len): {text}"
+            ) from error
         if isinstance(error, ResponseError) and not any(sign in text for sign in _NOT_NOW):
             raise error
         raise BrokerUnavailable(f"{where} cannot be asked: {text or type(error).__name__}") from error
