@@ -16,7 +16,7 @@ $(shell test -x "$(BIN)/python" || rm -f "$(VENV)"/.installed*)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all coverage lint format types bench browser servers clean
+.PHONY: help demo test test-all coverage lint format types bench bench-queue browser servers clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ types: $(VENV)/.installed-dev ## check the types of src with mypy --strict
 bench: $(VENV)/.installed-bench ## compare with other process pools: a table, and the same as JSON and as a chart
 	$(BIN)/python benchmarks/bench.py $(or $(ARGS),--json benchmarks/figures.json --png benchmarks/chart.png)
 
+bench-queue: $(VENV)/.installed-bench-queue ## compare the durable queue with others, on a Redis of its own
+	$(BIN)/python benchmarks/bench_queue.py $(or $(ARGS),--json benchmarks/queue_figures.json)
+
 # Quick where they are. Tests find them on the path.
 browser:
 	@sh tools/browser.sh
@@ -86,3 +89,8 @@ $(VENV)/.installed-bench: pyproject.toml | $(BIN)/python
 	@echo "installing bulkhead and the pools it is compared with into $(VENV)"
 	@$(PIP) -e ".[bench,closures]"
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-bench-queue: pyproject.toml | $(BIN)/python
+	@echo "installing bulkhead and the queues it is compared with into $(VENV)"
+	@$(PIP) -e ".[queue,redis,bench-queue]"
+	@touch $@

@@ -28,10 +28,16 @@ def _memory(folder: Path) -> Iterator[str]:
     yield f"memory://{uuid4().hex}"
 
 
+@contextmanager
+def _sqlite(folder: Path) -> Iterator[str]:
+    yield f"sqlite:///{folder}/jobs.db"
+
+
 Place = Callable[[Path], AbstractContextManager[str]]
 
 BACKENDS: dict[str, Place | str] = {
     "memory": _memory,
+    "sqlite": _sqlite,
     "redis": "redis_server",
     "redis cluster": "redis_cluster",
 }
