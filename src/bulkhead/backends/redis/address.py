@@ -1,8 +1,8 @@
-"""The URL of a Redis: where it is, how to talk to it. What cannot be meant is refused here, before anything is connected.
+"""The URL of a Redis: where it is, how to talk to it. What cannot be meant is refused before anything is connected.
 
-redis://[[user]:password@]host[:port][/database][?timeout=seconds]
-rediss://…                              with TLS; further options ca_file, cert_file, key_file, verify=no
-redis+cluster://host[:port][,host[:port]…]      any nodes of a Redis Cluster; rediss+cluster:// with TLS
+- `redis://[[user]:password@]host[:port][/database][?timeout=seconds]`
+- `rediss://…` is the same with TLS, and has the options ca_file, cert_file, key_file and verify=no
+- `redis+cluster://host[:port][,host[:port]…]` names any nodes of a Redis Cluster; `rediss+cluster://` with TLS
 """
 
 from __future__ import annotations
