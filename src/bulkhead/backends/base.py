@@ -368,7 +368,7 @@ class Entry:
 
 
 class Registry(ABC):
-    """Small named values. A key is up to 200 characters; values are meant to be up to some 100 KiB."""
+    """Small named values. A key is up to 300 characters; values are meant to be up to some 100 KiB."""
 
     @abstractmethod
     def get(self, key: str) -> Entry | None:
@@ -401,15 +401,20 @@ class Registry(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """One connected place: its three contracts."""
+    """One connected place: its three contracts.
+
+    Attributes:
+        others: Places that are closed with it: those that its parts were taken from.
+    """
 
     broker: Broker
     results: ResultStore
     registry: Registry
+    others: tuple[Backend, ...] = ()
 
     def close(self) -> None:
         """End the connections. Nothing can be asked afterwards; closing again does nothing."""
-        for part in (self.broker, self.results, self.registry):
+        for part in (self.broker, self.results, self.registry, *self.others):
             closing = getattr(part, "close", None)
             if closing is not None:
                 closing()
