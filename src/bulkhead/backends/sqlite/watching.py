@@ -6,7 +6,7 @@ threads that wait, one leads: it waits for the system and wakes the others.
 
 - What this process changes wakes its waiting threads at once (`tell`).
 - What another process commits is seen within a few milliseconds; where the system has no watch left to give, within 15.
-- Under a flood of commits that concern nobody here each waiting thread looks 200 times a second at most.
+- Under a flood of commits by others each waiting thread is told 200 times a second at most.
 - While nothing happens there is no wake-up but that at the end of the wait.
 
 Race: the log is written to before its commit can be seen, by a moment or, with synchronous=full, by as long as the disk
@@ -60,7 +60,7 @@ class Changes:
         # Held by the thread that leads. Closing the watch takes this and `_changed`.
         self._leading = threading.Lock()
         self._watch: _Watch | None = None
-        # Owner: who leads.
+        # When a change was reported last. Race: several threads set it; each value is as good as the others.
         self._last_change = 0.0
 
     def tell(self) -> None:
@@ -77,7 +77,10 @@ class Changes:
         Blocking: `timeout` seconds at most.
         """
         deadline = time.monotonic() + timeout
-        while (left := deadline - time.monotonic()) > 0 and version() == seen:
+        while (left := deadline - time.monotonic()) > 0:
+            if (now := version()) != seen:
+                self._space_out(is_ours=now[0] != seen[0])
+                return
             handed_on = self._handed_on
             if self._leading.acquire(blocking=False):
                 try:
@@ -125,15 +128,14 @@ class Changes:
                 time.sleep(min(left, _POLL))
             elif watch.wait(min(left, pause)):
                 written = time.monotonic()
-                self._space_out()
                 if not watch.set(self._log):
                     watch = None
-        self._last_change = time.monotonic()
 
-    def _space_out(self) -> None:
+    def _space_out(self, *, is_ours: bool) -> None:
         pause = self._last_change + _SPACING - time.monotonic()
-        if pause > 0:
+        if pause > 0 and not is_ours:
             time.sleep(pause)
+        self._last_change = time.monotonic()
 
     def _watched(self) -> _Watch | None:
         with self._changed:
