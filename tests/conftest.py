@@ -24,8 +24,8 @@ PATIENCE = 5.0
 # Files and folders whose tests need the machine for themselves.
 ALONE = (
     "isolation",
-    "chaos",
-    "test_map_faults.py",
+    "test_kills_in_transfer.py",
+    "test_random_interrupts.py",
     "test_priorities.py",
     "test_delays.py",
     "test_long_waits.py",

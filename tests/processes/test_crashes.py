@@ -25,6 +25,7 @@ from watching import (
 )
 
 from bulkhead import Dispatcher, Job, JobTimeout, Pool, PoolBroken, RemoteError, WorkerCrashed
+from bulkhead.engines.processes import pool, staff
 from bulkhead.engines.processes.segments import SegmentPool
 
 LARGE = 100 * faulty_jobs.MEGABYTE
@@ -249,7 +250,8 @@ def test_finalize_ends_a_worker_that_is_stopped_while_idle() -> None:
     assert not alive(pids)
 
 
-def test_finalize_ends_the_workers_of_a_launcher_that_is_stopped() -> None:
+def test_finalize_ends_the_workers_of_a_launcher_that_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_STOP", 0.3)  # which it waits for twice
     disp = Dispatcher([Pool(0, 2)])
     wait_until_whole(disp)
     pids = [*worker_pids(disp), launcher_pid(disp)]
@@ -258,7 +260,10 @@ def test_finalize_ends_the_workers_of_a_launcher_that_is_stopped() -> None:
     wait_until(lambda: not alive(pids), within=2)
 
 
-def test_a_crash_and_a_timeout_are_told_though_the_launcher_is_stopped() -> None:
+def test_a_crash_and_a_timeout_are_told_though_the_launcher_is_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(staff, "_REPORT", 0.3)  # which it waits for again and again
     with Dispatcher([Pool(0, 2, backlog=None)]) as disp:
         wait_until_whole(disp)
         os.kill(launcher_pid(disp), signal.SIGSTOP)
@@ -406,6 +411,7 @@ def test_what_a_job_printed_is_out_when_its_result_is_there(capfd: pytest.Captur
         assert capfd.readouterr().out == "hello from a job\n"
 
 
+@pytest.mark.alone  # the kernel counts whom it ends for want of memory for all processes together
 def test_a_crash_tells_the_largest_memory_and_does_not_blame_it_without_cause(disp: Dispatcher) -> None:
     size = 300 * faulty_jobs.MEGABYTE
     error = disp.dispatch(Job(faulty_jobs.hold_memory_and_die, size)).exception(PATIENCE)
