@@ -8,12 +8,12 @@
 Accepted as a whole: dispatch waits for room for the first job, as for any; when it is accepted, so is all the rest,
 which from then on waits in its pools as delayed jobs do, needing no room. If it is not, nothing has happened.
 
-Two things may be asked for twice, and do harm in neither case: `begin` (by the dispatching thread, by the pool that
-accepts a waiting offer, by the end of the first job: a Ctrl-C may keep the first from it) and to retract promises (by
-the dispatching thread, by the pool that refuses).
+What may be asked for twice, and does no harm then: `begin` (by the dispatching thread, by the pool that accepts a
+waiting offer, by the end of the first job: a Ctrl-C may keep the first from it), to retract promises (by the dispatching
+thread, by the pool that refuses), and what follows the end of a job (see settling.py).
 
-What happens when a job ends: its waiters are fired under its pool's lock, where they do no more than count; the last
-one hands an errand to the thread of the pool that is next (links.py). An errand takes no lock but its own pool's: what
+What happens when a job ends: its waiters are fired under its pool's lock, where they do no more than strike the job off
+a list; the last one hands an errand to the thread of the pool that is next (links.py). An errand takes no lock but its own pool's: what
 concerns another it hands on to that one's thread.
 
 Nothing can follow itself: groups, chains and Jobs are made of what exists already, and cannot be changed.
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import count, pairwise
+from itertools import pairwise
 from typing import Any
 
 from bulkhead._kernel.lifecycle import SETTLED, JobState
@@ -373,25 +373,25 @@ class _End:
         self._job = job
         self._then = then
 
-    def fire(self) -> None:
-        job = self._job
-        if job.state in SETTLED:
+    def fire(self) -> bool:
+        if self._job.state in SETTLED:
             self._then()
-        elif job.state is not None:  # it was offered and is accepted; its end is still to come
-            job.waiters = [*(job.waiters or ()), self]
+            return False
+        return self._job.state is not None  # it was offered and is accepted: its end is still to come
 
 
 def _when_settled(leaves: Sequence[Tracker], then: Callable[[], None]) -> None:
-    """Have `then` called, under the lock of some pool, when the last of these jobs has settled."""
-    # Why a count object: its step is atomic, and the jobs may be those of several pools.
-    ended, number = count(1), len(leaves)
+    """Have `then` called, under the lock of some pool, when the last of these jobs has settled; it bears a second call."""
+    # Why a set: its steps are atomic, the jobs may be those of several pools, and one may be told of twice.
+    left = {id(leaf) for leaf in leaves}
 
-    def one_has_ended() -> None:
-        if next(ended) == number:
+    def one_has_ended(leaf: Tracker) -> None:
+        left.discard(id(leaf))
+        if not left:
             then()
 
     for leaf in leaves:
-        leaf.waiters = [*(leaf.waiters or ()), _End(leaf, one_has_ended)]
+        leaf.waiters = [*(leaf.waiters or ()), _End(leaf, partial(one_has_ended, leaf))]
 
 
 def _starters(part: Part, previous: Any) -> Iterator[tuple[Link, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import linecache
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,32 +22,39 @@ from bulkhead.engines.processes import settling
 TOLD_BY = ("settling.py", "planning.py", "callbacks.py", "driving.py", "executor.py")
 
 
-class FromHandler(Exception):
-    pass
+class FromHandler(BaseException):
+    """As KeyboardInterrupt. Why no Exception: `Future` logs those that strike in its callbacks, and goes on."""
 
 
 class Struck:
-    """Raises in this thread at one step, counted from the moment at which `settling` begins to tell of an end."""
+    """Raises in this thread at one of the steps at which it is told of an end."""
 
     def __init__(self, step: int) -> None:
         self._left = step
-        self._is_telling = False
         self.has_struck = False
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
-        self._is_telling = self._is_telling or frame.f_code is settling.Settling.settle.__code__
-        if not self._is_telling or not frame.f_code.co_filename.endswith(TOLD_BY):
-            return None
-        return self._at_line
+        return self._at_line if frame.f_code.co_filename.endswith(TOLD_BY) and is_telling(frame) else None
 
     def _at_line(self, frame: FrameType, event: str, _: Any) -> Any:
-        if event == "line" and not self.has_struck:
+        if event == "line" and not self.has_struck and not is_with(frame):
             self._left -= 1
             if self._left < 0:
                 self.has_struck = True
                 sys.settrace(None)
                 raise FromHandler
         return self._at_line
+
+
+def is_telling(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code is not settling.Settling.settle.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
+def is_with(frame: FrameType) -> bool:
+    """Tell whether this line begins or ends a `with`. No signal is handled between the end of the block and its exit."""
+    return linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with ")
 
 
 @contextmanager
