@@ -60,6 +60,15 @@ def start_method(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(
+    scope="module",
+    params=["forkserver", *(pytest.param(method, marks=pytest.mark.slow) for method in ("fork", "spawn"))],
+)
+def usual_start_method(request: pytest.FixtureRequest) -> str:
+    """As `start_method`, for what is the same code under each; only the default is not slow."""
+    return request.param
+
+
 @pytest.fixture
 def gate(tmp_path: Path) -> Iterator[Gate]:
     """Jobs that run until the test lets them end."""

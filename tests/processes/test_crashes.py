@@ -32,7 +32,15 @@ LARGE = 100 * faulty_jobs.MEGABYTE
 
 
 @pytest.fixture
-def disp(start_method: str) -> Iterator[Dispatcher]:
+def disp(usual_start_method: str) -> Iterator[Dispatcher]:
+    """Two workers, and room for jobs that wait behind the one that crashes."""
+    disp = Dispatcher([Pool(0, 2, backlog=None, start_method=usual_start_method)])
+    yield disp
+    disp.finalize(cancel=True)
+
+
+@pytest.fixture
+def disp_everywhere(start_method: str) -> Iterator[Dispatcher]:
     """Two workers, and room for jobs that wait behind the one that crashes."""
     disp = Dispatcher([Pool(0, 2, backlog=None, start_method=start_method)])
     yield disp
@@ -85,17 +93,17 @@ def test_a_worker_that_dies_while_it_runs_a_job_fails_that_job_alone_and_says_ho
     assert str(error.pid) in str(error)
 
 
-def test_an_idle_worker_that_is_killed_costs_no_job_and_is_replaced(disp: Dispatcher) -> None:
-    wait_until_whole(disp)
-    before = worker_pids(disp)
+def test_an_idle_worker_that_is_killed_costs_no_job_and_is_replaced(disp_everywhere: Dispatcher) -> None:
+    wait_until_whole(disp_everywhere)
+    before = worker_pids(disp_everywhere)
     for pid in before:
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not alive(before))
-    trackers = [disp.dispatch(Job(faulty_jobs.own_pid), timeout=PATIENCE) for _ in range(6)]
+    trackers = [disp_everywhere.dispatch(Job(faulty_jobs.own_pid), timeout=PATIENCE) for _ in range(6)]
     assert not {tracker.result(PATIENCE) for tracker in trackers} & set(before)
-    assert disp.barrier(timeout=PATIENCE).failed_count == 0
-    assert_whole(disp)
-    assert disp.stats()[0].restarts == 2
+    assert disp_everywhere.barrier(timeout=PATIENCE).failed_count == 0
+    assert_whole(disp_everywhere)
+    assert disp_everywhere.stats()[0].restarts == 2
 
 
 def test_a_job_that_was_sent_to_a_worker_which_died_before_reading_it_runs_elsewhere(
@@ -124,8 +132,8 @@ def test_a_kill_and_a_dispatch_at_the_same_time_end_in_a_result_or_a_crash(singl
     assert single.barrier(timeout=PATIENCE, check=False).failed_count + single.stats()[0].succeeded == 10
 
 
-def test_an_argument_that_kills_its_reader_fails_its_job_alone(disp: Dispatcher) -> None:
-    error = assert_only_this_fails(disp, Job(faulty_jobs.take, faulty_jobs.KillsItsReader()), WorkerCrashed)
+def test_an_argument_that_kills_its_reader_fails_its_job_alone(disp_everywhere: Dispatcher) -> None:
+    error = assert_only_this_fails(disp_everywhere, Job(faulty_jobs.take, faulty_jobs.KillsItsReader()), WorkerCrashed)
     assert isinstance(error, WorkerCrashed)
     assert error.signal == "SIGKILL"
 

@@ -23,6 +23,7 @@ from watching import (
 )
 
 from bulkhead import Dispatcher, Job, JobState, JobTimeout, Pool
+from bulkhead.engines.processes import blackbox
 
 # A timeout that no good job of these tests comes near (seconds), and how long the ladder may take beyond a timeout.
 BRIEF = 0.2
@@ -53,8 +54,8 @@ def assert_all_are_ended_at_their_timeout(disp: Dispatcher, hangs: list[Callable
     assert not {tracker.status().pid for tracker in trackers} & {*worker_pids(disp)}
 
 
-def test_jobs_that_hang_are_ended_at_their_timeout_and_fresh_workers_take_over(start_method: str) -> None:
-    disp = Dispatcher([Pool(0, 3, backlog=None, start_method=start_method)])
+def test_jobs_that_hang_are_ended_at_their_timeout_and_fresh_workers_take_over(usual_start_method: str) -> None:
+    disp = Dispatcher([Pool(0, 3, backlog=None, start_method=usual_start_method)])
     try:
         assert_all_are_ended_at_their_timeout(disp, [faulty_jobs.loop, faulty_jobs.ignore_sigterm])
     finally:
@@ -78,6 +79,40 @@ def test_whatever_jobs_do_they_are_ended_at_their_timeout_and_their_stacks_are_t
         assert_all_are_ended_at_their_timeout(disp, hangs)
     finally:
         disp.finalize(cancel=True)
+
+
+def test_the_stack_of_a_job_whose_worker_gets_no_cpu_for_a_while_is_waited_for() -> None:
+    with Dispatcher([Pool(0, 1)]) as disp:
+        wait_until_whole(disp)
+        tracker = disp.dispatch(Job(faulty_jobs.sleep_in_c).options(timeout=BRIEF))
+        (worker,) = worker_pids(disp)
+        os.kill(worker, signal.SIGSTOP)
+        wait_until(lambda: is_pending(worker, blackbox.DUMP), "the worker is asked for its stacks")
+        # Not for a result: for longer than what an idle machine needs, and less than what the launcher gives it.
+        time.sleep(0.2)
+        assert not is_pending(worker, signal.SIGTERM)
+        os.kill(worker, signal.SIGCONT)
+        error = tracker.exception(PATIENCE)
+        assert isinstance(error, JobTimeout)
+        assert "in sleep_in_c" in error.stack
+
+
+def test_a_worker_that_stays_stopped_is_ended_within_the_grace_and_half_of_it() -> None:
+    with Dispatcher([Pool(0, 1)]) as disp:
+        wait_until_whole(disp)
+        tracker = disp.dispatch(Job(faulty_jobs.sleep_in_c).options(timeout=BRIEF))
+        (worker,) = worker_pids(disp)
+        os.kill(worker, signal.SIGSTOP)
+        assert isinstance(tracker.exception(BRIEF + LADDER), JobTimeout)
+        assert not is_alive(worker)
+
+
+def is_pending(pid: int, number: int | None) -> bool:
+    """Tell whether a signal waits to be taken by the process."""
+    assert number is not None
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    pending = next(int(line.split()[1], 16) for line in lines if line.startswith("ShdPnd:"))
+    return bool(pending >> (number - 1) & 1)
 
 
 def test_a_process_that_a_job_has_started_is_gone_when_the_timeout_is_told(tmp_path: Path) -> None:
