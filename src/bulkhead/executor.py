@@ -354,8 +354,8 @@ def _tell_again(future: JobFuture) -> None:
     """Finish what an exception has broken off that struck while the future was being settled."""
     with future._condition:
         if future.cancelled():
-            future._state = CANCELLED_AND_NOTIFIED  # type: ignore[attr-defined]
-        for waiter in future._waiters:  # type: ignore[attr-defined]  # those of wait() and as_completed()
+            future._state = CANCELLED_AND_NOTIFIED
+        for waiter in future._waiters:  # those of wait() and as_completed()
             if future not in waiter.finished_futures:
                 waiter.add_result(future)
         future._condition.notify_all()

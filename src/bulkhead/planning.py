@@ -9,12 +9,12 @@ Accepted as a whole: dispatch waits for room for the first job, as for any; when
 which from then on waits in its pools as delayed jobs do, needing no room. If it is not, nothing has happened.
 
 What may be asked for twice, and does no harm then: `begin` (by the dispatching thread, by the pool that accepts a
-waiting offer, by the end of the first job: a Ctrl-C may keep the first from it), to retract promises (by the dispatching
-thread, by the pool that refuses), and what follows the end of a job (see settling.py).
+waiting offer, by the end of the first job: a Ctrl-C may keep the first from it), to retract promises (by the
+dispatching thread, by the pool that refuses), and what follows the end of a job (see settling.py).
 
 What happens when a job ends: its waiters are fired under its pool's lock, where they do no more than strike the job off
-a list; the last one hands an errand to the thread of the pool that is next (links.py). An errand takes no lock but its own pool's: what
-concerns another it hands on to that one's thread.
+a list; the last one hands an errand to the thread of the pool that is next (links.py). An errand takes no lock but its
+own pool's: what concerns another it hands on to that one's thread.
 
 Nothing can follow itself: groups, chains and Jobs are made of what exists already, and cannot be changed.
 """
@@ -41,7 +41,7 @@ from bulkhead.composition import (
 from bulkhead.engines.processes.later import Later, run_later
 from bulkhead.engines.processes.payload import cannot
 from bulkhead.engines.processes.pool import ProcessPool
-from bulkhead.errors import JobCancelled
+from bulkhead.errors import ConfigError, JobCancelled, is_of
 from bulkhead.history import History
 from bulkhead.job import FOLLOW_UPS, Options, call_of, fed_call_of, name_of_job, options_of, times_of
 from bulkhead.tracker import Tracker
@@ -50,6 +50,10 @@ from bulkhead.validate import shown
 __all__ = ["Link", "Nowhere", "Plan"]
 
 _NOTHING = object()  # what the first job of all is fed
+
+# How many groups, chains and follow-ups may be inside one another. Why: each level costs frames of Python's stack here
+# and in whatever looks at the handle, and more levels than a person writes are better made flat.
+_DEEPEST = 100
 
 Route = Callable[[Options], ProcessPool]
 
@@ -137,6 +141,7 @@ class Plan:
         history: Where ids are reserved.
 
     Raises:
+        ConfigError: More than 100 groups, chains and follow-ups are inside one another.
         ConfigError, UnknownPriority, JobNotPicklable: A job cannot be run as it is.
 
     Attributes:
@@ -147,7 +152,7 @@ class Plan:
     def __init__(self, job: Any, route: Route, history: History) -> None:
         self._history = history
         self.links: list[Link] = []
-        self._whole = self._built(job, route, is_extra=False)
+        self._whole = self._built(job, route, 0, is_extra=False)
         self._starters = list(_starters(self._whole, _NOTHING))
         for link, previous in self._starters:
             link.pack_now(previous)
@@ -161,17 +166,26 @@ class Plan:
 
     # Building
 
-    def _built(self, job: Any, route: Route, *, is_extra: bool) -> Part:
+    def _built(self, job: Any, route: Route, depth: int, *, is_extra: bool) -> Part:
+        if depth > _DEEPEST:
+            raise ConfigError(
+                f"groups, chains and follow-ups may be at most {_DEEPEST} deep inside one another; a chain of chains "
+                "can be written as one chain, and a follow-up of a follow-up as a chain that follows"
+            )
         if isinstance(job, Group):
-            return GroupTracker([self._built(part, route, is_extra=is_extra) for part in job.parts])
+            return GroupTracker(
+                [self._built(part, route, depth + 1, is_extra=is_extra) for part in job.parts]
+            )
         if isinstance(job, Chain):
-            return ChainTracker([self._built(part, route, is_extra=is_extra) for part in job.parts])
+            return ChainTracker(
+                [self._built(part, route, depth + 1, is_extra=is_extra) for part in job.parts]
+            )
         call_of(job)  # raises for what is no job
         options = options_of(job)
         link = Link(route(options), job, options, is_extra=is_extra)
         self.links.append(link)
         link.on_success, link.on_failure = (
-            self._built(options[name], route, is_extra=True) if name in options else None
+            self._built(options[name], route, depth + 1, is_extra=True) if name in options else None
             for name in FOLLOW_UPS
         )
         return link
@@ -381,7 +395,7 @@ class _End:
 
 
 def _when_settled(leaves: Sequence[Tracker], then: Callable[[], None]) -> None:
-    """Have `then` called, under the lock of some pool, when the last of these jobs has settled; it bears a second call."""
+    """Have `then` called, under the lock of some pool, when the last of these jobs has settled; perhaps twice."""
     # Why a set: its steps are atomic, the jobs may be those of several pools, and one may be told of twice.
     left = {id(leaf) for leaf in leaves}
 
@@ -420,10 +434,11 @@ def _send(previous: Any, link: Link) -> None:
 
 def _call_off(before: Part, error: BaseException, link: Link) -> None:
     what = f"job {shown(before.id)}" if isinstance(before, Tracker) else f"a job of {shown(before.id)}"
-    how = "was cancelled" if isinstance(error, JobCancelled) else "has failed"
+    is_cancelled = is_of(error, JobCancelled)
+    how = "was cancelled" if is_cancelled else "has failed"
     cancelled = JobCancelled(f"job {shown(link.id)} was cancelled, as {what} before it {how}")
     # Why the first cause: in a long chain each would be the cause of the next.
-    first = error.__cause__ if isinstance(error, JobCancelled) else None
+    first = error.__cause__ if is_cancelled else None
     cancelled.__cause__ = error if first is None else first
     link.pool.links.call_off(link, cancelled)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 
 from bulkhead import validate
-from bulkhead.errors import ConfigError, ConfigTypeError, Unrecoverable
+from bulkhead.errors import ConfigError, ConfigTypeError, Unrecoverable, is_of
 
 __all__ = ["RetryPolicy"]
 
@@ -20,8 +20,9 @@ class RetryPolicy:
         factor: The pause grows by this from attempt to attempt; at least 1.
         jitter: Each pause is drawn evenly from ± this share of it, 0 to 1.
         maximum: Longest pause in seconds.
-        retry_on: Exception types worth another attempt. A crash is a `WorkerCrashed`, a timeout a `JobTimeout`: name
-            the types to retry some kinds of failure and not others. `Unrecoverable` is never retried.
+        retry_on: Exception types worth another attempt, matched as `except` does it. A crash is a `WorkerCrashed`, a
+            timeout a `JobTimeout`: name the types to retry some kinds of failure and not others. `Unrecoverable` is
+            never retried.
 
     Example:
         >>> RetryPolicy(3, initial=1.0, jitter=0.0).pause(attempt=2, draw=0.5)
@@ -68,9 +69,7 @@ class RetryPolicy:
     def allows(self, attempt: int, error: BaseException) -> bool:
         """Tell whether another attempt may follow `attempt`, which failed with `error`."""
         return (
-            attempt < self.max_attempts
-            and not isinstance(error, Unrecoverable)
-            and isinstance(error, self.retry_on)
+            attempt < self.max_attempts and not is_of(error, Unrecoverable) and is_of(error, *self.retry_on)
         )
 
 

@@ -133,7 +133,9 @@ def test_a_kill_and_a_dispatch_at_the_same_time_end_in_a_result_or_a_crash(singl
 
 
 def test_an_argument_that_kills_its_reader_fails_its_job_alone(disp_everywhere: Dispatcher) -> None:
-    error = assert_only_this_fails(disp_everywhere, Job(faulty_jobs.take, faulty_jobs.KillsItsReader()), WorkerCrashed)
+    error = assert_only_this_fails(
+        disp_everywhere, Job(faulty_jobs.take, faulty_jobs.KillsItsReader()), WorkerCrashed
+    )
     assert isinstance(error, WorkerCrashed)
     assert error.signal == "SIGKILL"
 

@@ -33,7 +33,10 @@ from bulkhead import (
 
 @pytest.fixture
 def disp(usual_start_method: str) -> Iterator[Dispatcher]:
-    pools = [Pool(0, 2, backlog=None, start_method=usual_start_method), Pool(1, 1, start_method=usual_start_method)]
+    pools = [
+        Pool(0, 2, backlog=None, start_method=usual_start_method),
+        Pool(1, 1, start_method=usual_start_method),
+    ]
     with staffed(Dispatcher(pools)) as disp:
         yield disp
         disp.finalize(cancel=True)

@@ -191,7 +191,9 @@ def test_a_worker_that_does_not_leave_when_it_is_sent_home_is_ended(monkeypatch:
 @pytest.mark.parametrize("cancel", [False, True], ids=["in peace", "cancelling"])
 def test_finalize_ends_a_pool_whose_workers_are_being_replaced(usual_start_method: str, cancel: bool) -> None:
     for n_done in (1, 4):
-        with Dispatcher([Pool(0, 2, max_jobs_per_worker=1, backlog=None, start_method=usual_start_method)]) as disp:
+        with Dispatcher(
+            [Pool(0, 2, max_jobs_per_worker=1, backlog=None, start_method=usual_start_method)]
+        ) as disp:
             trackers = [disp.dispatch(Job(echo, number)) for number in range(6)]
             for tracker in trackers[:n_done]:
                 tracker.wait(PATIENCE)

@@ -61,6 +61,7 @@ def test_by_default_there_is_a_worker_for_each_cpu_that_may_be_used() -> None:
     [
         ({"max_workers": 0}, ConfigError, "max_workers must be greater than 0"),
         ({"max_workers": -1}, ConfigError, "max_workers must be greater than 0"),
+        ({"max_workers": 10**30}, ConfigError, "max_workers must be at most 10000"),
         ({"max_workers": "2"}, ConfigTypeError, "max_workers"),
         ({"max_workers": 1, "mp_context": "spawn"}, ConfigTypeError, "mp_context"),
         ({"max_workers": 1, "initializer": 3}, ConfigTypeError, "initializer"),

@@ -54,7 +54,9 @@ def assert_all_are_ended_at_their_timeout(disp: Dispatcher, hangs: list[Callable
     assert not {tracker.status().pid for tracker in trackers} & {*worker_pids(disp)}
 
 
-def test_jobs_that_hang_are_ended_at_their_timeout_and_fresh_workers_take_over(usual_start_method: str) -> None:
+def test_jobs_that_hang_are_ended_at_their_timeout_and_fresh_workers_take_over(
+    usual_start_method: str,
+) -> None:
     disp = Dispatcher([Pool(0, 3, backlog=None, start_method=usual_start_method)])
     try:
         assert_all_are_ended_at_their_timeout(disp, [faulty_jobs.loop, faulty_jobs.ignore_sigterm])
@@ -67,7 +69,12 @@ def test_jobs_that_hang_are_ended_at_their_timeout_and_fresh_workers_take_over(u
     [
         # Why apart: each uses a CPU, and all have to run before their time is up.
         [faulty_jobs.sleep_with_gil, faulty_jobs.sum_with_gil, faulty_jobs.leave_group],
-        [faulty_jobs.sleep_in_c, faulty_jobs.block_sigterm, faulty_jobs.catch_sigterm, faulty_jobs.answer_sigterm],
+        [
+            faulty_jobs.sleep_in_c,
+            faulty_jobs.block_sigterm,
+            faulty_jobs.catch_sigterm,
+            faulty_jobs.answer_sigterm,
+        ],
     ],
     ids=["in C", "against SIGTERM"],
 )
@@ -81,10 +88,11 @@ def test_whatever_jobs_do_they_are_ended_at_their_timeout_and_their_stacks_are_t
         disp.finalize(cancel=True)
 
 
-def test_the_stack_of_a_job_whose_worker_gets_no_cpu_for_a_while_is_waited_for() -> None:
+def test_the_stack_of_a_job_whose_worker_gets_no_cpu_for_a_while_is_waited_for(tmp_path: Path) -> None:
     with Dispatcher([Pool(0, 1)]) as disp:
-        wait_until_whole(disp)
-        tracker = disp.dispatch(Job(faulty_jobs.sleep_in_c).options(timeout=BRIEF))
+        job = Job(faulty_jobs.note_and_call, tmp_path / "log", faulty_jobs.sleep_in_c)
+        tracker = disp.dispatch(job.options(timeout=2 * BRIEF))
+        wait_until((tmp_path / "log").exists)
         (worker,) = worker_pids(disp)
         os.kill(worker, signal.SIGSTOP)
         wait_until(lambda: is_pending(worker, blackbox.DUMP), "the worker is asked for its stacks")

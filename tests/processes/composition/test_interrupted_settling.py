@@ -54,7 +54,7 @@ def is_telling(frame: FrameType | None) -> bool:
 
 
 def is_with(frame: FrameType) -> bool:
-    """Tell whether this line begins or ends a `with`. No signal is handled between the end of the block and its exit."""
+    """Tell whether this line begins or ends a `with`. No signal is handled between block and exit."""
     return linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with ")
 
 

@@ -108,7 +108,9 @@ class _Child:
         self.has_exited = False
         self.was_told = False
         self.grace = 0.0
-        self.deaf: frozenset[str] | None = None  # its threads that held off the signal for the stacks before it came
+        self.deaf: frozenset[str] | None = (
+            None  # its threads that held off the signal for the stacks before it came
+        )
         self.rung: signal.Signals | None = None  # the last signal sent
         self.deadline: float | None = None
         self.strays: list[Any] = []  # psutil.Process: descendants in other groups
