@@ -52,7 +52,9 @@ def status() -> str:
 
 def start_worker() -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "bulkhead", "worker", "durable_archive:app", "--log-level", "error"]
-    return subprocess.Popen(command, cwd=Path(__file__).parent, env={**os.environ, "ARCHIVE_PLACE": str(PLACE)})
+    return subprocess.Popen(
+        command, cwd=Path(__file__).parent, env={**os.environ, "ARCHIVE_PLACE": str(PLACE)}
+    )
 
 
 def n_done() -> int:
