@@ -49,7 +49,7 @@ _log = logging.getLogger("bulkhead")
 _CLAIM_WAIT = 0.5
 
 # Jobs that come one after the other are claimed together so often (seconds).
-_GATHER = 0.002
+_GATHER = 0.005
 
 # Middlewares that want no job, or that let no claim wait, are asked again after so long (seconds).
 _ASKED_AGAIN = 0.05
