@@ -28,10 +28,16 @@ def _memory(folder: Path) -> Iterator[str]:
     yield f"memory://{uuid4().hex}"
 
 
+@contextmanager
+def _sqlite(folder: Path) -> Iterator[str]:
+    yield f"sqlite:///{folder}/jobs.db"
+
+
 Place = Callable[[Path], AbstractContextManager[str]]
 
 BACKENDS: dict[str, Place] = {
     "memory": _memory,
+    "sqlite": _sqlite,
 }
 
 # Those that are in one process only.
