@@ -20,6 +20,7 @@ __all__ = [
     "DispatcherFinalized",
     "DuplicateJobId",
     "JobCancelled",
+    "JobDiscarded",
     "JobNotFound",
     "JobNotPicklable",
     "JobTimeout",
@@ -232,6 +233,13 @@ class Snooze(BulkheadError):
             facts["delay"] = _delay(delay)
             delay = f"snoozed for {facts['delay']:g} s"
         super().__init__(delay, **facts)
+
+
+class JobDiscarded(BulkheadError):
+    """Raise this in a task, or in `handle` of a middleware, to drop its job: no attempt follows, and no dead letter.
+
+    The job has failed then, with the message as the reason.
+    """
 
 
 class BrokerUnavailable(BulkheadError, ConnectionError):

@@ -29,7 +29,7 @@ from bulkhead.service.batch import SLOTS, HeldJob, Marks, marks_path
 from bulkhead.service.link import Link
 from bulkhead.service.queue_consumer import QueueConsumer
 from bulkhead.service.status import progress_key
-from bulkhead.service.telling import outcome_of
+from bulkhead.service.telling import guarded, outcome_of
 
 if TYPE_CHECKING:
     from bulkhead.service.app import App
@@ -119,6 +119,12 @@ class Consumer:
             )
             for pool in self._pools
         ]
+        try:
+            for middleware in app.middlewares:
+                middleware.started(list(self._queues))
+        except BaseException:
+            self._end()
+            raise
         self._pulse_thread.start()
 
     def _leave(self, grace: float) -> None:
@@ -136,8 +142,11 @@ class Consumer:
         for one in self._consumers:
             one.end()
         self._has_ended.set()
-        self._pulse_thread.join()
+        if self._pulse_thread.ident is not None:
+            self._pulse_thread.join()
         self._dispatcher.finalize(cancel=True)
+        for middleware in self._app.middlewares:
+            guarded(middleware.stopped)
         self._marks.close()
         self._link.close()
 

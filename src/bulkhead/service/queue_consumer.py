@@ -16,7 +16,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -27,6 +27,7 @@ from bulkhead.errors import (
     BadMessage,
     BrokerUnavailable,
     BulkheadError,
+    ConfigTypeError,
     JobCancelled,
     JobTimeout,
     RemoteTraceback,
@@ -36,13 +37,13 @@ from bulkhead.job import Job
 from bulkhead.service.batch import NO_MARK, Batch, HeldJob, Marks
 from bulkhead.service.envelope import Envelope, failure_of
 from bulkhead.service.link import Link
+from bulkhead.service.middleware.base import Middleware
 from bulkhead.service.running import BATCH_SECONDS, FAILED, SNOOZED, Answer, Item, run_batch
 from bulkhead.service.telling import Teller, guarded
-from bulkhead.service.verdicts import Bury, Cancel, GiveBack, Verdict, after, exhausted
+from bulkhead.service.verdicts import Bury, Cancel, GiveBack, Lost, Verdict, after, exhausted
 
 if TYPE_CHECKING:
     from bulkhead.service.app import App
-    from bulkhead.service.middleware.base import Middleware
 
 __all__ = ["QueueConsumer"]
 
@@ -50,6 +51,12 @@ _log = logging.getLogger("bulkhead")
 
 # A claim waits so long for a job (seconds); so long a stop may take to be noticed.
 _CLAIM_WAIT = 0.5
+
+# Middlewares that want no job, or that let no claim wait, are asked again after so long (seconds).
+_ASKED_AGAIN = 0.05
+
+# What middlewares leave out of what was claimed is given back for so long (seconds).
+_LEFT_OUT = 1.0
 
 # Jobs that take less than this on average travel in batches (seconds), of which each should take so long.
 _SHORT = 0.002
@@ -111,7 +118,11 @@ class QueueConsumer:
         self._is_leaving = False
         self._is_over = threading.Event()
         self._dequeue: Callable[[int], list[HeldJob]] = self._claim
-        self._wait = _CLAIM_WAIT
+        self._fresh: dict[HeldJob, None] = {}  # what was claimed in this round. Owner: who fetches
+        self._has_claimed = False
+        waits = [one.claim_wait(name) for one in app.middlewares]
+        self._wait = min([_CLAIM_WAIT, *(wait for wait in waits if wait is not None)])
+        self._judges = [one for one in reversed(app.middlewares) if type(one).judge is not Middleware.judge]
         for middleware in reversed(app.middlewares):
             self._dequeue = _around(middleware, name, self._dequeue)
         self._fetcher = threading.Thread(target=self._fetch, name=f"bulkhead {name} fetch", daemon=True)
@@ -128,8 +139,7 @@ class QueueConsumer:
     def take_one(self) -> str | None:
         """Claim one job that is due, without waiting, and have it run; return its id."""
         self._wait = 0.0
-        jobs = self._dequeue(1)
-        self._admit(jobs)
+        jobs = self._take(1)
         return jobs[0].id if jobs else None
 
     @property
@@ -178,10 +188,12 @@ class QueueConsumer:
         with self._room:
             self._is_leaving = True
             self._room.notify_all()
+        # Race: what the fetch thread has just claimed has to be given back by the settle thread, which ends last.
+        if self._fetcher.ident is not None:
+            self._fetcher.join(2 * _CLAIM_WAIT + _LONGEST_PAUSE)
         self._done.put(None)
-        for thread in (self._fetcher, self._settler):
-            if thread.ident is not None:
-                thread.join(2 * _CLAIM_WAIT + _LONGEST_PAUSE)
+        self._settler.join(2 * _CLAIM_WAIT + _LONGEST_PAUSE)
+        self._forsake(list(self._held.values()))
 
     def _return(self, batch: Batch) -> None:
         for held in batch.jobs:
@@ -195,7 +207,8 @@ class QueueConsumer:
         pause = _FIRST_PAUSE
         while n := self._wait_for_room():
             try:
-                self._admit(self._dequeue(n))
+                if not self._take(n) and (not self._has_claimed or self._wait < _ASKED_AGAIN):
+                    self._wait_a_moment()
                 pause = _FIRST_PAUSE
             except BrokerUnavailable as error:
                 pause = self._hold_on(error, pause)
@@ -203,6 +216,27 @@ class QueueConsumer:
                 _log.exception("queue %s: claiming failed; trying again in %g s", self.name, pause)
                 self._is_over.wait(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _take(self, n: int) -> list[HeldJob]:
+        """Let the middlewares claim up to `n` jobs, and admit what they return; the rest is given back."""
+        self._fresh, self._has_claimed = {}, False
+        chosen: list[HeldJob] = []
+        try:
+            chosen = _checked(self._dequeue(n), self._fresh)
+        finally:
+            # Also when one of them raises: then nothing is chosen.
+            found = set(chosen)
+            left_out = [held for held in self._fresh if held not in found]
+            for held in left_out:
+                held.verdict = GiveBack(_LEFT_OUT)
+            self._admit([*chosen, *left_out])
+        return chosen
+
+    def _wait_a_moment(self) -> None:
+        """Wait before the middlewares are asked again; a job that ends here may change their mind."""
+        with self._room:
+            if not self._is_leaving:
+                self._room.wait(_ASKED_AGAIN)
 
     def _hold_on(self, error: BrokerUnavailable, pause: float) -> float:
         _log.warning("queue %s: %s; trying again in %g s", self.name, error, pause)
@@ -226,11 +260,15 @@ class QueueConsumer:
         return self._n_workers + min(ahead, _MOST_HELD)
 
     def _claim(self, n: int) -> list[HeldJob]:
+        if n < 1:
+            return []
+        self._has_claimed = True
         claims = self._app.backend.broker.claim(self.name, n, self._app.lease, wait=self._wait)
         held = []
         for claim in claims:
             job = self._opened(claim)
             if job is not None:
+                self._fresh[job] = None
                 held.append(job)
         return held
 
@@ -269,7 +307,7 @@ class QueueConsumer:
             self._teller.call_back(held, held.task.options.on_processing)
         refused = [held for held in jobs if held.verdict is not None]
         if refused:
-            self._done.put(_judged(refused))
+            self._done.put(_unrun(refused))
         for batch in self._batched(to_run):
             self._send(batch)
 
@@ -411,7 +449,7 @@ class QueueConsumer:
                 _log.exception(
                     "queue %s: jobs could not be settled; they run again after their leases", self.name
                 )
-                self._drop([held for batch in found for held in batch.jobs])
+                self._forsake([held for batch in found for held in batch.jobs])
             if len(found) < len(batches):
                 return
 
@@ -426,7 +464,7 @@ class QueueConsumer:
             done, rest = self._judge(batch)
             verdicts += done
             again += rest
-        self._tell(verdicts)
+        self._tell([(held, self._judged(held, verdict)) for held, verdict in verdicts])
         for held in again:
             self._send([held])
 
@@ -470,17 +508,32 @@ class QueueConsumer:
         answer = FAILED, failure_of(error, _trace(error)), 0.0
         return after(answer, held.envelope, held.claim.attempt, random.random())
 
+    def _judged(self, held: HeldJob, verdict: Verdict) -> Verdict:
+        """Let the middlewares have their say, the innermost first."""
+        for middleware in self._judges:
+            try:
+                verdict = _verdict(middleware.judge(held, verdict))
+            except Exception:
+                _log.exception("%r raised; job %s is left at %r", middleware.judge, held.id, verdict)
+        return verdict
+
     def _learn(self, task: str, seconds: float) -> None:
         known = self._seconds.get(task)
         self._seconds[task] = seconds if known is None else _MEMORY * known + (1 - _MEMORY) * seconds
 
     def _tell(self, verdicts: list[tuple[HeldJob, Verdict]]) -> None:
         wanted = [(held, verdict) for held, verdict in verdicts if not held.is_lost]
-        if wanted and self._told(lambda: self._teller.tell(wanted)):
-            for held, verdict in wanted:
-                if not held.is_lost:
-                    self._teller.report(held, verdict)
+        is_told = bool(wanted) and self._told(lambda: self._teller.tell(wanted))
+        for held, verdict in verdicts:
+            self._teller.report(held, verdict if is_told and not held.is_lost else Lost())
         self._drop([held for held, _ in verdicts])
+
+    def _forsake(self, jobs: list[HeldJob]) -> None:
+        """Let go of what is still held of these jobs without a word to the broker: their leases run out."""
+        lost = [held for held in jobs if self._held.get(held.id) is held]
+        for held in lost:
+            self._teller.report(held, Lost())
+        self._drop(lost)
 
     def _told(self, tell: Callable[[], object]) -> bool:
         """Tell the broker something, again and again while it is out of reach; False when we end before that."""
@@ -509,7 +562,21 @@ def _around(
     return lambda n: middleware.dequeue(name, n, forward)
 
 
-def _judged(jobs: list[HeldJob]) -> Batch:
+def _checked(jobs: list[HeldJob], fresh: Mapping[HeldJob, None]) -> list[HeldJob]:
+    """Return what middlewares have chosen of what was claimed; each once."""
+    for held in jobs:
+        if held.verdict is not None:
+            _verdict(held.verdict)
+    return [held for held in dict.fromkeys(jobs) if held in fresh]
+
+
+def _verdict(value: Verdict) -> Verdict:
+    if not isinstance(value, Verdict):
+        raise ConfigTypeError(f"a verdict must be one of those of bulkhead.service.verdicts, not {value!r}")
+    return value
+
+
+def _unrun(jobs: list[HeldJob]) -> Batch:
     """Return jobs that are not run, with what is to become of them, as the settle thread takes them."""
     return Batch(jobs, None, memoryview(b""))
 

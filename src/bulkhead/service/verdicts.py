@@ -6,9 +6,20 @@ from dataclasses import dataclass
 
 from bulkhead.retry import Backoff
 from bulkhead.service.envelope import Envelope
-from bulkhead.service.running import CANCELLED, DONE, SNOOZED, UNRECOVERABLE, Answer
+from bulkhead.service.running import CANCELLED, DISCARDED, DONE, SNOOZED, UNRECOVERABLE, Answer
 
-__all__ = ["Bury", "Cancel", "Discard", "GiveBack", "Succeed", "TryAgain", "Verdict", "after", "exhausted"]
+__all__ = [
+    "Bury",
+    "Cancel",
+    "Discard",
+    "GiveBack",
+    "Lost",
+    "Succeed",
+    "TryAgain",
+    "Verdict",
+    "after",
+    "exhausted",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +64,12 @@ class Cancel:
     """It was cancelled."""
 
 
-Verdict = Succeed | TryAgain | Bury | GiveBack | Discard | Cancel
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The claim was lost, or the broker could not be told: whoever claims the job next decides what becomes of it."""
+
+
+Verdict = Succeed | TryAgain | Bury | GiveBack | Discard | Cancel | Lost
 
 
 def after(answer: Answer, envelope: Envelope, attempt: int, draw: float) -> Verdict:
@@ -74,6 +90,8 @@ def after(answer: Answer, envelope: Envelope, attempt: int, draw: float) -> Verd
     if kind == CANCELLED:
         return Cancel()
     assert data is not None
+    if kind == DISCARDED:
+        return Discard(data.decode())
     if kind == UNRECOVERABLE:
         return Bury("unrecoverable", data)
     if attempt > envelope.max_retries:
