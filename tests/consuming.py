@@ -55,10 +55,10 @@ def consuming(app: App, *, grace: float = 5.0) -> Iterator[threading.Thread]:
         raise errors[0]
 
 
-def held(queue: str = "default", task: str = "work", *, id: str | None = None, age: float = 0.0) -> HeldJob:
+def held(queue: str = "default", task: str = "work", *, job_id: str = "", age: float = 0.0) -> HeldJob:
     """Return a job as a consumer holds it, for middlewares that are called by the test."""
-    id = id or f"job-{next(_numbers)}"
+    job_id = job_id or f"job-{next(_numbers)}"
     now = time.time()
-    claim = Claim(Hold(id, queue, f"token-{next(_numbers)}"), b"", 0, 1, now - age, now - age)
+    claim = Claim(Hold(job_id, queue, f"token-{next(_numbers)}"), b"", 0, 1, now - age, now - age)
     envelope = Envelope(task, b"")
     return HeldJob(claim, envelope, None, b"")  # type: ignore[arg-type]

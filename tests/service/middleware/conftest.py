@@ -15,7 +15,9 @@ PLACES = ("memory", "sqlite", "redis")
 # Why of the session: a server is started before the test's traces are counted.
 @pytest.fixture(scope="session", params=PLACES)
 def place(request: pytest.FixtureRequest) -> tuple[str, str | None]:
-    server = request.getfixturevalue(f"{request.param}_server") if request.param in ("redis", "nats") else None
+    server = (
+        request.getfixturevalue(f"{request.param}_server") if request.param in ("redis", "nats") else None
+    )
     return request.param, None if server is None else server.url
 
 
@@ -51,3 +53,11 @@ def app_with(url: str, namespace: str) -> Iterator[Callable[..., App]]:
 
 def work(*args: object, **kwargs: object) -> None:
     """A task that is never run: only its jobs are enqueued."""
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def shared_url(request: pytest.FixtureRequest, tmp_path: Path, redis_server: object) -> str:
+    """A place that several processes share."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/jobs.db"
+    return str(redis_server.url)  # type: ignore[attr-defined]

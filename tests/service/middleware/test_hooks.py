@@ -21,7 +21,7 @@ from bulkhead.service.verdicts import Bury, Discard, GiveBack, Succeed, Verdict
 
 
 class Noting(Middleware):
-    """Notes what it sees: in memory what happens in this process, in the file that the job names what the worker sees."""
+    """Notes what it sees: here what happens in this process, in the file that a job names what its worker sees."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -145,7 +145,13 @@ def test_the_first_one_listed_is_outermost(tmp_path: Path, namespace: str) -> No
         "judge second",
         "judge first",
     ]
-    assert lines(path) == ["handle first in", "handle second in", "task", "handle second out", "handle first out"]
+    assert lines(path) == [
+        "handle first in",
+        "handle second in",
+        "task",
+        "handle second out",
+        "handle first out",
+    ]
 
 
 def test_what_is_raised_in_enqueue_reaches_the_caller_and_nothing_is_enqueued(
@@ -175,24 +181,24 @@ def test_what_is_raised_in_dequeue_is_logged_and_what_was_claimed_runs_later(
     ids = [work.enqueue(number) for number in range(5)]
     with consuming(app):
         # Well below the lease of 30 s: the claims were given back, and did not have to run out.
-        jobs = [app.wait(id, timeout=10) for id in ids]
+        jobs = [app.wait(job_id, timeout=10) for job_id in ids]
 
     assert [job.state for job in jobs] == [JobState.SUCCEEDED] * 5
     assert [job.attempt for job in jobs] == [1] * 5
     assert "no luck" in caplog.text
-    given_back = [id for id, verdict in middleware.settled_jobs if isinstance(verdict, GiveBack)]
+    given_back = [job_id for job_id, verdict in middleware.settled_jobs if isinstance(verdict, GiveBack)]
     assert given_back
-    assert all(middleware.forwarded[id] == 2 for id in given_back)
+    assert all(middleware.forwarded[job_id] == 2 for job_id in given_back)
 
 
 def test_what_is_raised_in_handle_is_the_failure_of_the_job(app: App) -> None:
-    id = work.call(1).options(headers={"handle": "fail"}).enqueue()
+    job_id = work.call(1).options(headers={"handle": "fail"}).enqueue()
 
     done = app.run_once()
 
     assert done is not None
-    assert (done.id, done.state, done.error_type) == (id, JobState.FAILED, "OSError")
-    assert [dead.id for dead in app.dead()] == [id]
+    assert (done.id, done.state, done.error_type) == (job_id, JobState.FAILED, "OSError")
+    assert [dead.id for dead in app.dead()] == [job_id]
 
 
 def test_a_job_that_handle_discards_has_failed_and_leaves_no_dead_letter(app: App) -> None:
@@ -207,7 +213,7 @@ def test_a_job_that_handle_discards_has_failed_and_leaves_no_dead_letter(app: Ap
 
 def test_who_wants_no_job_is_asked_again_soon_and_not_all_the_time(app: App, middleware: Scripted) -> None:
     middleware.is_asking = False
-    id = work.enqueue(1)
+    job_id = work.enqueue(1)
     with consuming(app):
         wait_until(lambda: middleware.n_asked >= 3, "asked again")
         before, cpu = middleware.n_asked, time.thread_time()
@@ -218,7 +224,7 @@ def test_who_wants_no_job_is_asked_again_soon_and_not_all_the_time(app: App, mid
         assert middleware.n_asked - before <= 12
         assert time.thread_time() - cpu < 0.4
         middleware.is_asking = True
-        assert app.wait(id, timeout=10).state == JobState.SUCCEEDED
+        assert app.wait(job_id, timeout=10).state == JobState.SUCCEEDED
 
 
 def test_what_is_left_out_is_given_back_uncounted(app: App, middleware: Scripted) -> None:
@@ -228,12 +234,12 @@ def test_what_is_left_out_is_given_back_uncounted(app: App, middleware: Scripted
         return []
 
     middleware.script = once
-    id = work.enqueue(1)
+    job_id = work.enqueue(1)
     with consuming(app):
-        job = app.wait(id, timeout=10)
+        job = app.wait(job_id, timeout=10)
 
     assert (job.state, job.attempt) == (JobState.SUCCEEDED, 1)
-    assert middleware.settled_jobs == [(id, GiveBack(1.0)), (id, middleware.settled_jobs[1][1])]
+    assert middleware.settled_jobs == [(job_id, GiveBack(1.0)), (job_id, middleware.settled_jobs[1][1])]
 
 
 def test_a_job_with_a_verdict_is_not_run(app: App, middleware: Scripted) -> None:
@@ -243,13 +249,13 @@ def test_a_job_with_a_verdict_is_not_run(app: App, middleware: Scripted) -> None
         return jobs
 
     middleware.script = discard
-    id = work.enqueue(1)
+    job_id = work.enqueue(1)
 
     done = app.run_once()
 
     assert done is not None
     assert (done.state, done.error_message) == (JobState.FAILED, "nobody wants it")
-    assert middleware.settled_jobs == [(id, Discard("nobody wants it"))]
+    assert middleware.settled_jobs == [(job_id, Discard("nobody wants it"))]
 
 
 def test_a_verdict_that_is_none_counts_as_raised(
@@ -261,22 +267,22 @@ def test_a_verdict_that_is_none_counts_as_raised(
         return jobs
 
     middleware.script = spoil
-    id = work.enqueue(1)
+    job_id = work.enqueue(1)
 
     with pytest.raises(ConfigTypeError, match="drop it"):
         app.run_once()
 
-    assert app.job(id).state == JobState.SCHEDULED
-    assert app.job(id).attempt == 0
+    assert app.job(job_id).state == JobState.SCHEDULED
+    assert app.job(job_id).attempt == 0
 
 
 def test_judge_decides_what_becomes_of_a_job(app: App, middleware: Scripted) -> None:
     middleware.judging = lambda verdict: Bury("a dead letter all the same", None)
-    id = work.enqueue(1)
+    job_id = work.enqueue(1)
 
     app.run_once()
 
-    assert [(dead.id, dead.reason) for dead in app.dead()] == [(id, "a dead letter all the same")]
+    assert [(dead.id, dead.reason) for dead in app.dead()] == [(job_id, "a dead letter all the same")]
 
 
 @pytest.mark.parametrize("answer", [None, "succeed", OSError])
@@ -315,9 +321,11 @@ def test_each_claimed_job_is_settled_once(app: App, middleware: Scripted) -> Non
     with consuming(app):
         wait_until(lambda: app.queues()["default"] == QueueCounts())
 
-    settled = Counter(id for id, _ in middleware.settled_jobs)
+    settled = Counter(job_id for job_id, _ in middleware.settled_jobs)
     assert settled == middleware.forwarded
-    ended = Counter(id for id, verdict in middleware.settled_jobs if isinstance(verdict, (Succeed, Discard)))
+    ended = Counter(
+        job_id for job_id, verdict in middleware.settled_jobs if isinstance(verdict, (Succeed, Discard))
+    )
     assert len(ended) == 300
     assert set(ended.values()) == {1}
 
