@@ -76,11 +76,12 @@ def run_batch(
     end = time.monotonic() + BATCH_SECONDS
     answers: list[Answer] = []
     for number, item in enumerate(items):
+        marks[slot] = number  # type: ignore[index]
         began = time.monotonic()
-        # Invariant: what a consumer has taken back because the mark stood for longer than this is never begun.
+        # Invariant: what a consumer has taken back because the mark stood for longer than this is never begun. Race: so
+        # the clock is read when the mark has moved; a worker that is held up between the two does not begin the job.
         if answers and began > end:
             break
-        marks[slot] = number  # type: ignore[index]
         envelope = _open(item.envelope)
         job = JobContext(line, item.id, item.queue, item.attempt, item.enqueued_at, envelope)
         kind, data, delay = _run(tasks[item.task], job, envelope)
@@ -103,7 +104,7 @@ def _run(task: Task[..., Any], job: JobContext, envelope: Envelope) -> Answer:
         return DISCARDED, str(error).encode("utf-8", "replace"), 0.0
     except Unrecoverable as error:
         return UNRECOVERABLE, _described(error), 0.0
-    except Exception as error:
+    except BaseException as error:  # Why all: what a job raises must not take the others of its batch with it
         return FAILED, _described(error), 0.0
     finally:
         context.running = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bulkhead.retry import Backoff
-from bulkhead.service.envelope import Envelope
+from bulkhead.service.envelope import Envelope, failure
 from bulkhead.service.running import CANCELLED, DISCARDED, DONE, SNOOZED, UNRECOVERABLE, Answer
 
 __all__ = [
@@ -20,6 +20,10 @@ __all__ = [
     "after",
     "exhausted",
 ]
+
+
+# Of a reason (arbitrary): the whole failure is kept beside it.
+_REASON_CHARACTERS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +97,10 @@ def after(answer: Answer, envelope: Envelope, attempt: int, draw: float) -> Verd
     if kind == DISCARDED:
         return Discard(data.decode())
     if kind == UNRECOVERABLE:
-        return Bury("unrecoverable", data)
+        return Bury(f"unrecoverable: {_text(data)}", data)
     if attempt > envelope.max_retries:
-        return Bury(f"failed {attempt} times" if attempt > 1 else "failed", data)
+        times = f"failed {attempt} times" if attempt > 1 else "failed"
+        return Bury(f"{times}: {_text(data)}", data)
     initial, factor, jitter, maximum = envelope.backoff
     backoff = Backoff(initial=initial, factor=factor, jitter=jitter, maximum=maximum)
     return TryAgain(backoff.pause(attempt, draw), data)
@@ -104,3 +109,8 @@ def after(answer: Answer, envelope: Envelope, attempt: int, draw: float) -> Verd
 def exhausted(envelope: Envelope, attempt: int) -> bool:
     """Tell whether a claimed job has had all its attempts: in the last of them its consumer died."""
     return attempt > envelope.max_retries + 1
+
+
+def _text(data: bytes) -> str:
+    told = failure(data)
+    return "" if told is None else f"{told.type}: {told.message}"[:_REASON_CHARACTERS]
