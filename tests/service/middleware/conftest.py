@@ -55,7 +55,8 @@ def work(*args: object, **kwargs: object) -> None:
     """A task that is never run: only its jobs are enqueued."""
 
 
-@pytest.fixture(params=["sqlite", "redis"])
+# Each costs seconds, and what is different in Redis is tested in the process of the test, too.
+@pytest.fixture(params=["sqlite", pytest.param("redis", marks=pytest.mark.slow)])
 def shared_url(request: pytest.FixtureRequest, tmp_path: Path, redis_server: object) -> str:
     """A place that several processes share."""
     if request.param == "sqlite":

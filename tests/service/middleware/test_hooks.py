@@ -272,7 +272,7 @@ def test_a_verdict_that_is_none_counts_as_raised(
     with pytest.raises(ConfigTypeError, match="drop it"):
         app.run_once()
 
-    assert app.job(job_id).state == JobState.SCHEDULED
+    assert app.job(job_id).state in (JobState.SCHEDULED, JobState.QUEUED)  # the pause may be over
     assert app.job(job_id).attempt == 0
 
 

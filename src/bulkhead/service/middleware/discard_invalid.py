@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import msgspec.inspect
 
 from bulkhead.errors import ConfigError, ConfigTypeError, JobDiscarded
 from bulkhead.service.middleware.base import Middleware
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from bulkhead.service.context import JobContext
 
 __all__ = ["DiscardInvalid"]
+
+_WITH_FIELDS = (msgspec.inspect.StructType, msgspec.inspect.DataclassType, msgspec.inspect.TypedDictType)
 
 # A function that is called with the task's arguments, or a type that takes them by name.
 Check = Callable[..., object] | type
@@ -79,12 +82,10 @@ class DiscardInvalid(Middleware):
 
 def _check(task: str, check: Any) -> Callable[[inspect.BoundArguments], None]:
     if isinstance(check, type):
-        try:
-            msgspec.convert({}, check)
-        except msgspec.ValidationError:
-            pass  # what is missing is missing
-        except Exception as error:
-            raise ConfigTypeError(f"msgspec cannot convert to the check of task {task!r}: {error}") from error
+        if not isinstance(msgspec.inspect.type_info(check), _WITH_FIELDS):
+            raise ConfigTypeError(
+                f"the check of task {task!r} must be a function, a msgspec.Struct, a dataclass or a TypedDict, not {check!r}"
+            )
         return lambda bound: _converted(bound, check)
     if not callable(check):
         raise ConfigTypeError(f"the check of task {task!r} must be a function or a type, not {check!r}")
