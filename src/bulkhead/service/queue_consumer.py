@@ -125,8 +125,8 @@ class QueueConsumer:
         self._judges = [one for one in reversed(app.middlewares) if type(one).judge is not Middleware.judge]
         self._fresh: dict[HeldJob, None] = {}  # what was claimed in this round. Owner: who fetches
         self._has_claimed = False  # likewise
-        waits = [one.claim_wait for one in app.middlewares if one.claim_wait is not None]
-        self._wait = min([_CLAIM_WAIT, *waits])
+        waits = [one.claim_wait(name) for one in app.middlewares]
+        self._wait = min([_CLAIM_WAIT, *(wait for wait in waits if wait is not None)])
         self._fetcher = thread(f"{name} fetch", self._fetch)
         self._settler = thread(f"{name} settle", self._settle)
 
@@ -247,7 +247,8 @@ class QueueConsumer:
             chosen = _checked(self._dequeue(n), self._fresh)
         finally:
             # Also when one of them raises: then nothing is chosen.
-            left_out = [held for held in self._fresh if held not in set(chosen)]
+            found = set(chosen)
+            left_out = [held for held in self._fresh if held not in found]
             for held in left_out:
                 held.verdict = GiveBack(_LEFT_OUT)
             self._admit([*chosen, *left_out])
