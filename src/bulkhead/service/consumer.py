@@ -143,7 +143,7 @@ class Consumer:
                     )
                 )
             for middleware in app.middlewares:
-                guarded(middleware.started, list(self._queues))
+                middleware.started(list(self._queues))
             self._pulse_thread = self._thread("pulse", self._pulse)
             self._pulse_thread.start()
             yield
