@@ -19,6 +19,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import tzinfo
 from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 import msgspec
@@ -43,8 +44,10 @@ from bulkhead.retry import Backoff
 from bulkhead.service.consumer import Consumer
 from bulkhead.service.envelope import CodecName, Envelope, Follow, Sealer, encoded, failure
 from bulkhead.service.middleware.base import Middleware, Submission
+from bulkhead.service.schedules import Schedule, Schedules
 from bulkhead.service.status import QueuedJob, from_outcome, from_record
 from bulkhead.service.task import DEFAULT_BACKOFF, Call, Callback, Task, TaskOptions, job_id, name
+from bulkhead.service.timing import Missed
 
 __all__ = ["App"]
 
@@ -112,9 +115,7 @@ class App:
         self._ids = _Ids()
         self._connected: tuple[int, Backend] | None = None
         self._lock = threading.Lock()  # guards connecting; nothing is acquired under it
-        self._put: Callable[[Sequence[Submission]], None] = self._enqueue
-        for middleware in reversed(self.middlewares):
-            self._put = _around(middleware, self._put)
+        self._schedules = Schedules(self)
         for middleware in self.middlewares:
             middleware.attach(self)
         self._consumer: Consumer | None = None
@@ -278,10 +279,10 @@ class App:
         """
         if existing not in ("refuse", "keep"):
             raise ConfigError(f"existing must be 'refuse' or 'keep', not {existing!r}")
-        submissions = [self._submission(call) for call in calls]
+        submissions = [self.submission(call) for call in calls]
         if not submissions:
             return []
-        self._put(submissions)
+        self.submit(submissions)
         taken = [one.duplicate_of for one in submissions if one.duplicate_of is not None]
         if taken and existing == "refuse":
             raise DuplicateJobId(
@@ -490,6 +491,78 @@ class App:
         """Delete all dead letters, of one queue or of all; return how many."""
         return self._each_dead(queue, self.backend.broker.delete)
 
+    # Schedules
+
+    def schedule(
+        self, name: str, when: str, call: Call, *, tz: str | tzinfo = "UTC", missed: Missed = "once"
+    ) -> None:
+        """Declare a job that comes again and again. Nothing is connected: a worker keeps it when it starts.
+
+        A declaration that was changed takes the place of the old one when a worker starts; the schedule goes on where
+        it was if its times are the same, and a paused one stays paused. One that is taken out of the code goes on until
+        `cancel_schedule`; one that is cancelled while it is in the code is back when the next worker starts. Runs are
+        enqueued by workers that have the task.
+
+        Args:
+            name: Of the schedule, up to 150 characters.
+            when: Five cron fields ("30 2 * * mon-fri"), "@hourly", "@daily", "@midnight", "@weekly", "@monthly",
+                "@yearly", or "@every" with a duration of at least a second, such as "@every 1h30m": the first run
+                is so long after the schedule was first kept, and the others follow at whole multiples.
+            call: The job. Each run has the id `schedule:<name>:<due in POSIX milliseconds>`.
+            tz: In which cron fields are meant: "Europe/Berlin" or a ZoneInfo. A time that a day does not have comes
+                when the gap ends; one that it has twice comes the first time, unless the minute or the hour begins
+                with "*".
+            missed: What becomes of runs that no worker enqueued before the next one was due, or within 30 seconds:
+                "once" enqueues the last of them, "skip" none, "all" each of them, at most the last 1000.
+
+        Raises:
+            ConfigError: A value cannot work, or there is another schedule of this name in the code.
+        """
+        self._schedules.declare(name, when, call, tz, missed)
+
+    def add_schedule(
+        self, name: str, when: str, call: Call, *, tz: str | tzinfo = "UTC", missed: Missed = "once"
+    ) -> None:
+        """Keep a schedule now, from any process, in the place of one with this name; see `schedule`.
+
+        Raises:
+            ConfigError: A value cannot work.
+            BrokerUnavailable: The server cannot be reached.
+        """
+        self._schedules.add(name, when, call, tz, missed)
+
+    def put_schedules(self) -> None:
+        """Keep the declared schedules, as a worker does when it starts."""
+        self._schedules.put_declared()
+
+    def schedules(self) -> list[Schedule]:
+        """Return all schedules that are kept, by name."""
+        return self._schedules.all()
+
+    def pause_schedule(self, name: str) -> None:
+        """Let a schedule enqueue nothing until `resume_schedule`; also over restarts.
+
+        Raises:
+            ScheduleNotFound: There is none of this name.
+        """
+        self._schedules.pause(name)
+
+    def resume_schedule(self, name: str) -> None:
+        """Undo `pause_schedule`. Times that came meanwhile are not caught up with.
+
+        Raises:
+            ScheduleNotFound: There is none of this name.
+        """
+        self._schedules.resume(name)
+
+    def cancel_schedule(self, name: str) -> None:
+        """Forget a schedule. Jobs that it has enqueued stay.
+
+        Raises:
+            ScheduleNotFound: There is none of this name.
+        """
+        self._schedules.cancel(name)
+
     # Running
 
     def run(self, queues: Iterable[str] | None = None, *, grace: float = 30.0) -> None:
@@ -565,6 +638,33 @@ class App:
     def next_id(self) -> str:
         """Return an id that nobody else has."""
         return self._ids.next()
+
+    def submission(self, call: Call) -> Submission:
+        """Return a job as it enters the middlewares.
+
+        Raises:
+            ConfigError: It is no job of this application, or its arguments cannot be encoded.
+            UnknownQueue: There is no such queue.
+        """
+        if not isinstance(call, Call):
+            raise ConfigTypeError(f"jobs are made by task.call(...); this is {validate.shown(call)}")
+        if call.task.app is not self:
+            raise ConfigError(f"task {call.task.name!r} belongs to another application")
+        queue = call.queue or call.task.options.queue
+        if queue not in self._queues:
+            raise UnknownQueue(f"there is no queue {queue!r}; known are: {', '.join(sorted(self._queues))}")
+        return Submission(call.id or self.next_id(), call.id is not None, call, queue, self.envelope(call))
+
+    def submit(
+        self,
+        submissions: Sequence[Submission],
+        forward: Callable[[Sequence[Submission]], None] | None = None,
+    ) -> None:
+        """Pass jobs through the middlewares, and what comes through on to `forward`, by default the broker."""
+        put = self._enqueue if forward is None else forward
+        for middleware in reversed(self.middlewares):
+            put = _around(middleware, put)
+        put(submissions)
 
     def envelope(self, call: Call, *, takes: bool = False) -> Envelope:
         """Return a job as it travels.
@@ -650,16 +750,6 @@ class App:
             raise type(error)(str(error).replace("n_workers", "concurrency")) from None
         except TypeError as error:
             raise ConfigTypeError(f"queue {queue!r}: {error}") from None
-
-    def _submission(self, call: Call) -> Submission:
-        if not isinstance(call, Call):
-            raise ConfigTypeError(f"jobs are made by task.call(...); this is {validate.shown(call)}")
-        if call.task.app is not self:
-            raise ConfigError(f"task {call.task.name!r} belongs to another application")
-        queue = call.queue or call.task.options.queue
-        if queue not in self._queues:
-            raise UnknownQueue(f"there is no queue {queue!r}; known are: {', '.join(sorted(self._queues))}")
-        return Submission(call.id or self.next_id(), call.id is not None, call, queue, self.envelope(call))
 
     def _enqueue(self, submissions: Sequence[Submission]) -> None:
         for part in _parts(submissions):

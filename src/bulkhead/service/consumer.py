@@ -5,6 +5,7 @@
        └── ack, nack, bury ──┴ settle thread ◀───────────────────────────┘
     pulse thread: renews the leases of all that is held, looks after batches, lets the middlewares know
     link thread:  answers the jobs' own questions (link.py)
+    timer thread: enqueues what schedules are due (schedules.py)
 
 Guarantees: what is claimed is acked after the work and its outcome are done, or given back, or its lease runs out; a
 job whose lease is lost here is ended here. Each queue has threads and a pool of its own and starves no other.
@@ -28,6 +29,7 @@ from bulkhead.errors import ConfigError
 from bulkhead.service.batch import SLOTS, HeldJob, Marks, marks_path
 from bulkhead.service.link import Link
 from bulkhead.service.queue_consumer import QueueConsumer
+from bulkhead.service.schedules import Timer
 from bulkhead.service.status import progress_key
 from bulkhead.service.telling import outcome_of
 
@@ -62,15 +64,18 @@ class Consumer:
         self._is_stopping = threading.Event()
         self._is_hurried = threading.Event()
         self._has_ended = threading.Event()
+        self._timer = Timer(app)
         self._pulse_thread = threading.Thread(target=self._pulse, name="bulkhead pulse", daemon=True)
 
     def run(self, *, grace: float) -> None:
         """Work until a signal or `stop`; then end within about `grace` seconds."""
+        self._app.put_schedules()
         self._start()
         try:
             with _signals_handled(self.stop):
                 for one in self._consumers:
                     one.start()
+                self._timer.start()
                 while not self._is_stopping.wait(1.0):
                     pass
                 self._leave(grace)
@@ -133,6 +138,7 @@ class Consumer:
             one.give_all_back()
 
     def _end(self) -> None:
+        self._timer.end()
         for one in self._consumers:
             one.end()
         self._has_ended.set()
