@@ -43,6 +43,7 @@ from bulkhead.errors import (
 from bulkhead.retry import Backoff
 from bulkhead.service.consumer import Consumer
 from bulkhead.service.envelope import CodecName, Envelope, Follow, Sealer, encoded, failure
+from bulkhead.service.groups import KEEP, Groups, GroupStatus
 from bulkhead.service.middleware.base import Middleware, Submission
 from bulkhead.service.schedules import Schedule, Schedules
 from bulkhead.service.status import QueuedJob, from_outcome, from_record
@@ -116,6 +117,7 @@ class App:
         self._connected: tuple[int, Backend] | None = None
         self._lock = threading.Lock()  # guards connecting; nothing is acquired under it
         self._schedules = Schedules(self)
+        self._groups = Groups(self)
         for middleware in self.middlewares:
             middleware.attach(self)
         self._consumer: Consumer | None = None
@@ -490,6 +492,100 @@ class App:
     def delete_all_dead(self, *, queue: str | None = None) -> int:
         """Delete all dead letters, of one queue or of all; return how many."""
         return self._each_dead(queue, self.backend.broker.delete)
+
+    # Groups and chains
+
+    def enqueue_group(
+        self,
+        calls: Iterable[Call],
+        *,
+        id: str | None = None,  # noqa: A002 - as of Job.options
+        keep: float = KEEP,
+    ) -> str:
+        """Enqueue jobs that are asked for together, all or none, and return the group's id.
+
+        They wait as one message in the queue of the first of them until a worker has taken it apart; that is the next
+        thing it does. Their ids are `<id>.0`, `<id>.1` and so on; delays count from then.
+
+        Args:
+            calls: The jobs, of any queues; none to 100,000, without ids of their own.
+            id: Own id, up to 180 characters, instead of a random one.
+            keep: For how many seconds from then the group is known, and its jobs' outcomes are kept at least:
+                choose it longer than they take. Later the group is JobNotFound, and its jobs are as any others.
+
+        Raises:
+            DuplicateJobId: Its id is taken. Nothing was enqueued.
+            ConfigError: A value cannot work. Nothing was enqueued.
+            MessageTooLarge: All jobs together are larger than one message of the server may be. Nothing was enqueued.
+            BrokerUnavailable: The server cannot be reached. All or nothing was enqueued; with an own id, ask or repeat.
+        """
+        return self._groups.enqueue_group(calls, id, keep)
+
+    def enqueue_chain(
+        self,
+        calls: Iterable[Call],
+        *,
+        id: str | None = None,  # noqa: A002 - as above
+        keep: float = KEEP,
+    ) -> str:
+        """Enqueue jobs that run one after the other, and return the chain's id.
+
+        Each gets the result of the one before, None too, as its first argument and as `current_job().previous`. When
+        one fails for good or is cancelled, those after it do not run: the chain has failed or is cancelled. A dead
+        letter of it that is retried and succeeds goes on with the chain.
+
+        Args:
+            calls: 1 to 100 jobs, of any queues, without ids of their own; what else follows them follows, too.
+            id: See `enqueue_group`; so for `keep`, and for what is raised.
+            keep: See there.
+        """
+        return self._groups.enqueue_chain(calls, id, keep)
+
+    def group_status(self, id: str) -> GroupStatus:  # noqa: A002 - as above
+        """Return what has become of a group or chain, worked out from its jobs: two round trips for each 1000.
+
+        A job that was removed by hand, or its outcome, counts as cancelled.
+
+        Raises:
+            JobNotFound: It never existed, or its time is over; see `keep`.
+        """
+        return self._groups.status(id)
+
+    def wait_group(self, id: str, *, timeout: float) -> GroupStatus:  # noqa: A002 - as above
+        """Wait until all jobs of a group or chain have settled.
+
+        Raises:
+            WaitTimeout: They have not within `timeout` seconds.
+            JobNotFound: See `group_status`.
+
+        Blocking: up to `timeout`.
+        """
+        return self._groups.wait(id, timeout)
+
+    def group_results(self, id: str, *, timeout: float = 0.0) -> list[Any]:  # noqa: A002 - as above
+        """Return what the jobs of a group or chain have returned, in order; of a chain the last is its result.
+
+        Args:
+            id: The group or chain.
+            timeout: Seconds to wait for its end.
+
+        Raises:
+            JobsFailed: Jobs have failed or were cancelled; `exceptions` has up to 100 of them, `job_ids` theirs.
+            ResultNotFound: It has not ended.
+            WaitTimeout: Nor within `timeout` seconds.
+            JobNotFound: See `group_status`.
+        """
+        return self._groups.results(id, timeout)
+
+    def cancel_group(self, id: str) -> bool:  # noqa: A002 - as above
+        """Cancel the jobs of a group or chain that have not ended; False when all have.
+
+        Raises:
+            JobNotFound: See `group_status`.
+
+        Blocking: for a chain until its running job has ended, 10 seconds at most.
+        """
+        return self._groups.cancel(id)
 
     # Schedules
 

@@ -9,6 +9,7 @@ ends; then the leases run out, and the jobs run again elsewhere.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import queue
@@ -35,6 +36,7 @@ from bulkhead.errors import (
 from bulkhead.job import Job
 from bulkhead.service.batch import NO_MARK, Batch, HeldJob, Marks
 from bulkhead.service.envelope import Envelope, failure_of
+from bulkhead.service.groups import open_group
 from bulkhead.service.link import Link
 from bulkhead.service.running import BATCH_SECONDS, FAILED, SNOOZED, Answer, Item, run_batch
 from bulkhead.service.telling import Teller, guarded
@@ -108,6 +110,7 @@ class QueueConsumer:
         self._batches: set[Batch] = set()
         self._seconds: dict[str, float] = {}  # what a job of each task takes, on average
         self._done: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
+        self._openers: list[tuple[Claim, Envelope]] = []  # groups that were claimed. Owner: who fetches
         self._is_leaving = False
         self._is_over = threading.Event()
         self._dequeue: Callable[[int], list[HeldJob]] = self._claim
@@ -128,9 +131,11 @@ class QueueConsumer:
     def take_one(self) -> str | None:
         """Claim one job that is due, without waiting, and have it run; return its id."""
         self._wait = 0.0
-        jobs = self._dequeue(1)
-        self._admit(jobs)
-        return jobs[0].id if jobs else None
+        while True:
+            jobs = self._dequeue(1)
+            self._admit(jobs)
+            if jobs or not self._open_groups():
+                return jobs[0].id if jobs else None
 
     @property
     def n_held(self) -> int:
@@ -196,6 +201,7 @@ class QueueConsumer:
         while n := self._wait_for_room():
             try:
                 self._admit(self._dequeue(n))
+                self._open_groups()
                 pause = _FIRST_PAUSE
             except BrokerUnavailable as error:
                 pause = self._hold_on(error, pause)
@@ -237,8 +243,8 @@ class QueueConsumer:
     def _opened(self, claim: Claim) -> HeldJob | None:
         try:
             envelope = self._app.sealer.open(claim.id, claim.queue, claim.body)
-            if envelope.members:
-                self._expand(claim, envelope)
+            if envelope.bundle is not None:
+                self._openers.append((claim, envelope))
                 return None
             task = self._app.find_task(envelope.task)
         except (BadMessage, UnknownTask) as error:
@@ -254,12 +260,14 @@ class QueueConsumer:
     def _bury(self, burial: Burial) -> None:
         self._told(lambda: self._app.backend.broker.bury([burial]))
 
-    def _expand(self, claim: Claim, envelope: Envelope) -> None:
-        """Enqueue the jobs of a group. Race: done twice, the second time changes nothing, as their ids are taken."""
-        messages = [self._app.message(member, member.envelope) for member in envelope.members]
-        broker = self._app.backend.broker
-        broker.enqueue_many(messages)
-        broker.ack([claim.hold])
+    def _open_groups(self) -> bool:
+        """Enqueue the jobs of the groups that were claimed; tell whether there were any."""
+        openers = list(self._openers)
+        self._openers.clear()
+        for claim, envelope in openers:
+            # Why one by one, behind what else was claimed: a large one takes its time.
+            self._told(functools.partial(open_group, self._app, claim, envelope))
+        return bool(openers)
 
     def _admit(self, jobs: list[HeldJob]) -> None:
         to_run = [held for held in jobs if held.verdict is None]
@@ -476,8 +484,9 @@ class QueueConsumer:
 
     def _tell(self, verdicts: list[tuple[HeldJob, Verdict]]) -> None:
         wanted = [(held, verdict) for held, verdict in verdicts if not held.is_lost]
-        if wanted and self._told(lambda: self._teller.tell(wanted)):
-            for held, verdict in wanted:
+        told: list[tuple[HeldJob, Verdict]] = []
+        if wanted and self._told(lambda: told.extend(self._teller.tell(wanted))):
+            for held, verdict in told:
                 if not held.is_lost:
                     self._teller.report(held, verdict)
         self._drop([held for held, _ in verdicts])

@@ -38,16 +38,17 @@ class Teller:
         self._app = app
         self._queue = queue
 
-    def tell(self, judged: Judged) -> None:
+    def tell(self, judged: Judged) -> Judged:
         """Let the backend know. Jobs that turn out to be no longer ours are marked `is_lost`. May be repeated.
+
+        Returns:
+            What has become of them: a job whose result is too large for those that follow it has failed.
 
         Raises:
             BrokerUnavailable: Some, all or none of it is known.
         """
         broker = self._app.backend.broker
-        follows = [message for held, verdict in judged for message in self._follows(held, verdict)]
-        if follows:
-            broker.enqueue_many(follows)
+        judged = self._enqueue_follows(judged)
         ended = [
             (held, verdict) for held, verdict in judged if isinstance(verdict, (Succeed, Cancel, Discard))
         ]
@@ -61,6 +62,7 @@ class Teller:
         if buried:
             self._note_lost(buried, broker.bury([_burial_of(held, verdict) for held, verdict in buried]))
             self._save([(held, verdict) for held, verdict in buried if not held.is_lost])
+        return judged
 
     def report(self, held: HeldJob, verdict: Verdict) -> None:
         """Call the task's callback, and the middlewares."""
@@ -78,6 +80,21 @@ class Teller:
         """Call a callback of a task, if there is one; what it raises is logged."""
         if callback is not None:
             guarded(callback, held, *told)
+
+    def _enqueue_follows(self, judged: Judged) -> Judged:
+        broker = self._app.backend.broker
+        follows = [message for held, verdict in judged for message in self._follows(held, verdict)]
+        try:
+            if follows:
+                broker.enqueue_many(follows)
+            return judged
+        except MessageTooLarge as error:
+            if len(judged) > 1:
+                return [one for pair in judged for one in self._enqueue_follows([pair])]
+            if not isinstance(judged[0][1], Succeed):
+                raise
+            failed = Bury(f"its result is too large for the jobs that follow it: {error}", failure_of(error))
+            return self._enqueue_follows([(judged[0][0], failed)])
 
     def _follows(self, held: HeldJob, verdict: Verdict) -> list[Message]:
         codec = held.envelope.codec
