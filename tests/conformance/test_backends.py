@@ -1,11 +1,11 @@
 """Every backend does what its contracts say; the tests themselves are in bulkhead.testing.conformance.
 
-A backend adds a line to BACKENDS: its name, and what gives the URL of a place for one test. A place that is used by
-several tests is fine: each has namespaces of its own.
+A backend adds a line to BACKENDS: its name, and what gives the URL of a place for one test, or the name of a fixture of
+session scope: a server with a `url`. A place that is used by several tests is fine: each has namespaces of its own.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from uuid import uuid4
 
@@ -35,18 +35,30 @@ def _sqlite(folder: Path) -> Iterator[str]:
 
 Place = Callable[[Path], AbstractContextManager[str]]
 
-BACKENDS: dict[str, Place] = {
+BACKENDS: dict[str, Place | str] = {
     "memory": _memory,
     "sqlite": _sqlite,
+    "redis": "redis_server",
+    "redis cluster": "redis_cluster",
 }
 
 # Those that are in one process only.
 LOCAL = {"memory"}
 
 
+# Why of the session: a server is started before the test's traces are counted.
+@pytest.fixture(scope="session", params=list(BACKENDS))
+def place(request: pytest.FixtureRequest) -> tuple[str, Place]:
+    place = BACKENDS[request.param]
+    if isinstance(place, str):
+        server = request.getfixturevalue(place)
+        return request.param, lambda folder: nullcontext(server.url)
+    return request.param, place
+
+
 class OnEachBackend:
-    @pytest.fixture(params=list(BACKENDS))
-    def again(self, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Again]:
+    @pytest.fixture
+    def again(self, place: tuple[str, Place], tmp_path: Path) -> Iterator[Again]:
         opened: list[Backend] = []
         run = uuid4().hex[:12]
 
@@ -54,8 +66,9 @@ class OnEachBackend:
             opened.append(backends.connect(url, f"{run}-{namespace}"))
             return opened[-1]
 
-        self.is_shared_by_processes = request.param not in LOCAL
-        with BACKENDS[request.param](tmp_path) as url:
+        name, opens = place
+        self.is_shared_by_processes = name not in LOCAL
+        with opens(tmp_path) as url:
             yield connect
             for backend in opened:
                 backend.close()

@@ -43,7 +43,7 @@ U = TypeVar("U")
 BATCH = 1000
 
 # Seconds between two looks for what other processes have changed. Why: a job is to be seen within 20 ms.
-_POLL = 0.01
+_POLL = 0.015
 
 # Longest pause in seconds between two attempts to get the write lock; the shortest is a tenth of it.
 _PAUSE = 0.005
@@ -97,8 +97,8 @@ class File:
         _all.add(self)
 
     def open(self) -> None:
-        """Connect, and make the tables where there are none."""
-        self._patiently(self._writer, lambda _: None)
+        """Connect, make the tables where there are none, and see that the file can be written."""
+        self.change(lambda _: None)
 
     def close(self) -> None:
         """End the connections; a claim that waits is woken."""
@@ -159,7 +159,7 @@ class File:
     def wait_changed(self, seen: tuple[int, int, int], timeout: float) -> None:
         """Wait until the version is no longer `seen`, at most `timeout` seconds.
 
-        Blocking: looks every 10 ms for what other processes do, some 10 microseconds each time.
+        Blocking: looks every 15 ms for what other processes do, some 10 microseconds each time.
         """
         deadline = time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0 and self.version() == seen:
@@ -224,7 +224,6 @@ class File:
         # Why 0: waiting is done in `_patiently`, with shorter pauses and no lock of this process held.
         connection = sqlite3.connect(self._path, timeout=0.0, isolation_level=None, check_same_thread=False)
         try:
-            connection.execute("PRAGMA journal_mode = WAL").fetchone()
             connection.execute(f"PRAGMA synchronous = {'FULL' if self._is_full else 'NORMAL'}")
             connection.execute(f"PRAGMA journal_size_limit = {_LOG_LIMIT}")
             schema.prepare(connection, self._path)

@@ -109,18 +109,27 @@ PRAGMA user_version = {_VERSION};
 
 
 def prepare(connection: sqlite3.Connection, path: Path) -> None:
-    """Make the tables unless they are there.
+    """Make the tables unless they are there. A file that is not ours is left as it is.
 
     Raises:
         ConfigError: The file is another application's, or was made by a later version of bulkhead.
-        BrokerUnavailable: SQLite is too old.
+        BrokerUnavailable: SQLite is too old, or the place of the file has no shared memory.
     """
     if sqlite3.sqlite_version_info < _OLDEST:
         raise BrokerUnavailable(
             f"sqlite:// needs SQLite {'.'.join(map(str, _OLDEST))} or later, this Python has {sqlite3.sqlite_version}"
         )
-    if _is_made(connection, path):
-        return
+    is_made = _is_made(connection, path)
+    [mode] = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+    if mode != "wal":
+        raise BrokerUnavailable(
+            f"{path}: its file system has no shared memory for SQLite's log; put it on a local disk"
+        )
+    if not is_made:
+        _make(connection, path)
+
+
+def _make(connection: sqlite3.Connection, path: Path) -> None:
     # Race: another process may be making them at this moment; who has the lock second finds them made.
     connection.execute("BEGIN IMMEDIATE")
     try:
