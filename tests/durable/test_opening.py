@@ -101,7 +101,7 @@ class TestOpening:
             status = app.wait_group(chain, timeout=SOON)
             assert app.wait_group(others, timeout=SOON).state == "succeeded"
         assert status.states == ("failed", "cancelled", "cancelled")
-        assert "too large for the jobs that follow" in app.job(f"{chain}.0").reason
+        assert "more than 10,000 bytes" in app.job(f"{chain}.0").reason
 
     def test_a_group_that_is_too_large_for_the_server_is_refused_and_nothing_is_enqueued(
         self, memory_app, monkeypatch

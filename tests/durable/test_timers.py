@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -53,6 +54,11 @@ def make_app(url: str = "", **options) -> App:
     return made
 
 
+def timer_of(app: App, clock: Clock) -> Timer:
+    """A timer that only ticks when it is told to."""
+    return Timer(app, lambda name, work: threading.Thread(target=work), clock)
+
+
 def work(*args):
     return args
 
@@ -101,7 +107,7 @@ def between(app: App, part: str, name: str, act: Callable[[], object], monkeypat
 class TestTicks:
     def test_a_run_is_enqueued_when_it_is_due_and_the_next_one_is_waited_for(self, app, clock):
         add(app)
-        timer, due = Timer(app, clock), run(clock, 10)
+        timer, due = timer_of(app, clock), run(clock, 10)
         clock.now += 9.5
         assert 0.5 <= timer.tick() <= 0.55
         assert ids(app) == []
@@ -117,7 +123,7 @@ class TestTicks:
         enqueue = app.backend.broker.enqueue_many
         monkeypatch.setattr(app.backend.broker, "enqueue_many", lambda m: sent.append(len(m)) or enqueue(m))
         clock.now += 10
-        Timer(app, clock).tick()
+        timer_of(app, clock).tick()
         assert sent == [50]
 
     @pytest.mark.parametrize(("missed", "expected"), [("skip", [5]), ("once", [5]), ("all", [1, 2, 3, 4, 5])])
@@ -125,13 +131,13 @@ class TestTicks:
         add(app, missed=missed)
         due = [run(clock, 10 * n) for n in expected]
         clock.now += 55
-        Timer(app, clock).tick()
+        timer_of(app, clock).tick()
         assert ids(app) == due
 
     def test_what_is_skipped_is_not_enqueued_later_either(self, app, clock):
         add(app, "@every 1h", missed="skip")
         clock.now += HOUR + 31
-        timer = Timer(app, clock)
+        timer = timer_of(app, clock)
         timer.tick()
         timer.tick()
         assert (ids(app), known(app).last_due) == ([], None)
@@ -141,7 +147,7 @@ class TestTicks:
         clock.now = time.time() + 1000
         add(app)
         clock.now += 10.001
-        Timer(app, clock).tick()
+        timer_of(app, clock).tick()
         (job,) = app.jobs("scheduled")
         assert abs(job.due_at.timestamp() - clock.now) < 0.01
 
@@ -150,7 +156,7 @@ class TestTicks:
         app.add_schedule("s", "@every 10s", app.call("work").options(on_success=follow))
         for _ in range(2):
             clock.now += 10
-            Timer(app, clock).tick()
+            timer_of(app, clock).tick()
         found = []
         for record in app.backend.broker.records(Place.READY):
             (then,) = app.sealer.open(record.id, record.queue, record.body).on_success
@@ -164,8 +170,8 @@ class TestInterleavings:
         add(app)
         due = run(clock, 10)
         clock.now += 10
-        between(app, "broker", "enqueue_many", Timer(app, clock).tick, monkeypatch)
-        Timer(app, clock).tick()
+        between(app, "broker", "enqueue_many", timer_of(app, clock).tick, monkeypatch)
+        timer_of(app, clock).tick()
         assert ids(app) == [due]
         assert known(app).next_due == _utc(clock.now + 10)
 
@@ -179,9 +185,9 @@ class TestInterleavings:
 
         between(app, "registry", "put", die, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
-            Timer(app, clock).tick()
+            timer_of(app, clock).tick()
         assert settle(app) == 1
-        Timer(app, clock).tick()
+        timer_of(app, clock).tick()
         assert ids(app) == []
         assert (known(app).last_job_id, known(app).next_due) == (due, _utc(clock.now + 10))
 
@@ -192,13 +198,13 @@ class TestInterleavings:
         clock.now += 10
 
         def meanwhile():
-            Timer(app, clock).tick()
+            timer_of(app, clock).tick()
             assert settle(app) == 1
             clock.now += 25
-            Timer(app, clock).tick()
+            timer_of(app, clock).tick()
 
         between(app, "broker", "enqueue_many", meanwhile, monkeypatch)
-        Timer(app, clock).tick()
+        timer_of(app, clock).tick()
         assert ids(app) == [run(clock, -5)]
         assert known(app).next_due == _utc(clock.now + 5)
 
@@ -217,7 +223,7 @@ class TestInterleavings:
             return found
 
         monkeypatch.setattr(app.backend.registry, "entries", stopped)
-        timer = Timer(app, clock)
+        timer = timer_of(app, clock)
         timer.tick()
         assert sent == []
         monkeypatch.setattr(app.backend.registry, "entries", entries)
@@ -228,13 +234,13 @@ class TestInterleavings:
         add(app)
         clock.now += 10
         between(app, "broker", "enqueue_many", lambda: app.pause_schedule("s"), monkeypatch)
-        Timer(app, clock).tick()
+        timer_of(app, clock).tick()
         assert len(ids(app)) == 1  # it was due before
         clock.now += 100
-        Timer(app, clock).tick()
+        timer_of(app, clock).tick()
         assert len(ids(app)) == 1
         app.resume_schedule("s")
-        Timer(app, clock).tick()
+        timer_of(app, clock).tick()
         assert len(ids(app)) == 1
         assert known(app).next_due > _utc(clock.now)
 
@@ -242,7 +248,7 @@ class TestInterleavings:
         add(app)
         clock.now += 10
         between(app, "broker", "enqueue_many", lambda: app.cancel_schedule("s"), monkeypatch)
-        Timer(app, clock).tick()
+        timer_of(app, clock).tick()
         assert app.schedules() == []
 
     def test_changed_between_read_and_advance_the_new_one_stays(self, app, clock, monkeypatch):
@@ -250,13 +256,13 @@ class TestInterleavings:
         clock.now += 10
         between(app, "registry", "put", lambda: None, monkeypatch)
         between(app, "broker", "enqueue_many", lambda: add(app, "@every 1h"), monkeypatch)
-        Timer(app, clock).tick()
+        timer_of(app, clock).tick()
         assert (known(app).when, known(app).next_due) == ("@every 1h", _utc(clock.now + HOUR))
 
     def test_a_pause_and_a_timer_at_once_lose_neither(self, app, clock, monkeypatch):
         add(app)
         clock.now += 10
-        between(app, "registry", "put", Timer(app, clock).tick, monkeypatch)
+        between(app, "registry", "put", timer_of(app, clock).tick, monkeypatch)
         app.pause_schedule("s")
         assert known(app).is_paused
         assert known(app).last_due == _utc(clock.now)
@@ -278,7 +284,7 @@ class TestTrouble:
         monkeypatch.setattr(app.backend.broker, "enqueue_many", picky)
         due = run(clock, 10, "good")
         clock.now += 10
-        Timer(app, clock).tick()
+        timer_of(app, clock).tick()
         assert ids(app) == [due]
         assert known(app, "bad").next_due == _utc(clock.now + 10)
         assert "schedule 'bad': its run could not be enqueued" in caplog.text
@@ -292,7 +298,7 @@ class TestTrouble:
             raise BrokerUnavailable("gone")
 
         between(app, "broker", "enqueue_many", fail, monkeypatch)
-        timer = Timer(app, clock)
+        timer = timer_of(app, clock)
         with pytest.raises(BrokerUnavailable):
             timer.tick()
         clock.now += 3
@@ -305,9 +311,9 @@ class TestTrouble:
         clock.now += 10
         stranger = App(app.url)
         stranger.task(other)
-        Timer(stranger, clock).tick()
+        timer_of(stranger, clock).tick()
         assert ids(app) == []
-        Timer(app, clock).tick()
+        timer_of(app, clock).tick()
         assert ids(app) == [due]
         stranger.close()
 
@@ -315,7 +321,7 @@ class TestTrouble:
         app.backend.registry.put("schedules/odd", b"?")
         add(app)
         clock.now += 10
-        timer = Timer(app, clock)
+        timer = timer_of(app, clock)
         timer.tick()
         timer.tick()
         assert len(ids(app)) == 1
@@ -326,7 +332,7 @@ class TestTrouble:
         add(app)
         signed = make_app(app.url, key="k" * 16)
         clock.now += 10
-        Timer(signed, clock).tick()
+        timer_of(signed, clock).tick()
         assert ids(app) == []
         assert "not signed" in caplog.text
         signed.close()
@@ -335,7 +341,7 @@ class TestTrouble:
         app = make_app(codec="pickle", key="k" * 16)
         app.add_schedule("s", "@every 10s", app.call("work", {1, 2}, complex(1, 2)))
         clock.now += 10
-        Timer(app, clock).tick()
+        timer_of(app, clock).tick()
         (job,) = app.jobs("queued")
         assert job.task == "work"
         app.close()
@@ -352,7 +358,7 @@ class TestTrouble:
         add(app)
         due = run(clock, 10)
         clock.now += 10
-        Timer(app, clock).tick()
+        timer_of(app, clock).tick()
         assert seen == [(due, "work", (1,))]
         app.close()
 

@@ -281,15 +281,21 @@ class Timer:
 
     Args:
         app: The application; of schedules whose task it does not have it lets others take care.
+        thread: Makes a thread whose end by an exception is the consumer's end.
         clock: Gives POSIX seconds.
     """
 
-    def __init__(self, app: App, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        app: App,
+        thread: Callable[[str, Callable[[], None]], threading.Thread],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._app = app
         self._clock = clock
         self._is_over = threading.Event()
         self._complained: set[tuple[str, int]] = set()
-        self._thread = threading.Thread(target=self._run, name="bulkhead timer", daemon=True)
+        self._thread = thread("timer", self._run)
 
     def start(self) -> None:
         """Begin."""
