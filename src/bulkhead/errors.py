@@ -336,6 +336,12 @@ class JobsFailed(BulkheadError, ExceptionGroup[Exception]):
         return JobsFailed(self.message, excs, job_ids=found, total=len(excs))
 
 
+def _delay(value: float) -> float:
+    if type(value) not in (int, float) or not 0 <= value < float("inf"):
+        raise ConfigError(f"delay must be a finite number of seconds, at least 0, not {value!r}")
+    return float(value)
+
+
 def is_of(error: BaseException, *kinds: type[BaseException]) -> bool:
     """Tell whether `except kinds` would catch the error. Runs no code of the error's class, as `isinstance` may."""
     return any(type.__subclasscheck__(kind, type(error)) for kind in kinds)
@@ -348,12 +354,6 @@ def type_name_of(error: BaseException) -> str:
         if error.type_name:
             return error.type_name
     return _qualname_of(type(error))
-
-
-def _delay(value: float) -> float:
-    if type(value) not in (int, float) or not 0 <= value < float("inf"):
-        raise ConfigError(f"delay must be a finite number of seconds, at least 0, not {value!r}")
-    return float(value)
 
 
 def _leaves(error: BaseException) -> list[BaseException]:

@@ -24,7 +24,7 @@ from bulkhead.backends.redis.address import Address
 from bulkhead.backends.redis.link import Link
 from bulkhead.backends.redis.wire import batches
 from bulkhead.errors import ConfigError, ConfigTypeError
-from bulkhead.validate import seconds
+from bulkhead.validate import seconds, whole_number
 
 __all__ = ["SidekiqClient"]
 
@@ -165,8 +165,8 @@ def _common(class_name: str, queue: str, retry: bool | int, attributes: dict[str
         raise ConfigError(
             f'class_name must be that of a Ruby class, as in "Mail::Sender", not {class_name!r}'
         )
-    if not isinstance(retry, int) or retry < 0:
-        raise ConfigError(f"retry must be True, False or a number of retries, not {retry!r}")
+    if not isinstance(retry, bool):
+        retry = whole_number("retry", retry, at_least=0)
     for name in attributes.keys() & _OWN:
         raise ConfigError(f"{name!r} cannot be given as an attribute of a job: it is set by its own argument")
     return {
