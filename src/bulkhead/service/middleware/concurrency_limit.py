@@ -85,6 +85,7 @@ class ConcurrencyLimit(Limit):
         # that we read it and the moment that it is written down. Rank: the last; nothing else is acquired under it.
         self._lock = threading.Lock()
         self._me, self._pid = "", 0
+        self._n_consumers = 0  # of this process
         self._counts: Counter[str] = Counter()
         self._keys: dict[HeldJob, str] = {}
         self._written: dict[str, float] = {}  # when, monotonic seconds
@@ -165,10 +166,16 @@ class ConcurrencyLimit(Limit):
                     self._say(key)
             self._looked = {key: when for key, when in self._looked.items() if now - when < self._pulse()}
 
+    def started(self, queues: Sequence[str]) -> None:
+        """See `Middleware`."""
+        with self._lock:
+            self._n_consumers += 1
+
     def stopped(self) -> None:
         """See `Middleware`."""
         with self._lock, contextlib.suppress(BrokerUnavailable):
-            if self._alive_version is None:
+            self._n_consumers -= 1
+            if self._n_consumers or self._alive_version is None:
                 return
             for key in [*self._unsaid]:
                 self._say(key)
