@@ -206,3 +206,17 @@ def test_each_outcome_has_its_level(
 def test_a_bad_logger_is_refused_when_it_is_made() -> None:
     with pytest.raises(ConfigError, match="logger"):
         LogJobs(5)  # type: ignore[arg-type]
+
+
+def test_consumers_of_one_process_are_one_until_the_last_ends(app_with: Callable[..., App]) -> None:
+    middleware = Heartbeat()
+    app = app_with(middleware)
+    middleware.started(["a", "b"])
+    middleware.started(["b", "c"])
+    (info,) = app.consumers()
+    assert (info.queues, info.pid) == (("a", "b", "c"), os.getpid())
+
+    middleware.stopped()
+    assert app.consumers() == [info]
+    middleware.stopped()
+    assert app.consumers() == []
