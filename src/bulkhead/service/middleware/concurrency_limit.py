@@ -100,6 +100,11 @@ class ConcurrencyLimit(Limit):
         self._app = app
         be_the_only_one(app, self, lambda one: one.name)
 
+    def started(self, queues: Sequence[str]) -> None:
+        """See `Middleware`."""
+        with self._lock:
+            self._n_consumers += 1
+
     def reserve(self, key: str, n: int) -> int:
         """See `Limit`."""
 
@@ -158,18 +163,12 @@ class ConcurrencyLimit(Limit):
             if self._alive_version is None or now - self._last_beat < self._pulse() / 2:
                 return
             self._last_beat = now
-            with contextlib.suppress(
-                BrokerUnavailable
-            ):  # the consumer says so, and the next beat tries again
+            # The consumer says by itself that its server is out of reach; the next beat tries again.
+            with contextlib.suppress(BrokerUnavailable):
                 self._renew()
                 for key in self._due(now):
                     self._say(key)
             self._looked = {key: when for key, when in self._looked.items() if now - when < self._pulse()}
-
-    def started(self, queues: Sequence[str]) -> None:
-        """See `Middleware`."""
-        with self._lock:
-            self._n_consumers += 1
 
     def stopped(self) -> None:
         """See `Middleware`."""
