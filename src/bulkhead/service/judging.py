@@ -65,11 +65,12 @@ def _ended(
     """Judge a batch whose worker has died, or was ended."""
     blamed = 0 if batch.slot is None else batch.mark
     # Why: who stops a service may send the signal to all its processes at once.
-    is_swept_away = is_leaving and isinstance(error, WorkerCrashed) and error.signal == "SIGTERM"
+    is_swept_away = is_leaving and isinstance(error, WorkerCrashed)
+    has_not_begun = batch.is_withdrawn and blamed is None and isinstance(error, JobCancelled)
     judged: Judged = []
     again: list[HeldJob] = []
     for number, held in enumerate(kept):
-        if held.is_returned or held.is_lost or (number == blamed and is_swept_away):
+        if held.is_returned or held.is_lost or has_not_begun or (number == blamed and is_swept_away):
             judged.append((held, GiveBack()))
         elif number == blamed:
             judged.append((held, _failed(held, error, batch.overtime is not None, pace)))
