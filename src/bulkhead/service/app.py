@@ -48,6 +48,7 @@ from bulkhead.service.consumer import Consumer
 from bulkhead.service.envelope import CodecName, Envelope, Failure, Follow, Sealer, encoded, failure
 from bulkhead.service.groups import KEEP, Groups, GroupStatus
 from bulkhead.service.middleware.base import Middleware, Submission
+from bulkhead.service.middleware.heartbeat import ConsumerInfo, consumers
 from bulkhead.service.schedules import Schedule, Schedules
 from bulkhead.service.status import QueuedJob, from_outcome, from_record
 from bulkhead.service.task import DEFAULT_BACKOFF, Call, Callback, Task, TaskOptions, job_id, name
@@ -460,6 +461,10 @@ class App:
     def paused(self) -> frozenset[str]:
         """Return the names of the queues that are paused."""
         return self.backend.broker.paused()
+
+    def consumers(self) -> list[ConsumerInfo]:
+        """Return the workers that live, if they have the middleware `Heartbeat`: where they are and what they do."""
+        return consumers(self)
 
     def dead(self, *, queue: str | None = None, offset: int = 0, limit: int = 100) -> list[QueuedJob]:
         """Return dead letters, the last one first; `reason` says why. Messages that cannot be read are among them.

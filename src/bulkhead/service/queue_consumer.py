@@ -25,7 +25,7 @@ import msgspec
 
 from bulkhead.backends.base import Burial, Claim
 from bulkhead.dispatcher import Dispatcher
-from bulkhead.errors import BadMessage, BrokerUnavailable, ConfigTypeError, UnknownTask
+from bulkhead.errors import BadMessage, BrokerUnavailable, ConfigTypeError, DispatcherFinalized, UnknownTask
 from bulkhead.job import Job
 from bulkhead.service.batch import NO_MARK, Batch, HeldJob, Marks
 from bulkhead.service.envelope import failure, failure_of
@@ -50,7 +50,7 @@ _log = logging.getLogger("bulkhead")
 _CLAIM_WAIT = 0.5
 
 # Jobs that come one after the other are claimed together so often (seconds).
-_GATHER = 0.002
+_GATHER = 0.005
 
 # Middlewares that want no job, or that let no claim wait, are asked again after so long (seconds).
 _ASKED_AGAIN = 0.05
@@ -126,9 +126,9 @@ class QueueConsumer:
         self._judges = [one for one in reversed(app.middlewares) if type(one).judge is not Middleware.judge]
         self._fresh: dict[HeldJob, None] = {}  # what was claimed in this round. Owner: who fetches
         self._has_claimed = False  # likewise
+        waits = [one.claim_wait(name) for one in app.middlewares]
+        self._wait = min([_CLAIM_WAIT, *(wait for wait in waits if wait is not None)])
         self._n_openers = 0  # groups that were claimed, likewise
-        waits = [one.claim_wait for one in app.middlewares if one.claim_wait is not None]
-        self._wait = min([_CLAIM_WAIT, *waits])
         self._fetcher = thread(f"{name} fetch", self._fetch)
         self._settler = thread(f"{name} settle", self._settle)
 
@@ -179,13 +179,14 @@ class QueueConsumer:
         self._is_leaving.set()
         self._holdings.notify()
         for batch in self._holdings.batches():
-            if not batch.has_begun():
-                _give_back(batch)
+            batch.withdraw()
 
     def give_all_back(self) -> None:
         """Give back what runs, its processes ended."""
         for batch in self._holdings.batches():
-            _give_back(batch)
+            for held in batch.jobs:
+                held.is_returned = True
+            batch.end()
 
     def end(self) -> None:
         """End the threads. Blocking: some seconds at most, if the broker is out of reach."""
@@ -254,7 +255,8 @@ class QueueConsumer:
             chosen = _checked(self._dequeue(n), self._fresh)
         finally:
             # Also when one of them raises: then nothing is chosen.
-            left_out = [held for held in self._fresh if held not in set(chosen)]
+            found = set(chosen)
+            left_out = [held for held in self._fresh if held not in found]
             for held in left_out:
                 held.verdict = GiveBack(_LEFT_OUT)
             self._admit([*chosen, *left_out])
@@ -343,7 +345,7 @@ class QueueConsumer:
     # Running
 
     def _send(self, jobs: list[HeldJob]) -> None:
-        """Have jobs run. Concurrency: any thread."""
+        """Have jobs run; give them back if the consumer leaves. Concurrency: any thread."""
         slot = self._take_slot() if len(jobs) > 1 else None
         if slot is None and len(jobs) > 1:
             for held in jobs:
@@ -354,15 +356,17 @@ class QueueConsumer:
             held.batch = batch
         self._holdings.add_batch(batch)
         try:
+            if self._is_leaving.is_set():
+                raise DispatcherFinalized("the consumer leaves")
             batch.tracker = self._dispatcher.dispatch(self._job(batch))
         except Exception as error:
             batch.refusal = error
             self._done.put(batch)
             return
         batch.tracker.add_done_callback(lambda _: self._done.put(batch))
-        # Race: the consumer may have begun to leave between the claim and here.
+        # Race: the consumer may have begun to leave meanwhile.
         if self._is_leaving.is_set():
-            _give_back(batch)
+            batch.withdraw()
 
     def _job(self, batch: Batch) -> Job:
         tasks = list(dict.fromkeys(held.task for held in batch.jobs))
@@ -428,7 +432,7 @@ class QueueConsumer:
         for batch in begun if spare else ():
             self._pace.learn_long(batch.jobs[batch.mark or 0].envelope.task)
         for batch in spare:
-            _give_back(batch)
+            batch.withdraw()
 
     def let_middlewares_know(self) -> None:
         """Call their `beat`."""
@@ -588,12 +592,6 @@ def _final(held: HeldJob, verdict: Verdict) -> Verdict:
     if held.is_lost:
         return Lost()
     return Cancel() if held.is_cancelled and isinstance(verdict, (TryAgain, GiveBack)) else verdict
-
-
-def _give_back(batch: Batch) -> None:
-    for held in batch.jobs:
-        held.is_returned = True
-    batch.end()
 
 
 def _burial(app: App, claim: Claim, error: Exception) -> Errand:
