@@ -34,6 +34,12 @@ def leased(make):
     return make("sqlite", options={"lease": 1.0}, concurrency=1)
 
 
+@pytest.fixture
+def leased_anywhere(make, shared_backend):
+    """The same on each backend that several processes can use."""
+    return make(shared_backend, options={"lease": 1.0}, concurrency=1)
+
+
 class TestALease:
     def test_is_kept_for_a_job_that_takes_longer(self, leased, path):
         with leased.process(), leased.process():
@@ -41,40 +47,47 @@ class TestALease:
             assert leased.app.result(id, timeout=SOON) == 1
             assert len(lines(path)) == 2
 
-    def test_of_a_worker_that_is_killed_ends_and_its_job_runs_elsewhere(self, leased, folder, gate: Gate):
-        with leased.process() as first:
-            id = leased.hold.enqueue(folder, "job")
+    def test_of_a_worker_that_is_killed_ends_and_its_job_runs_elsewhere(
+        self, leased_anywhere, folder, gate: Gate
+    ):
+        with leased_anywhere.process() as first:
+            id = leased_anywhere.hold.enqueue(folder, "job")
             gate.wait_begun(1)
-            with leased.process():
+            with leased_anywhere.process():
                 os.kill(first.pid, signal.SIGKILL)
                 killed = time.monotonic()
                 gate.wait_begun(2)
                 assert time.monotonic() - killed < 1.0 + 1.0 + SLACK
                 wait_until(lambda: not first.processes(), "its processes have ended")
                 gate.open()
-                assert leased.app.result(id, timeout=SOON) == "job"
-                assert leased.app.job(id).attempt == 2
+                assert leased_anywhere.app.result(id, timeout=SOON) == "job"
+                assert leased_anywhere.app.job(id).attempt == 2
 
-    def test_is_lost_by_a_worker_that_is_frozen_and_its_late_end_is_refused(self, leased, folder, gate, path):
-        with leased.process() as first:
-            id = leased.fail_at_first.call(path, 0).options(on_success=leased.jot.call(path + "-f")).enqueue()
-            leased.settled(id)
-            id = leased.hold.enqueue(folder, "job")
+    def test_is_lost_by_a_worker_that_is_frozen_and_its_late_end_is_refused(
+        self, leased_anywhere, folder, gate, path
+    ):
+        with leased_anywhere.process() as first:
+            id = (
+                leased_anywhere.fail_at_first.call(path, 0)
+                .options(on_success=leased_anywhere.jot.call(path + "-f"))
+                .enqueue()
+            )
+            leased_anywhere.settled(id)
+            id = leased_anywhere.hold.enqueue(folder, "job")
             gate.wait_begun(1)
             os.kill(first.pid, signal.SIGSTOP)
-            with leased.process() as second:
+            with leased_anywhere.process() as second:
                 gate.wait_begun(2)
                 gate.open()  # the first one's worker ends its run, too, and nobody hears it
-                assert leased.app.result(id, timeout=SOON) == "job"
-                outcome = leased.app.backend.results.get_many([id])
+                assert leased_anywhere.app.result(id, timeout=SOON) == "job"
+                outcome = leased_anywhere.app.backend.results.get_many([id])
                 first.resume()
                 wait_until(lambda: "no longer ours" in first.errors() or "is lost" in first.errors())
-                assert leased.app.backend.results.get_many([id]) == outcome
+                assert leased_anywhere.app.backend.results.get_many([id]) == outcome
                 # Both go on.
-                leased.app.pause("side")
-                ids = [leased.pid.enqueue() for _ in range(20)]
+                ids = [leased_anywhere.pid.enqueue() for _ in range(20)]
                 for id in ids:
-                    leased.app.result(id, timeout=SOON)
+                    leased_anywhere.app.result(id, timeout=SOON)
                 assert second.is_running()
                 assert first.is_running()
 

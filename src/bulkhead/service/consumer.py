@@ -49,7 +49,7 @@ _PULSE = 1.0
 _BATCH_PULSE = 0.1
 
 # When the grace is over, the broker has so long to learn what is given back (seconds).
-_LAST_WORDS = 10.0
+_LAST_WORDS = 5.0
 
 
 class Consumer:
@@ -96,6 +96,7 @@ class Consumer:
                 job_id = consumer.take_one()
                 while not consumer.wait_idle(0.5):
                     self._raise_failure()
+                self._raise_failure()
             except BaseException:
                 self._leave(0.0)
                 raise
