@@ -28,7 +28,8 @@ from bulkhead.dispatcher import Dispatcher
 from bulkhead.errors import BadMessage, BrokerUnavailable, ConfigTypeError, DispatcherFinalized, UnknownTask
 from bulkhead.job import Job
 from bulkhead.service.batch import NO_MARK, Batch, HeldJob, Marks
-from bulkhead.service.envelope import Envelope, failure, failure_of
+from bulkhead.service.envelope import failure, failure_of
+from bulkhead.service.groups import open_group
 from bulkhead.service.holdings import Holdings
 from bulkhead.service.judging import Judged, breakage, judge
 from bulkhead.service.leases import Leases, is_unwanted
@@ -49,7 +50,7 @@ _log = logging.getLogger("bulkhead")
 _CLAIM_WAIT = 0.5
 
 # Jobs that come one after the other are claimed together so often (seconds).
-_GATHER = 0.002
+_GATHER = 0.005
 
 # Middlewares that want no job, or that let no claim wait, are asked again after so long (seconds).
 _ASKED_AGAIN = 0.05
@@ -127,6 +128,7 @@ class QueueConsumer:
         self._has_claimed = False  # likewise
         waits = [one.claim_wait(name) for one in app.middlewares]
         self._wait = min([_CLAIM_WAIT, *(wait for wait in waits if wait is not None)])
+        self._n_openers = 0  # groups that were claimed, likewise
         self._fetcher = thread(f"{name} fetch", self._fetch)
         self._settler = thread(f"{name} settle", self._settle)
 
@@ -141,7 +143,13 @@ class QueueConsumer:
     def take_one(self) -> str | None:
         """Claim one job that is due, without waiting, and have it run; return its id."""
         self._wait = 0.0
-        jobs = self._take(1)
+        n_openers = -1
+        jobs: list[HeldJob] = []
+        while not jobs and self._n_openers != n_openers:
+            n_openers = self._n_openers
+            jobs = self._take(1)
+            if self._n_openers != n_openers:
+                self._wait_for_errands()
         return jobs[0].id if jobs else None
 
     @property
@@ -254,6 +262,13 @@ class QueueConsumer:
             self._admit([*chosen, *left_out])
         return chosen
 
+    def _wait_for_errands(self) -> None:
+        """Wait until what was to be told until now is told."""
+        is_told = threading.Event()
+        self._done.put(is_told.set)
+        while not is_told.wait(0.5) and self._settler.is_alive():
+            pass
+
     def _claim(self, n: int) -> list[HeldJob]:
         if n < 1:
             return []
@@ -286,8 +301,9 @@ class QueueConsumer:
     def _opened(self, claim: Claim) -> HeldJob | None:
         try:
             envelope = self._app.sealer.open(claim.id, claim.queue, claim.body)
-            if envelope.members:
-                self._done.put(lambda: self._expand(claim, envelope))
+            if envelope.bundle is not None:
+                self._n_openers += 1
+                self._done.put(lambda: open_group(self._app, claim, envelope))
                 return None
             task = self._app.find_task(envelope.task)
         except (BadMessage, UnknownTask) as error:
@@ -298,19 +314,6 @@ class QueueConsumer:
             n = claim.attempt - 1
             held.verdict = Bury(f"its worker died or lost the lease in each of {n} attempts", claim.error)
         return held
-
-    def _expand(self, claim: Claim, envelope: Envelope) -> None:
-        """Enqueue the jobs of a group. Race: done twice, the second time changes nothing, as their ids are taken."""
-        broker = self._app.backend.broker
-        try:
-            messages = [self._app.message(member, member.envelope) for member in envelope.members]
-            broker.enqueue_many(messages)
-        except BrokerUnavailable:
-            raise
-        except Exception as error:
-            _burial(self._app, claim, error)()
-            return
-        broker.ack([claim.hold])
 
     def _admit(self, jobs: Sequence[HeldJob]) -> None:
         for ousted in self._holdings.add(jobs):

@@ -86,7 +86,7 @@ class SqliteBroker(Broker):
             ]
             return [_standing(row) for row in rows]
 
-        return self._change(holds, renew, wakes=True)
+        return self._change(holds, renew)
 
     def ack(self, holds: Sequence[Hold]) -> list[bool]:
         """See `Broker`."""
