@@ -126,6 +126,9 @@ class Consumer:
             stack.callback(link.close)
             marks = Marks(marks_path(link.address), create=True)
             stack.callback(marks.close)
+            for middleware in app.middlewares:
+                middleware.started(list(self._queues))
+                stack.callback(guarded, middleware.stopped)
             dispatcher = Dispatcher(self._pools, max_history=0, max_timeline=0)
             stack.callback(self._end, dispatcher)
             free_slots = deque(range(SLOTS))
@@ -145,8 +148,6 @@ class Consumer:
                         fail=self._fail,
                     )
                 )
-            for middleware in app.middlewares:
-                middleware.started(list(self._queues))
             self._pulse_thread = self._thread("pulse", self._pulse)
             self._pulse_thread.start()
             yield
@@ -192,8 +193,6 @@ class Consumer:
         if hasattr(self, "_pulse_thread"):
             self._pulse_thread.join()
         dispatcher.finalize(cancel=True)
-        for middleware in self._app.middlewares:
-            guarded(middleware.stopped)
 
     def _thread(self, name: str, work: Callable[[], None]) -> threading.Thread:
         """Return a thread whose end by an exception is ours."""

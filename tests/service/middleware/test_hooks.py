@@ -355,13 +355,21 @@ def test_started_comes_before_the_first_claim_and_stopped_last(namespace: str) -
 
 
 def test_a_consumer_does_not_start_when_started_raises(namespace: str) -> None:
-    class Refusing(Middleware):
+    stopped: list[Middleware] = []
+
+    class Watching(Middleware):
+        def stopped(self) -> None:
+            stopped.append(self)
+
+    class Refusing(Watching):
         def started(self, queues: Sequence[str]) -> None:
             raise PermissionError("not today")
 
-    app = App("memory://", namespace=namespace, middlewares=[Refusing()])
+    first = Watching()
+    app = App("memory://", namespace=namespace, middlewares=[first, Refusing(), Watching()])
     app.queue("quick", concurrency=1)
 
     with pytest.raises(PermissionError, match="not today"):
         app.run()
     app.close()
+    assert stopped == [first]

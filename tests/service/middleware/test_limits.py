@@ -392,3 +392,22 @@ def test_the_permits_of_a_killed_consumer_come_back_after_the_lease(
     # The second one has room for three more, for which there is no permit before the four of the first come back.
     wait_until(lambda: len(lines(ran)) == 8, "four jobs of the second")
     assert min(float(line.split()[0]) for line in lines(ran)[5:]) - at > 0.5
+
+
+def test_a_consumer_that_ends_leaves_the_permits_of_another_one_of_its_process(
+    app_with: Callable[..., App],
+) -> None:
+    shared, other = ConcurrencyLimit(5), ConcurrencyLimit(5)
+    app_with(shared, lease=0.4)
+    app_with(other, lease=0.4)
+    shared.started(["default"])
+    shared.started(["default"])
+    jobs = reserved(shared)
+
+    shared.stopped()
+
+    end = time.monotonic() + 1.0
+    while time.monotonic() < end:
+        shared.beat("default", jobs)
+        assert reserved(other) == []
+        time.sleep(0.02)

@@ -90,6 +90,8 @@ def quick() -> None: ...
 def logging_task(how: str) -> None:
     if how == "fail":
         raise ValueError("no luck")
+    if how == "hang":
+        time.sleep(3600.0)
     if how == "hopeless":
         raise Unrecoverable("no use")
 
@@ -148,8 +150,9 @@ def test_each_attempt_is_logged_with_its_facts(namespace: str, caplog: pytest.Lo
     caplog.set_level(logging.DEBUG, "jobs of a test")
     with placed(logged, "memory://", namespace) as app:
         done, failed, hopeless = (logging_task.enqueue(how) for how in ("succeed", "fail", "hopeless"))
+        hanging = logging_task.call("hang").options(timeout=0.3, max_retries=0).enqueue()
         with consuming(app):
-            for job_id in (done, failed, hopeless):
+            for job_id in (done, failed, hopeless, hanging):
                 app.wait(job_id, timeout=20)
 
     records = [record.__dict__ for record in caplog.records if record.name == "jobs of a test"]
@@ -158,10 +161,12 @@ def test_each_attempt_is_logged_with_its_facts(namespace: str, caplog: pytest.Lo
         (done, None, "enqueued"),
         (failed, None, "enqueued"),
         (hopeless, None, "enqueued"),
+        (hanging, None, "enqueued"),
         (done, 1, "succeeded"),
         (failed, 1, "retrying"),
         (failed, 2, "failed"),
         (hopeless, 1, "failed"),
+        (hanging, 1, "failed"),
     }
     assert {(one["queue"], one["task"]) for one in records} == {("default", "logging_task")}
     assert facts[done, 1, "succeeded"]["duration_seconds"] > 0
@@ -170,6 +175,9 @@ def test_each_attempt_is_logged_with_its_facts(namespace: str, caplog: pytest.Lo
     assert facts[failed, 1, "retrying"]["delay_seconds"] == pytest.approx(0.01)
     assert facts[failed, 2, "failed"]["error"] == "no luck"
     assert facts[hopeless, 1, "failed"]["levelname"] == "ERROR"
+    # Also of what did not run to its end.
+    assert facts[hanging, 1, "failed"]["error_type"] == "JobTimeout"
+    assert 0.3 <= facts[hanging, 1, "failed"]["duration_seconds"] < 20.0
 
 
 @pytest.mark.parametrize(
@@ -198,3 +206,17 @@ def test_each_outcome_has_its_level(
 def test_a_bad_logger_is_refused_when_it_is_made() -> None:
     with pytest.raises(ConfigError, match="logger"):
         LogJobs(5)  # type: ignore[arg-type]
+
+
+def test_consumers_of_one_process_are_one_until_the_last_ends(app_with: Callable[..., App]) -> None:
+    middleware = Heartbeat()
+    app = app_with(middleware)
+    middleware.started(["a", "b"])
+    middleware.started(["b", "c"])
+    (info,) = app.consumers()
+    assert (info.queues, info.pid) == (("a", "b", "c"), os.getpid())
+
+    middleware.stopped()
+    assert app.consumers() == [info]
+    middleware.stopped()
+    assert app.consumers() == []

@@ -69,7 +69,10 @@ class Middleware:
         """
 
     def stopped(self) -> None:
-        """In the consumer, after everything has ended."""
+        """In the consumer, after everything has ended; not when `started` has raised.
+
+        Race: an application may have several consumers in one process, which share its middlewares.
+        """
 
     def claim_wait(self, queue: str) -> float | None:
         """Return for how many seconds a claim of this queue may wait at the broker; None does not mind."""

@@ -85,6 +85,7 @@ class ConcurrencyLimit(Limit):
         # that we read it and the moment that it is written down. Rank: the last; nothing else is acquired under it.
         self._lock = threading.Lock()
         self._me, self._pid = "", 0
+        self._n_consumers = 0  # of this process
         self._counts: Counter[str] = Counter()
         self._keys: dict[HeldJob, str] = {}
         self._written: dict[str, float] = {}  # when, monotonic seconds
@@ -98,6 +99,11 @@ class ConcurrencyLimit(Limit):
         """See `Middleware`."""
         self._app = app
         be_the_only_one(app, self, lambda one: one.name)
+
+    def started(self, queues: Sequence[str]) -> None:
+        """See `Middleware`."""
+        with self._lock:
+            self._n_consumers += 1
 
     def reserve(self, key: str, n: int) -> int:
         """See `Limit`."""
@@ -157,9 +163,8 @@ class ConcurrencyLimit(Limit):
             if self._alive_version is None or now - self._last_beat < self._pulse() / 2:
                 return
             self._last_beat = now
-            with contextlib.suppress(
-                BrokerUnavailable
-            ):  # the consumer says so, and the next beat tries again
+            # The consumer says by itself that its server is out of reach; the next beat tries again.
+            with contextlib.suppress(BrokerUnavailable):
                 self._renew()
                 for key in self._due(now):
                     self._say(key)
@@ -168,7 +173,8 @@ class ConcurrencyLimit(Limit):
     def stopped(self) -> None:
         """See `Middleware`."""
         with self._lock, contextlib.suppress(BrokerUnavailable):
-            if self._alive_version is None:
+            self._n_consumers -= 1
+            if self._n_consumers or self._alive_version is None:
                 return
             for key in [*self._unsaid]:
                 self._say(key)

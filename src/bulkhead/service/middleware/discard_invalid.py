@@ -84,7 +84,8 @@ def _check(task: str, check: Any) -> Callable[[inspect.BoundArguments], None]:
     if isinstance(check, type):
         if not isinstance(msgspec.inspect.type_info(check), _WITH_FIELDS):
             raise ConfigTypeError(
-                f"the check of task {task!r} must be a function, a msgspec.Struct, a dataclass or a TypedDict, not {check!r}"
+                f"the check of task {task!r} must be a function, or a msgspec.Struct, dataclass or TypedDict, "
+                f"not {check!r}"
             )
         return lambda bound: _converted(bound, check)
     if not callable(check):

@@ -77,8 +77,8 @@ class Heartbeat(Middleware):
         self.expiry = validate.seconds("expiry", expiry)
         if self.expiry <= self.every:
             raise ConfigError(f"expiry must be more than every={every!r}, not {expiry!r}")
-        self._lock = threading.Lock()  # guards what follows; nothing is called under it
-        self._id = ""
+        self._lock = threading.Lock()  # guards what follows; the registry is called under it
+        self._id, self._n_consumers = "", 0
         self._queues: tuple[str, ...] = ()
         self._jobs: dict[str, list[str]] = {}
         self._started_at = datetime.now(UTC)
@@ -90,23 +90,29 @@ class Heartbeat(Middleware):
 
     def started(self, queues: Sequence[str]) -> None:
         """See `Middleware`."""
-        self._id, self._queues = secrets.token_hex(8), tuple(queues)
-        self._jobs, self._started_at = {}, datetime.now(UTC)
-        self._say()
+        with self._lock:
+            if not self._n_consumers:
+                self._id, self._queues = secrets.token_hex(8), ()
+                self._jobs, self._started_at = {}, datetime.now(UTC)
+            self._queues = tuple(dict.fromkeys([*self._queues, *queues]))
+            self._say()
+            self._n_consumers += 1
 
     def beat(self, queue: str, jobs: Sequence[HeldJob]) -> None:
         """See `Middleware`."""
-        self._jobs[queue] = [held.id for held in jobs]
-        if queue == self._queues[-1] and time.monotonic() - self._last >= self.every:
-            with contextlib.suppress(
-                BrokerUnavailable
-            ):  # the consumer says so, and the next beat tries again
-                self._say()
+        with self._lock:
+            self._jobs[queue] = [held.id for held in jobs]
+            if time.monotonic() - self._last >= self.every:
+                # The consumer says by itself that its server is out of reach; the next beat tries again.
+                with contextlib.suppress(BrokerUnavailable):
+                    self._say()
 
     def stopped(self) -> None:
         """See `Middleware`."""
-        with contextlib.suppress(BrokerUnavailable):
-            self._app.backend.registry.delete(_PREFIX + self._id)
+        with self._lock, contextlib.suppress(BrokerUnavailable):
+            self._n_consumers -= 1
+            if not self._n_consumers:
+                self._app.backend.registry.delete(_PREFIX + self._id)
 
     def _say(self) -> None:
         self._last = time.monotonic()

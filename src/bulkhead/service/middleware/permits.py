@@ -3,9 +3,10 @@
 What the consumers share of a key is how many permits each of them has, and which refused jobs have waited longest.
 
 Why waiting jobs: a job that was refused asks again a moment later, and could find each time that a younger one was
-faster. So the oldest refused ones are written down, as many as there are permits. One of them that has waited for
-`PATIENCE` comes before each younger job: a permit that is free stays free until it asks. The oldest of all refused jobs
-is always written down, so that it gets the next permit after that; then another one is the oldest. None waits for ever.
+faster. So the oldest refused ones are written down, as many as there are permits, and some dozens at most. One of them
+that has waited for `PATIENCE` comes before each younger job: a permit that is free stays free until it asks. The
+oldest of all refused jobs is always written down, so that it gets the next permit after that; then another one is the
+oldest. None waits for ever.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ PATIENCE = 5.0
 
 # One that has not asked for so long is gone: cancelled, or its consumer died (seconds). Well above their pauses.
 FORGOTTEN = 10.0
+
+# So many are written down at most (arbitrary): each question reads them all.
+_MOST_WAITING = 50
 
 # How exact the time of the last question is (seconds): not each one is written down.
 _GRAIN = 2.0
@@ -116,5 +120,5 @@ def _note(waiting: dict[str, Asking], n: int, job: str, enqueued_at: float, now:
     known = waiting.get(job)
     if known is None or now - known.seen > _GRAIN:
         waiting[job] = Asking(enqueued_at, now if known is None else known.since, now)
-    if len(waiting) > n:
+    if len(waiting) > min(n, _MOST_WAITING):
         del waiting[max(waiting, key=lambda one: (waiting[one].enqueued_at, one))]
