@@ -14,6 +14,7 @@ from uuid import uuid4
 
 import pytest
 from scripts import Script
+from traces import Traces
 from watching import PATIENCE, wait_until
 
 from bulkhead import App
@@ -212,23 +213,13 @@ def anywhere(request: pytest.FixtureRequest, make: Make) -> Service:
     return make(request.param)
 
 
-def _shared(folder: Path, backend: str) -> Iterator[Service]:
-    """An application with a worker for a whole module: starting one takes longer than most tests."""
-    with _making(folder) as new:
+@pytest.fixture(scope="module")
+def served_anywhere(backend: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """An application on each backend, with a worker for a whole module: starting one takes longer than most tests."""
+    before = Traces.now()
+    with _making(tmp_path_factory.mktemp("served")) as new:
         made = new(backend, options={"lease": 3.0})
         with made.working():
             made.app.result(made.pid.enqueue(), timeout=PATIENCE)
-            made.app.result(made.jot_aside.enqueue("/dev/null"), timeout=PATIENCE)
             yield made
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """An application in memory that a worker serves."""
-    yield from _shared(tmp_path_factory.mktemp("served"), "memory")
-
-
-@pytest.fixture(scope="module")
-def served_anywhere(backend: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """An application on each backend that a worker serves."""
-    yield from _shared(tmp_path_factory.mktemp("served"), backend)
+    wait_until(lambda: not Traces.now().beyond(before), "nothing is left behind")

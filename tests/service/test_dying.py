@@ -40,6 +40,12 @@ def leased_anywhere(make, shared_backend):
     return make(shared_backend, options={"lease": 1.0}, concurrency=1)
 
 
+def lose_lease(service) -> None:
+    """Claim a job as a worker does that dies at once."""
+    broker = service.app.backend.broker
+    wait_until(lambda: broker.claim("default", 1, 0.05), "it can be claimed")
+
+
 class TestALease:
     def test_is_kept_for_a_job_that_takes_longer(self, leased, path):
         with leased.process(), leased.process():
@@ -107,16 +113,21 @@ class TestALease:
                 leased.app.cancel(id)
                 leased.settled(id)
 
-    def test_a_job_that_kills_every_worker_is_a_dead_letter_in_the_end(self, leased, path):
-        id = leased.nap.call(path, 60).options(max_retries=1).enqueue()
-        for number in (1, 2):
-            with leased.process() as worker:
-                wait_until(lambda: len(lines(path)) == number)  # noqa: B023
-                os.kill(worker.pid, signal.SIGKILL)
-        with leased.process():
-            job = leased.settled(id)
+    def test_that_a_worker_loses_does_not_cost_a_job_its_only_attempt(self, service, path):
+        id = service.jot.call(path, "ran").options(max_retries=0).enqueue()
+        lose_lease(service)
+        with service.working():
+            assert service.app.result(id, timeout=SOON) == "ran"
+
+    def test_that_is_lost_again_and_again_makes_a_dead_letter_of_the_job(self, service, path):
+        id = service.jot.call(path, "ran").options(max_retries=1).enqueue()
+        for _ in range(5):
+            lose_lease(service)
+        with service.working():
+            job = service.settled(id)
         assert job.state == "failed"
-        assert job.reason == "its worker died or lost the lease in each of 2 attempts"
+        assert job.reason == "5 attempts, in the last of which its worker died or lost the lease"
+        assert lines(path) == []
 
     def test_what_was_cancelled_in_an_attempt_whose_worker_died_is_not_run_again(self, leased, path):
         with leased.process() as worker:

@@ -222,8 +222,8 @@ class Consumer:
                     one.let_middlewares_know()
 
     def _renew(self, interval: float) -> None:
-        # Why not all: what was claimed in this interval has most of its lease left, and mostly ends before the next.
-        latest = self._leases.sure_until(time.monotonic() - interval)
+        # Why not all: what was claimed a moment ago has most of its lease left, and mostly ends before the next.
+        latest = self._leases.sure_until(time.monotonic() - interval / 2)
         jobs = [held for one in self._consumers for held in one.jobs() if held.sure_until <= latest]
         try:
             self._leases.renew(jobs)
