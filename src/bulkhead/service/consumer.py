@@ -66,7 +66,7 @@ class Consumer:
     def __init__(self, app: App, queues: Sequence[str], n_workers: int | None = None) -> None:
         self._app = app
         _check_tasks(app, queues)
-        self._pools = app.pools(queues, n_workers)
+        self._pools = app.catalog.pools(queues, n_workers)
         self._queues = queues
         # Why a queue and no event: a signal handler may put something in while this thread is anywhere.
         self._orders: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()

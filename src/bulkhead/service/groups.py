@@ -297,7 +297,7 @@ class Groups:
     # Making
 
     def _checked(self, group: str | None, keep: float) -> tuple[str, float]:
-        made = self._app.next_id() if group is None else job_id(group)
+        made = self._app.submitting.next_id() if group is None else job_id(group)
         if len(made) > _LONGEST_ID:
             raise ConfigError(f"id of a group must have up to {_LONGEST_ID} characters, not {len(made)}")
         return made, validate.seconds("keep", keep)
@@ -309,7 +309,7 @@ class Groups:
         for number, call in enumerate(calls):
             if number == most:
                 raise ConfigError(f"calls must be {most} at most, and there are more")
-            one = self._app.submission(call)
+            one = self._app.submitting.submission(call)
             if one.is_own_id:
                 raise ConfigError(f"calls[{number}] must have no id of its own: it is {group}.{number}")
             one.id, one.is_own_id = _member_id(group, number), True
@@ -320,7 +320,7 @@ class Groups:
         """Return what the middlewares let through."""
         passed: list[Submission] = []
         if submissions:
-            self._app.submit(submissions, passed.extend)
+            self._app.submitting.submit(submissions, passed.extend)
         return passed
 
     def _require_all(self, links: list[Submission], passed: list[Submission]) -> None:
@@ -353,7 +353,9 @@ class Groups:
     def _message(self, group: str, bundle: Bundle, at: int, kind: int, payload: bytes) -> Message:
         follow = bundle.kinds[kind]
         envelope = msgspec.structs.replace(follow.envelope, payload=payload)
-        return self._app.message(msgspec.structs.replace(follow, id=_member_id(group, at)), envelope)
+        return self._app.submitting.message(
+            msgspec.structs.replace(follow, id=_member_id(group, at)), envelope
+        )
 
     def _note_opened(self, group: str, bundle: Bundle) -> _Group:
         registry, made = self._app.backend.registry, _group_of(bundle)
