@@ -1,0 +1,422 @@
+"""The broker's steps, each with what happens when whoever takes it dies in its middle.
+
+| call | its steps | dying between them leaves |
+|---|---|---|
+| enqueue | record (only if there is none), ticket | a record without a ticket: nobody was told that the job is kept; the \
+same call again finds the record and puts the ticket |
+| claim | fetch ticket, record names the attempt, hide ticket | the ticket comes back after a second, the record says \
+whether the job can be had |
+| renew | record has a later end, hide ticket | the ticket comes back early, and is hidden again by whoever gets it |
+| ack | record says GONE, acknowledge ticket | a ticket that leads nowhere; whoever gets it drops it |
+| nack | record waits with the next turn, new ticket, acknowledge the old one | the old ticket; whoever gets it puts \
+the new one before it drops the old one |
+| bury | record says DEAD, ticket into the list of the dead, acknowledge the old one | the same |
+| revive | ticket of the next turn, record waits with it, out of the list | a ticket whose record never came; it is \
+dropped after a minute, and the job is still dead; later, an entry of the list that is skipped |
+| delete, cancel | record says GONE, tickets away | tickets that lead nowhere |
+| a due time comes | ticket into the work queue, out of the list of those scheduled | two tickets, of which one leads \
+nowhere once the other was used |
+
+Every change of a record is a compare-and-set, which is carried out entirely or not at all; it is the only thing that
+decides. So a claim is worth something as long as its token stands in the record, whatever the tickets do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from bulkhead.backends.base import (
+    Burial,
+    CancelAnswer,
+    Claim,
+    Hold,
+    Message,
+    Place,
+    QueueCounts,
+    Record,
+    Return,
+    Standing,
+)
+from bulkhead.backends.nats.bells import Bells
+from bulkhead.backends.nats.cells import Cells
+from bulkhead.backends.nats.claiming import Claims, Held, hide
+from bulkhead.backends.nats.clock import Clock
+from bulkhead.backends.nats.job import Job, Stage, is_over
+from bulkhead.backends.nats.layout import Layout
+from bulkhead.backends.nats.looking import Looking
+from bulkhead.backends.nats.names import token_of
+from bulkhead.backends.nats.queues import Queues
+from bulkhead.backends.nats.session import Session
+from bulkhead.backends.nats.tickets import Tickets
+from bulkhead.errors import BrokerUnavailable, MessageTooLarge
+
+__all__ = ["Jobs"]
+
+_T = TypeVar("_T")
+
+# Seconds between two looks of a claimer that waits: a lease that runs out rings no bell.
+_LOOK = 0.25
+# Attempts to change a record that others change, too; each fails only because another one has succeeded.
+_ATTEMPTS = 50
+# Claims of this process that are remembered; beyond it those are forgotten whose lease ran out, and read when needed.
+_HELD = 10_000
+# Part of the largest message that a body may not take, for the facts and the error that travel beside it.
+_RESERVE = 8
+
+
+class Jobs:
+    """What `Broker` promises, in the loop's thread."""
+
+    def __init__(self, session: Session, clock: Clock, layout: Layout) -> None:
+        self._session = session
+        self._clock = clock
+        self._layout = layout
+        self._cells = Cells(session, clock, layout.jobs_stream, layout.jobs, is_over)
+        self._tickets = Tickets(session, layout)
+        index = Cells(session, clock, layout.index_stream, layout.queues, lambda data, at: False)
+        self.queues = Queues(index, self._tickets, layout)
+        self._claims = Claims(session, clock, layout, self._cells, self._tickets)
+        self._bells = Bells(session, layout.bell, lambda queue, found: self._tickets.heap(queue).add(found))
+        self._looking = Looking(session, clock, layout, self._cells, self._tickets, self.queues, self._claims)
+        self._held: dict[str, Held] = {}
+
+    # Putting in
+
+    async def enqueue(self, messages: Sequence[Message]) -> list[bool]:
+        """As `Broker.enqueue_many`."""
+        self._check_sizes(messages)
+        await self.queues.announce((message.queue, message.priority) for message in messages)
+        now = self._clock.now()
+        for queue in {token_of(message.queue) for message in messages}:
+            await self._tickets.move_due(queue, now)
+        jobs = [Job.of(message, now) for message in messages]
+        versions = await self._cells.put([(job.key, job.packed(), 0) for job in jobs])
+        kept = [version is not None for version in versions]
+        await self._put([job for job, is_new in zip(jobs, kept, strict=True) if is_new], now)
+        # Why afterwards: one may have the id of another of this very call, whose ticket is there by now.
+        for place in [place for place, is_new in enumerate(kept) if not is_new]:
+            kept[place] = await self._take_over(jobs[place], now)
+        return kept
+
+    async def _take_over(self, job: Job, now: float) -> bool:
+        """Keep a job where its id was known before; False if it is still taken."""
+        for _ in range(_ATTEMPTS):
+            cell = (await self._cells.get([job.key]))[0]
+            old = None if cell is None else Job.read(cell.data)
+            if old is not None and (old.stage is not Stage.GONE or old.due > now):
+                if old.stage is Stage.ALIVE and not old.token:
+                    await self._tickets.right([old], now)  # whoever enqueued it may have died before
+                    await self._bells.ring(token_of(old.queue))
+                return False
+            job = replace(job, turn=0 if old is None else old.turn + 1)
+            version = 0 if cell is None else cell.version
+            if (await self._cells.put([(job.key, job.packed(), version)]))[0] is not None:
+                await self._put([job], now)
+                return True
+        raise BrokerUnavailable(f"job {job.id!r} is changed by others all the time")
+
+    def _check_sizes(self, messages: Sequence[Message]) -> None:
+        limit = self._session.max_payload
+        limit -= limit // _RESERVE
+        for message in messages:
+            if len(message.body) > limit:
+                raise MessageTooLarge(
+                    f"job {message.id!r} has {len(message.body)} bytes; this NATS server takes {limit} (max_payload)",
+                    size_bytes=len(message.body),
+                    limit_bytes=limit,
+                )
+
+    async def _put(self, jobs: Sequence[Job], now: float) -> None:
+        for queue, later in (await self._tickets.put(jobs, now)).items():
+            await self._bells.ring(queue, later)
+
+    # Claims
+
+    async def claim(self, name: str, n: int, lease: float, wait: float) -> list[Claim]:
+        """As `Broker.claim`."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + wait
+        token = token_of(name)
+        await self._bells.listen(token)
+        bell = self._bells.attend(token)
+        try:
+            while True:
+                bell.clear()
+                if taken := await self._claim_now(name, n, lease):
+                    return taken
+                left = deadline - loop.time()
+                if left <= 0:
+                    return []
+                await self._bells.wait(bell, min(left, self._until_next(token)))
+        finally:
+            self._bells.leave(token, bell)
+
+    async def _claim_now(self, name: str, n: int, lease: float) -> list[Claim]:
+        queue = await self.queues.get(name)
+        if queue.is_paused or n < 1:
+            return []
+        await self._clock.keep_right()
+        await self._tickets.attend(queue.token)
+        await self._tickets.move_due(queue.token, self._clock.now())
+        taken = await self._claims.take(queue, n, lease)
+        self._remember(taken)
+        return [_claim(held.job) for held in taken]
+
+    def _until_next(self, queue: str) -> float:
+        due = self._tickets.heap(queue).next_due()
+        return _LOOK if due is None else min(_LOOK, max(0.0, due - self._clock.now()))
+
+    async def renew(self, holds: Sequence[Hold], lease: float) -> list[Standing]:
+        """As `Broker.renew`."""
+        until = self._clock.now() + lease
+        changed = await self._decide(holds, lambda place, job: replace(job, leased=until))
+        standings = []
+        for held in changed:
+            if held is None:
+                standings.append(Standing.LOST)
+                continue
+            if held.reply:
+                await hide(self._session, held.reply, until - self._clock.now())
+            standings.append(Standing.CANCELLED if held.job.is_cancelled else Standing.HELD)
+        return standings
+
+    async def ack(self, holds: Sequence[Hold]) -> list[bool]:
+        """As `Broker.ack`."""
+        now = self._clock.now()
+        changed = await self._decide(holds, lambda place, job: _gone(job, now))
+        await self._let_go(changed)
+        self._cells.owe(sum(held is not None for held in changed))
+        return [held is not None for held in changed]
+
+    async def nack(self, returns: Sequence[Return]) -> list[bool]:
+        """As `Broker.nack`."""
+        now = self._clock.now()
+
+        def wait(place: int, job: Job) -> Job:
+            given = returns[place]
+            attempt = job.attempt if given.counts else max(0, job.attempt - 1)
+            error = job.error if given.error is None else self._fitting(job, given.error)
+            due = now + max(0.0, given.delay)
+            return replace(
+                job, turn=job.turn + 1, token="", leased=0.0, attempt=attempt, error=error, due=due
+            )
+
+        changed = await self._decide([given.hold for given in returns], wait)
+        await self._put([held.job for held in changed if held is not None], now)
+        await self._let_go(changed)
+        return [held is not None for held in changed]
+
+    async def bury(self, burials: Sequence[Burial]) -> list[bool]:
+        """As `Broker.bury`."""
+        now = self._clock.now()
+
+        def die(place: int, job: Job) -> Job:
+            given = burials[place]
+            error = job.error if given.error is None else self._fitting(job, given.error)
+            reason = given.reason[:1000]
+            return replace(
+                job,
+                turn=job.turn + 1,
+                stage=Stage.DEAD,
+                token="",
+                leased=0.0,
+                due=now,
+                reason=reason,
+                error=error,
+            )
+
+        changed = await self._decide([given.hold for given in burials], die)
+        await self._put([held.job for held in changed if held is not None], now)
+        await self._let_go(changed)
+        return [held is not None for held in changed]
+
+    async def _decide(self, holds: Sequence[Hold], step: Callable[[int, Job], Job]) -> list[Held | None]:
+        """Change the record of each claim that is still worth something; None for the others.
+
+        Each is tried from what this process has written last; if that is not the newest one it is read.
+        """
+        changed: list[Held | None] = [None] * len(holds)
+        known = {place: self._held.get(hold.token) for place, hold in enumerate(holds)}
+        for _ in range(_ATTEMPTS):
+            await self._read_missing(holds, known)
+            tried = [(place, held) for place, held in known.items() if held is not None]
+            if not tried:
+                return changed
+            jobs = [step(place, held.job) for place, held in tried]
+            versions = await self._cells.put(
+                [(job.key, job.packed(), held.version) for job, (_, held) in zip(jobs, tried, strict=True)]
+            )
+            known = {}
+            for job, (place, held), version in zip(jobs, tried, versions, strict=True):
+                if version is None:
+                    known[place] = None  # changed by somebody else: to be read
+                    continue
+                changed[place] = self._written(holds[place], Held(job, version, held.reply))
+        raise BrokerUnavailable("a job's record is changed by others all the time")
+
+    def _written(self, hold: Hold, held: Held) -> Held:
+        if held.job.token == hold.token and held.job.stage is Stage.ALIVE:
+            self._held[hold.token] = held
+        else:
+            self._held.pop(hold.token, None)
+        return held
+
+    async def _read_missing(self, holds: Sequence[Hold], known: dict[int, Held | None]) -> None:
+        missing = [place for place, held in known.items() if held is None]
+        cells = await self._cells.get_named([holds[place].id for place in missing])
+        for place, cell in zip(missing, cells, strict=True):
+            token = holds[place].token
+            job = None if cell is None else Job.read(cell.data)
+            if cell is None or job is None or job.token != token or job.stage is not Stage.ALIVE or not token:
+                del known[place]
+                self._held.pop(token, None)
+                continue
+            old = self._held.get(token)
+            known[place] = Held(job, cell.version, "" if old is None else old.reply)
+
+    async def _let_go(self, changed: Iterable[Held | None]) -> None:
+        """Acknowledge the tickets of claims that have ended, and wait until the server has done it."""
+        ended = [held for held in changed if held is not None]
+        await self._session.ask([(held.reply, b"+ACK", None) for held in ended if held.reply])
+        # Claimed by another process: its ticket is found by its name, which has the turn of the claim.
+        unknown = [held.job for held in ended if not held.reply]
+        await self._tickets.take_away(
+            [
+                replace(job, stage=Stage.ALIVE, turn=job.turn - (job.stage is not Stage.GONE))
+                for job in unknown
+            ]
+        )
+
+    def _fitting(self, job: Job, error: bytes) -> bytes | None:
+        """Return the error, or None if there is no room for it beside the body."""
+        room = self._session.max_payload - len(job.body) - self._session.max_payload // (2 * _RESERVE)
+        return error if len(error) <= room else None
+
+    def _remember(self, taken: Iterable[Held]) -> None:
+        for held in taken:
+            self._held[held.job.token] = held
+        if len(self._held) > _HELD:
+            now = self._clock.now()
+            self._held = {token: held for token, held in self._held.items() if held.job.leased > now}
+
+    # Others' jobs
+
+    async def delete(self, ids: Sequence[str]) -> list[bool]:
+        """As `Broker.delete`."""
+        return [answer is CancelAnswer.REMOVED for answer in [await self._remove(id, True) for id in ids]]
+
+    async def cancel(self, ids: Sequence[str]) -> list[CancelAnswer]:
+        """As `Broker.cancel`."""
+        return [await self._remove(id, False) for id in ids]
+
+    async def _remove(self, id: str, is_deletion: bool) -> CancelAnswer:
+        """Remove one that does not run; a deletion takes dead letters, too, and does not ask those that run to end."""
+
+        def step(job: Job, now: float) -> Job | None:
+            if job.stage is Stage.GONE or (job.stage is Stage.DEAD and not is_deletion):
+                return None
+            if job.is_running(now):
+                return None if is_deletion else replace(job, is_cancelled=True)
+            return _gone(job, now)
+
+        old, new = await self._amend(id, step)
+        if old is None or new is None:
+            return CancelAnswer.UNKNOWN
+        if new.stage is not Stage.GONE:
+            return CancelAnswer.REQUESTED
+        await self._tickets.take_away([old])
+        self._cells.owe(1)
+        return CancelAnswer.REMOVED
+
+    async def revive(self, ids: Sequence[str]) -> list[bool]:
+        """As `Broker.revive`."""
+        return [await self._revive(id) for id in ids]
+
+    async def _revive(self, id: str) -> bool:
+        cell = (await self._cells.get_named([id]))[0]
+        job = None if cell is None else Job.read(cell.data)
+        if job is None or job.stage is not Stage.DEAD:
+            return False
+        now = self._clock.now()
+        # Why the ticket first: of a record that waits without one nothing would remind.
+        await self._put([replace(job, stage=Stage.ALIVE, turn=job.turn + 1, due=now)], now)
+
+        def step(found: Job, _: float) -> Job | None:
+            if found.stage is not Stage.DEAD or found.turn != job.turn:
+                return None
+            return replace(
+                found,
+                stage=Stage.ALIVE,
+                turn=found.turn + 1,
+                enqueued=now,
+                due=now,
+                attempt=0,
+                reason="",
+                error=None,
+                is_cancelled=False,
+            )
+
+        old, new = await self._amend(id, step)
+        if old is None or new is None:
+            return False
+        await self._tickets.take_away([old])
+        await self._bells.ring(token_of(job.queue))
+        return True
+
+    async def _amend(
+        self, id: str, step: Callable[[Job, float], Job | None]
+    ) -> tuple[Job | None, Job | None]:
+        """Change one record; return what it was and what it is, the latter None if `step` did not want to."""
+        for _ in range(_ATTEMPTS):
+            cell = (await self._cells.get_named([id]))[0]
+            if cell is None:
+                return None, None
+            old = Job.read(cell.data)
+            new = step(old, self._clock.now())
+            if new is None:
+                return old, None
+            if (await self._cells.put([(new.key, new.packed(), cell.version)]))[0] is not None:
+                return old, new
+        raise BrokerUnavailable(f"job {id!r} is changed by others all the time")
+
+    async def pause(self, name: str, is_paused: bool) -> None:
+        """As `Broker.pause` and `Broker.resume`."""
+        await self.queues.change(name, lambda queue: replace(queue, is_paused=is_paused))
+        await self._bells.ring(token_of(name))
+
+    # Looking
+
+    async def find(self, ids: Sequence[str]) -> list[Record | None]:
+        """As `Broker.find`."""
+        cells = await self._cells.get_named(ids)
+        now = self._clock.now()
+        return [None if cell is None else Job.read(cell.data).record(now) for cell in cells]
+
+    async def records(self, place: Place, queue: str | None, offset: int, limit: int) -> list[Record]:
+        """As `Broker.records`."""
+        return await self._looking.records(place, queue, offset, limit)
+
+    async def counts(self) -> Mapping[str, QueueCounts]:
+        """As `Broker.counts`."""
+        return await self._looking.counts()
+
+    async def paused(self) -> frozenset[str]:
+        """As `Broker.paused`."""
+        return frozenset(queue.name for queue in await self.queues.all() if queue.is_paused)
+
+    async def sweep(self, grace: float) -> int:
+        """Delete the records of jobs that are gone; return how many."""
+        return await self._cells.sweep(10**9, grace)
+
+
+def _gone(job: Job, now: float) -> Job:
+    return replace(
+        job, stage=Stage.GONE, token="", leased=0.0, due=now + job.remember, body=b"", error=None, reason=""
+    )
+
+
+def _claim(job: Job) -> Claim:
+    return Claim(job.hold, job.body, job.priority, job.attempt, job.enqueued, job.due, job.error)
