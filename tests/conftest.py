@@ -1,12 +1,14 @@
-"""For every test: nothing may be left behind; and the start methods of worker processes as a parameter."""
+"""For every test: nothing may be left behind; the start methods of worker processes as a parameter; the servers."""
 
 import gc
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from gates import Gate
+from servers import NatsServer, RedisCluster, RedisServer
 from traces import Traces
 
 # Seconds that processes which were told to end, and descriptors of garbage, may take to go.
@@ -60,3 +62,31 @@ def gate(tmp_path: Path) -> Iterator[Gate]:
     made = Gate(folder)
     yield made
     made.open()
+
+
+# Why of the session: they are started once, and before the test's traces are counted.
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis that tests share, each with its `namespace`."""
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    """A Redis Cluster of three nodes that tests share, each with its `namespace`."""
+    with RedisCluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def nats_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
+    """A NATS server with JetStream that tests share, each with its `namespace`."""
+    with NatsServer(tmp_path_factory.mktemp("nats")) as server:
+        yield server
+
+
+@pytest.fixture
+def namespace() -> str:
+    """The name of a place on a shared server that no other test uses."""
+    return f"test-{uuid.uuid4().hex[:12]}"

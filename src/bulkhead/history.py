@@ -95,6 +95,16 @@ class History:
             else:
                 job.id = number
 
+    def recall(self, job_id: Hashable, job: Tracker) -> None:
+        """Note a job that has succeeded before this dispatcher was made.
+
+        Raises:
+            DuplicateJobId: A live job has its id.
+        """
+        self.reserve(job_id, job)
+        self.enter(job)
+        self.settle(job)
+
     def settle(self, job: Any) -> None:
         """Note that a job has settled, and drop what is too old or too much."""
         if not job.is_kept:

@@ -61,14 +61,17 @@ class Link(Tracker):
         pool: Where it runs.
         job, options: What the caller wrote.
         call: Its call, pickled, until it is fed.
+        journal: Where its success is recorded, or None.
         on_success, on_failure: What follows it by its options.
         is_extra: It is (a part of) a follow-up by options: it is accepted only when it is known to run.
         plan: Of the whole, for its first job.
     """
 
-    __slots__ = ("call", "is_extra", "job", "on_failure", "on_success", "options", "plan", "pool")
+    __slots__ = ("call", "is_extra", "job", "journal", "on_failure", "on_success", "options", "plan", "pool")
 
-    def __init__(self, pool: ProcessPool, job: Any, options: Options, *, is_extra: bool) -> None:
+    def __init__(
+        self, pool: ProcessPool, job: Any, options: Options, *, is_extra: bool, journal: Any = None
+    ) -> None:
         config = pool.config
         timeout = options.get("timeout", config.timeout)
         super().__init__(pool, None, config.priority, timeout, options.get("retry", config.retry))
@@ -80,6 +83,7 @@ class Link(Tracker):
         self.is_extra = is_extra
         self.call: Later | None = None
         self.plan: Plan | None = None
+        self.journal = journal if "id" in options else None
         self.on_success: Part | None = None
         self.on_failure: Part | None = None
 
@@ -144,8 +148,9 @@ class Plan:
         links: All its jobs in order, follow-ups included.
     """
 
-    def __init__(self, job: Any, route: Route, history: History) -> None:
+    def __init__(self, job: Any, route: Route, history: History, journal: Any = None) -> None:
         self._history = history
+        self._journal = journal
         self.links: list[Link] = []
         self._whole = self._built(job, route, is_extra=False)
         self._starters = list(_starters(self._whole, _NOTHING))
@@ -168,7 +173,7 @@ class Plan:
             return ChainTracker([self._built(part, route, is_extra=is_extra) for part in job.parts])
         call_of(job)  # raises for what is no job
         options = options_of(job)
-        link = Link(route(options), job, options, is_extra=is_extra)
+        link = Link(route(options), job, options, is_extra=is_extra, journal=self._journal)
         self.links.append(link)
         link.on_success, link.on_failure = (
             self._built(options[name], route, is_extra=True) if name in options else None

@@ -166,7 +166,7 @@ class Burial:
 
     Attributes:
         reason: A short text for people.
-        error: The last failure in the service's encoding, or None.
+        error: The last failure in the service's encoding; None keeps what there was.
     """
 
     hold: Hold
@@ -184,7 +184,7 @@ class Record:
         leased_until: When the lease of a running job ends, else None.
         reason: Of a dead letter: why, else "".
         error: What the last `nack` or `bury` left, or None.
-        is_cancelled: Somebody has asked for this running job to be cancelled.
+        is_cancelled: Somebody has asked for this job to be cancelled while it was running.
     """
 
     id: str
@@ -274,11 +274,17 @@ class Broker(ABC):
 
     @abstractmethod
     def cancel(self, ids: Sequence[str]) -> list[CancelAnswer]:
-        """Remove jobs that are not running; ask the consumers of those that are to end them."""
+        """Remove jobs that are not running; ask the consumers of those that are to end them.
+
+        A job whose lease ran out is not running, whatever its consumer may think.
+        """
 
     @abstractmethod
     def revive(self, ids: Sequence[str]) -> list[bool]:
-        """Make dead letters ready again, as if enqueued now, with attempt 0; False for what is no dead letter."""
+        """Make dead letters ready again, as if enqueued now, with attempt 0; False for what is no dead letter.
+
+        What was the reason and whether it was cancelled is forgotten.
+        """
 
     @abstractmethod
     def pause(self, queue: str) -> None:
@@ -324,7 +330,11 @@ class ResultStore(ABC):
 
     @abstractmethod
     def save_many(self, outcomes: Sequence[Outcome]) -> None:
-        """Keep these; a later outcome of the same id takes the place of an earlier one."""
+        """Keep these; a later outcome of the same id takes the place of an earlier one.
+
+        Raises:
+            MessageTooLarge: A value or error is larger than the server takes; none of this call was kept.
+        """
 
     @abstractmethod
     def get_many(self, ids: Sequence[str]) -> list[Outcome | None]:
@@ -347,7 +357,10 @@ class ResultStore(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A value of the registry; `version` is above 0 and changes with each put."""
+    """A value of the registry; `version` is above 0, changes with each put and never comes back for its key.
+
+    Not even when the key is removed, or its time ends, and it is put anew.
+    """
 
     key: str
     value: bytes
@@ -355,7 +368,7 @@ class Entry:
 
 
 class Registry(ABC):
-    """Small named values. A key is up to 200 characters; values are meant to be up to some 100 KiB."""
+    """Small named values. A key is up to 300 characters; values are meant to be up to some 100 KiB."""
 
     @abstractmethod
     def get(self, key: str) -> Entry | None:
@@ -388,15 +401,20 @@ class Registry(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """One connected place: its three contracts."""
+    """One connected place: its three contracts.
+
+    Attributes:
+        others: Places that are closed with it: those that its parts were taken from.
+    """
 
     broker: Broker
     results: ResultStore
     registry: Registry
+    others: tuple[Backend, ...] = ()
 
     def close(self) -> None:
         """End the connections. Nothing can be asked afterwards; closing again does nothing."""
-        for part in (self.broker, self.results, self.registry):
+        for part in (self.broker, self.results, self.registry, *self.others):
             closing = getattr(part, "close", None)
             if closing is not None:
                 closing()

@@ -59,7 +59,7 @@ def recorded(worker: Worker) -> Answer:
     return worker, Kind.PART, number, size, Parts(outcomes, None), None
 
 
-def tell(
+def tell(  # noqa: C901 - on the way of every job
     scheduler: Scheduler,
     worker: Worker,
     kind: int,
@@ -92,13 +92,16 @@ def tell(
     worker.busy_seconds += took
     assert job is not None
     due = job.due
-    is_plain = error is None and due is None
     if isinstance(job, Chunk):
-        is_plain = False
         error = chunks.ended(job, error)
+        is_plain = False
     else:
         job.value = value
         job.size = size
+        # Invariant: a success that is to be recorded is, before anybody can see it.
+        if error is None and job.journal is not None:
+            error = job.journal.record(job)
+        is_plain = error is None and due is None
     if scheduler.wear is None:
         scheduler.attempt_ended(slot, error, now)
     else:

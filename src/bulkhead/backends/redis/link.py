@@ -1,0 +1,168 @@
+"""The connections to one Redis or Redis Cluster, and what its errors mean.
+
+A link has a pool of connections for each process: a forked copy makes its own. A call takes a connection that nobody uses, so
+any number of threads may call at once. redis-py never repeats a call here: whether that is right is known to who calls. One
+that gives the same answer when it is carried out twice is repeated after a lost connection; any other one is not, for the
+answer would be another one (a job that was kept in the first go would look like a duplicate).
+
+All keys of a namespace have the hash tag `{namespace}`, and so lie on one node of a cluster.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Never
+
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.cluster import ClusterNode, RedisCluster
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    ConnectionError,  # noqa: A004
+    NoPermissionError,
+    NoScriptError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+    TimeoutError,  # noqa: A004
+)
+from redis.retry import Retry
+
+from bulkhead import forks
+from bulkhead.backends.redis.address import Address
+from bulkhead.backends.redis.script import Script
+from bulkhead.errors import BadMessage, BrokerUnavailable, ConfigError, MessageTooLarge
+
+__all__ = ["Link"]
+
+Argument = bytes | str | int | float
+
+# Seconds before each further try of a call that may be repeated: a server that starts again takes about that long.
+_PAUSES = (0.1, 0.4)
+
+_REFUSED = (AuthenticationError, AuthorizationError, NoPermissionError)
+
+# Beginnings of answers that say: not now, or not this server.
+_NOT_NOW = ("READONLY", "OOM", "MISCONF", "NOREPLICAS", "BUSY", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")
+
+
+class Link:
+    """One server or cluster, and the names of a namespace's keys there.
+
+    Args:
+        address: Where it is.
+        namespace: The hash tag of all keys.
+    """
+
+    def __init__(self, address: Address, namespace: str) -> None:
+        self.address = address
+        self._prefix = f"{{{namespace}}}:"
+        self._client: Any = None
+        # Owner: what this value of forks.depth stands for; a copy of the process has another one.
+        self._depth = -1
+        self._is_closed = False
+        self.queues = self.key("queues")
+
+    def key(self, name: str) -> bytes:
+        """Return the key of a name in the namespace."""
+        return (self._prefix + name).encode()
+
+    def run(
+        self,
+        script: Script,
+        keys: Sequence[bytes] = (),
+        arguments: Sequence[Argument] = (),
+        *,
+        is_repeatable: bool = False,
+    ) -> Any:
+        """Run a script with `queues` as its first key, then these; return its answer.
+
+        Raises:
+            BrokerUnavailable: The server cannot be reached; unless `is_repeatable`, it may have run the script.
+            ConfigError: The server refuses the password or the user.
+        """
+        rest = (1 + len(keys), self.queues, *keys, *arguments)
+
+        def call(client: Any) -> Any:
+            try:
+                return client.execute_command("EVALSHA", script.sha, *rest)
+            except NoScriptError:  # the server is new, or was told to forget its scripts
+                return client.execute_command("EVAL", script.text, *rest)
+
+        return self._carry_out(call, is_repeatable)
+
+    def command(self, *parts: Argument, is_repeatable: bool = True) -> Any:
+        """Return the answer to one command; raises as `run`."""
+        return self._carry_out(lambda client: client.execute_command(*parts), is_repeatable)
+
+    def close(self) -> None:
+        """End this process's connections, also those that a thread waits on."""
+        self._is_closed = True
+        client, self._client = self._client, None
+        if client is not None and self._depth == forks.depth:
+            if self.address.is_cluster:
+                client.disconnect_connection_pools()
+            else:
+                client.connection_pool.disconnect()
+
+    def _carry_out(self, call: Callable[[Any], Any], is_repeatable: bool) -> Any:
+        pauses = iter(_PAUSES if is_repeatable else ())
+        while True:
+            try:
+                return call(self._connected())
+            except (RedisError, RedisClusterException, OSError) as error:
+                pause = next(pauses, None) if _is_lost(error) else None
+                if pause is None or self._is_closed:
+                    self._refuse(error)
+            time.sleep(pause)
+
+    def _connected(self) -> Any:
+        if self._is_closed:
+            raise BrokerUnavailable(f"the connection to {self.address} is closed")
+        # Race: two threads of a forked copy may both make a client; each uses its own to the end, and one stays.
+        client = self._client
+        if client is None or self._depth != forks.depth:
+            client = self._made()
+            self._client, self._depth = client, forks.depth
+        return client
+
+    def _made(self) -> Any:
+        address = self.address
+        options: dict[str, Any] = {
+            "username": address.username,
+            "password": address.password,
+            "socket_timeout": address.timeout,
+            "socket_connect_timeout": address.timeout,
+            "protocol": 2,
+            **({"ssl": True, **address.tls} if address.tls else {}),
+        }
+        if address.is_cluster:
+            nodes = [ClusterNode(host, port) for host, port in address.nodes]
+            return RedisCluster(startup_nodes=nodes, retry=Retry(NoBackoff(), 0), **options)
+        [(host, port)] = address.nodes
+        return Redis(host=host, port=port, db=address.database, retry=Retry(NoBackoff(), 0), **options)
+
+    def _refuse(self, error: Exception) -> Never:
+        """Raise what an error of redis-py means."""
+        where, text = f"Redis at {self.address}", str(error)
+        if isinstance(error, _REFUSED) or text.startswith(("WRONGPASS", "NOAUTH", "NOPERM")):
+            raise ConfigError(f"url: {where} refuses this user or password: {text}") from error
+        if "WRONGTYPE" in text:
+            raise BadMessage(
+                f"{where}: a key of the namespace {self._prefix[:-1]} holds something else than bulkhead "
+                f"puts there; delete that key, or choose another namespace: {text}"
+            ) from error
+        if "invalid bulk length" in text:
+            raise MessageTooLarge(f"{where} does not take that much at once (proto-max-bulk-len): {text}") from error
+        if isinstance(error, ResponseError) and not any(sign in text for sign in _NOT_NOW):
+            raise error
+        raise BrokerUnavailable(f"{where} cannot be asked: {text or type(error).__name__}") from error
+
+
+def _is_lost(error: Exception) -> bool:
+    # Why not after a timeout: the bound of the call is used up.
+    return isinstance(error, ConnectionError | RedisClusterException) and not isinstance(
+        error, (*_REFUSED, TimeoutError)
+    )
