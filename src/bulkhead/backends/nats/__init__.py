@@ -5,8 +5,8 @@ compare-and-set on the last message of a subject. It has no job: no lookup or de
 on publishing (before 2.12), no dead letters, and no fencing: an acknowledgement of somebody whose time is over is
 taken, even if the message is somebody else's by now. So the work is divided:
 
-- **A record decides.** Each job has one message in `<ns>-jobs`, changed by compare-and-set only: where the job is, which
-  attempt holds it (its token) and until when. A late worker's ack fails on its token. (`job`, `cells`, `jobs`)
+- **A record decides.** Each job has one message in `<ns>-jobs`, changed by compare-and-set only: where the job is,
+  which attempt holds it (its token) and until when. A late worker's ack fails on its token. (`job`, `cells`, `jobs`)
 - **A ticket leads there.** The work-queue stream `<ns>-ready` has a ticket for each job that can be claimed, given out
   by a durable pull consumer for each queue and priority. It is hidden while the job runs, as long as the lease holds,
   comes back when the lease is over, and is acknowledged when the job is settled. (`tickets`, `claiming`)

@@ -13,7 +13,6 @@ pay for, and begins again at its end.
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass

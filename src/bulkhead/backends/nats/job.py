@@ -30,7 +30,8 @@ class Job:
     """One record.
 
     Attributes:
-        due: When it can be claimed; of a dead letter when it was buried; of one that is gone until when its id is taken.
+        due: When it can be claimed; of a dead letter when it was buried; of one that is gone until when
+            its id is taken.
         leased: When the lease of the attempt `token` ends.
     """
 
@@ -62,7 +63,25 @@ class Job:
     def read(cls, data: bytes) -> Job:
         """Undo `packed`."""
         facts, (body, error) = unpack(data)
-        return cls(*facts[:6], Stage(facts[6]), *facts[7:], body or b"", error)
+        job_id, queue, priority, enqueued, due, remember, stage, *rest = facts
+        turn, attempt, token, leased, is_cancelled, reason = rest
+        return cls(
+            job_id,
+            queue,
+            priority,
+            enqueued,
+            due,
+            remember,
+            Stage(stage),
+            turn,
+            attempt,
+            token,
+            leased,
+            is_cancelled,
+            reason,
+            body or b"",
+            error,
+        )
 
     def packed(self) -> bytes:
         """Return the record as bytes."""
@@ -131,4 +150,4 @@ class Job:
 def is_over(data: bytes, at: float) -> bool:
     """Whether a record says that its job is gone and its id free since `at`."""
     facts, _ = unpack(data)
-    return facts[6] == Stage.GONE.value and facts[4] <= at
+    return bool(facts[6] == Stage.GONE.value and facts[4] <= at)

@@ -2,8 +2,8 @@
 
 | call | its steps | dying between them leaves |
 |---|---|---|
-| enqueue | record (only if there is none), ticket | a record without a ticket: nobody was told that the job is kept; the \
-same call again finds the record and puts the ticket |
+| enqueue | record (only if there is none), ticket | a record without a ticket: nobody was told that the job is \
+kept; the same call again finds the record and puts the ticket |
 | claim | fetch ticket, record names the attempt, hide ticket | the ticket comes back after a second, the record says \
 whether the job can be had |
 | renew | record has a later end, hide ticket | the ticket comes back early, and is hidden again by whoever gets it |
@@ -26,7 +26,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 from bulkhead.backends.base import (
     Burial,
@@ -55,8 +54,6 @@ from bulkhead.errors import BrokerUnavailable, MessageTooLarge
 
 __all__ = ["Jobs"]
 
-_T = TypeVar("_T")
-
 # Seconds between two looks of a claimer that waits: a lease that runs out rings no bell.
 _LOOK = 0.25
 # Attempts to change a record that others change, too; each fails only because another one has succeeded.
@@ -76,7 +73,7 @@ class Jobs:
         self._layout = layout
         self._cells = Cells(session, clock, layout.jobs_stream, layout.jobs, is_over)
         self._tickets = Tickets(session, layout)
-        index = Cells(session, clock, layout.index_stream, layout.queues, lambda data, at: False)
+        index = Cells(session, clock, layout.index_stream, layout.queues, _never)
         self.queues = Queues(index, self._tickets, layout)
         self._claims = Claims(session, clock, layout, self._cells, self._tickets)
         self._bells = Bells(session, layout.bell, lambda queue, found: self._tickets.heap(queue).add(found))
@@ -172,7 +169,7 @@ class Jobs:
     async def renew(self, holds: Sequence[Hold], lease: float) -> list[Standing]:
         """As `Broker.renew`."""
         until = self._clock.now() + lease
-        changed = await self._decide(holds, lambda place, job: replace(job, leased=until))
+        changed = await self._decide(holds, lambda _, job: replace(job, leased=until))
         standings = []
         for held in changed:
             if held is None:
@@ -186,7 +183,7 @@ class Jobs:
     async def ack(self, holds: Sequence[Hold]) -> list[bool]:
         """As `Broker.ack`."""
         now = self._clock.now()
-        changed = await self._decide(holds, lambda place, job: _gone(job, now))
+        changed = await self._decide(holds, lambda _, job: _gone(job, now))
         await self._let_go(changed)
         self._cells.owe(sum(held is not None for held in changed))
         return [held is not None for held in changed]
@@ -306,14 +303,14 @@ class Jobs:
 
     async def delete(self, ids: Sequence[str]) -> list[bool]:
         """As `Broker.delete`."""
-        return [answer is CancelAnswer.REMOVED for answer in [await self._remove(id, True) for id in ids]]
+        return [answer is CancelAnswer.REMOVED for answer in [await self._remove(name, True) for name in ids]]
 
     async def cancel(self, ids: Sequence[str]) -> list[CancelAnswer]:
         """As `Broker.cancel`."""
-        return [await self._remove(id, False) for id in ids]
+        return [await self._remove(name, False) for name in ids]
 
-    async def _remove(self, id: str, is_deletion: bool) -> CancelAnswer:
-        """Remove one that does not run; a deletion takes dead letters, too, and does not ask those that run to end."""
+    async def _remove(self, job_id: str, is_deletion: bool) -> CancelAnswer:
+        """Remove one that does not run. A deletion takes dead letters, too, and leaves alone what runs."""
 
         def step(job: Job, now: float) -> Job | None:
             if job.stage is Stage.GONE or (job.stage is Stage.DEAD and not is_deletion):
@@ -322,7 +319,7 @@ class Jobs:
                 return None if is_deletion else replace(job, is_cancelled=True)
             return _gone(job, now)
 
-        old, new = await self._amend(id, step)
+        old, new = await self._amend(job_id, step)
         if old is None or new is None:
             return CancelAnswer.UNKNOWN
         if new.stage is not Stage.GONE:
@@ -333,10 +330,10 @@ class Jobs:
 
     async def revive(self, ids: Sequence[str]) -> list[bool]:
         """As `Broker.revive`."""
-        return [await self._revive(id) for id in ids]
+        return [await self._revive(name) for name in ids]
 
-    async def _revive(self, id: str) -> bool:
-        cell = (await self._cells.get_named([id]))[0]
+    async def _revive(self, job_id: str) -> bool:
+        cell = (await self._cells.get_named([job_id]))[0]
         job = None if cell is None else Job.read(cell.data)
         if job is None or job.stage is not Stage.DEAD:
             return False
@@ -359,7 +356,7 @@ class Jobs:
                 is_cancelled=False,
             )
 
-        old, new = await self._amend(id, step)
+        old, new = await self._amend(job_id, step)
         if old is None or new is None:
             return False
         await self._tickets.take_away([old])
@@ -367,11 +364,11 @@ class Jobs:
         return True
 
     async def _amend(
-        self, id: str, step: Callable[[Job, float], Job | None]
+        self, job_id: str, step: Callable[[Job, float], Job | None]
     ) -> tuple[Job | None, Job | None]:
         """Change one record; return what it was and what it is, the latter None if `step` did not want to."""
         for _ in range(_ATTEMPTS):
-            cell = (await self._cells.get_named([id]))[0]
+            cell = (await self._cells.get_named([job_id]))[0]
             if cell is None:
                 return None, None
             old = Job.read(cell.data)
@@ -380,7 +377,7 @@ class Jobs:
                 return old, None
             if (await self._cells.put([(new.key, new.packed(), cell.version)]))[0] is not None:
                 return old, new
-        raise BrokerUnavailable(f"job {id!r} is changed by others all the time")
+        raise BrokerUnavailable(f"job {job_id!r} is changed by others all the time")
 
     async def pause(self, name: str, is_paused: bool) -> None:
         """As `Broker.pause` and `Broker.resume`."""
@@ -410,6 +407,11 @@ class Jobs:
     async def sweep(self, grace: float) -> int:
         """Delete the records of jobs that are gone; return how many."""
         return await self._cells.sweep(10**9, grace)
+
+
+def _never(_data: bytes, _at: float) -> bool:
+    """Queues are not swept."""
+    return False
 
 
 def _gone(job: Job, now: float) -> Job:

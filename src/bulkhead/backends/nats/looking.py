@@ -4,8 +4,9 @@ The work queue gives its tickets one after the other ("the next message with suc
 those ready. The tickets that a consumer has given out and that are not acknowledged lie between two sequence numbers
 that the server tells; the records say which of them run. Scheduled and dead ones are listed by their subjects.
 
-Cost: about 0.2 ms for each job that is ready and comes before the end of the page, or runs; a list of scheduled or dead
-ones, and `counts`, read the subjects of all of them, 300,000 per second. `counts` does not depend on how many are ready.
+Cost: about 0.2 ms for each job that is ready and comes before the end of the page, or runs; a list of scheduled or
+dead ones, and `counts`, read the subjects of all of them, 300,000 per second. How many are ready does not matter to
+`counts`.
 """
 
 from __future__ import annotations

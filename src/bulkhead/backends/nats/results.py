@@ -52,7 +52,7 @@ class Results:
 
     async def delete(self, ids: Sequence[str]) -> list[bool]:
         """As `ResultStore.delete`."""
-        return [await self._delete(id) for id in ids]
+        return [await self._delete(job_id) for job_id in ids]
 
     async def outcomes(
         self, state: OutcomeState, queue: str | None, offset: int, limit: int
@@ -98,8 +98,8 @@ class Results:
                     found[outcome.id] = outcome
         return [*reversed(found.values())]
 
-    async def _delete(self, id: str) -> bool:
-        token = token_of(id)
+    async def _delete(self, job_id: str) -> bool:
+        token = token_of(job_id)
         for _ in range(_ATTEMPTS):
             cell = (await self._cells.get([token]))[0]
             if cell is None or _read(cell, self._clock.now()) is None:
@@ -107,7 +107,7 @@ class Results:
             if (await self._cells.put([(token, b"", cell.version)]))[0] is not None:
                 self._cells.owe(1)
                 return True
-        raise BrokerUnavailable(f"the outcome of job {id!r} is changed by others all the time")
+        raise BrokerUnavailable(f"the outcome of job {job_id!r} is changed by others all the time")
 
     def _packed(self, outcome: Outcome, now: float) -> bytes:
         facts = [
@@ -126,7 +126,7 @@ class Results:
         limit = self._session.max_payload
         if len(data) > limit:
             raise MessageTooLarge(
-                f"the outcome of job {outcome.id!r} has {len(data)} bytes; this NATS server takes {limit} (max_payload)",
+                f"the outcome of job {outcome.id!r} has {len(data)} bytes; this NATS server takes {limit}",
                 size_bytes=len(data),
                 limit_bytes=limit,
             )
@@ -137,10 +137,10 @@ def _read(cell: Cell | None, now: float) -> Outcome | None:
     """Return the outcome, or None if there is none or it has expired."""
     if cell is None or not cell.data:
         return None
-    (until, id, queue, task, state, *numbers), (value, error) = unpack(cell.data)
+    (until, job_id, queue, task, state, *numbers), (value, error) = unpack(cell.data)
     if until <= now:
         return None
-    return Outcome(id, queue, task, OutcomeState(state), value, error, *numbers)
+    return Outcome(job_id, queue, task, OutcomeState(state), value, error, *numbers)
 
 
 def _is_over(data: bytes, at: float) -> bool:
