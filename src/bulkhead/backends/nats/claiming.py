@@ -178,7 +178,7 @@ class Claims:
         """Acknowledge tickets that lead nowhere, once the jobs that are there have their right ones."""
         if not stale:
             return
-        await self._tickets.right(
+        await self._tickets.put(
             [job for _, job in stale if job is not None and job.stage is not Stage.GONE], now
         )
         await self._session.ask([(message.reply, b"+ACK", None) for message, _ in stale])

@@ -30,6 +30,7 @@ class Job:
     """One record.
 
     Attributes:
+        rank: Orders those that are due at the same time: microseconds, in order of arrival.
         due: When it can be claimed; of a dead letter when it was buried; of one that is gone until when
             its id is taken.
         leased: When the lease of the attempt `token` ends.
@@ -41,6 +42,7 @@ class Job:
     enqueued: float
     due: float
     remember: float = 0.0
+    rank: int = 0
     stage: Stage = Stage.ALIVE
     turn: int = 0
     attempt: int = 0
@@ -52,18 +54,25 @@ class Job:
     error: bytes | None = None
 
     @classmethod
-    def of(cls, message: Message, now: float) -> Job:
-        """Return the record of a new job."""
+    def of(cls, message: Message, now: float, place: int) -> Job:
+        """Return the record of a new job, at a place in its call."""
         due = now + max(0.0, message.delay) if message.due_at is None else max(now, message.due_at)
         return cls(
-            message.id, message.queue, message.priority, now, due, message.remember, body=bytes(message.body)
+            id=message.id,
+            queue=message.queue,
+            priority=message.priority,
+            enqueued=now,
+            due=due,
+            remember=message.remember,
+            rank=round(now * 1e6) + place,
+            body=bytes(message.body),
         )
 
     @classmethod
     def read(cls, data: bytes) -> Job:
         """Undo `packed`."""
         facts, (body, error) = unpack(data)
-        job_id, queue, priority, enqueued, due, remember, stage, *rest = facts
+        job_id, queue, priority, enqueued, due, remember, rank, stage, *rest = facts
         turn, attempt, token, leased, is_cancelled, reason = rest
         return cls(
             job_id,
@@ -72,6 +81,7 @@ class Job:
             enqueued,
             due,
             remember,
+            rank,
             Stage(stage),
             turn,
             attempt,
@@ -92,6 +102,7 @@ class Job:
             self.enqueued,
             self.due,
             self.remember,
+            self.rank,
             self.stage.value,
             self.turn,
             self.attempt,
@@ -150,4 +161,4 @@ class Job:
 def is_over(data: bytes, at: float) -> bool:
     """Whether a record says that its job is gone and its id free since `at`."""
     facts, _ = unpack(data)
-    return bool(facts[6] == Stage.GONE.value and facts[4] <= at)
+    return bool(facts[7] == Stage.GONE.value and facts[4] <= at)

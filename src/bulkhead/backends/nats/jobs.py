@@ -89,7 +89,7 @@ class Jobs:
         now = self._clock.now()
         for queue in {token_of(message.queue) for message in messages}:
             await self._tickets.move_due(queue, now)
-        jobs = [Job.of(message, now) for message in messages]
+        jobs = [Job.of(message, now, place) for place, message in enumerate(messages)]
         versions = await self._cells.put([(job.key, job.packed(), 0) for job in jobs])
         kept = [version is not None for version in versions]
         await self._put([job for job, is_new in zip(jobs, kept, strict=True) if is_new], now)
@@ -105,7 +105,8 @@ class Jobs:
             old = None if cell is None else Job.read(cell.data)
             if old is not None and (old.stage is not Stage.GONE or old.due > now):
                 if old.stage is Stage.ALIVE and not old.token:
-                    await self._tickets.right([old], now)  # whoever enqueued it may have died before
+                    # Whoever enqueued it may have died before it had a ticket.
+                    await self._tickets.put([old], self._clock.now())
                     await self._bells.ring(token_of(old.queue))
                 return False
             job = replace(job, turn=0 if old is None else old.turn + 1)
@@ -236,7 +237,7 @@ class Jobs:
         Each is tried from what this process has written last; if that is not the newest one it is read.
         """
         changed: list[Held | None] = [None] * len(holds)
-        known = {place: self._held.get(hold.token) for place, hold in enumerate(holds)}
+        known = {place: self._mine(hold) for place, hold in enumerate(holds)}
         for _ in range(_ATTEMPTS):
             await self._read_missing(holds, known)
             tried = [(place, held) for place, held in known.items() if held is not None]
@@ -253,6 +254,10 @@ class Jobs:
                     continue
                 changed[place] = self._written(holds[place], Held(job, version, held.reply))
         raise BrokerUnavailable("a job's record is changed by others all the time")
+
+    def _mine(self, hold: Hold) -> Held | None:
+        held = self._held.get(hold.token)
+        return held if held is not None and held.job.id == hold.id else None
 
     def _written(self, hold: Hold, held: Held) -> Held:
         if held.job.token == hold.token and held.job.stage is Stage.ALIVE:
@@ -271,7 +276,7 @@ class Jobs:
                 del known[place]
                 self._held.pop(token, None)
                 continue
-            old = self._held.get(token)
+            old = self._mine(holds[place])
             known[place] = Held(job, cell.version, "" if old is None else old.reply)
 
     async def _let_go(self, changed: Iterable[Held | None]) -> None:

@@ -4,7 +4,7 @@
 |---|---|---|
 | `<ns>-jobs` | `<ns>.jobs.<id>` | a job's record, one message each; the last one counts |
 | `<ns>-ready` | `<ns>.ready.<queue>.<priority>.<id>.<turn>` | tickets: a work queue, each acknowledged once |
-| `<ns>-index` | `<ns>.later.<queue>.<due>.<priority>.<id>.<turn>` | tickets that are not due yet |
+| `<ns>-index` | `<ns>.later.<queue>.<due>-<rank>.<priority>.<id>.<turn>` | tickets that are not due yet |
 | | `<ns>.dead.<queue>.<buried>.<id>.<turn>` | the list of dead letters |
 | | `<ns>.queues.<queue>` | a queue's name, priorities and pause |
 | | `<ns>.clock` | a stamp of the server |
@@ -68,7 +68,15 @@ class Layout:
         kept = {"max_msgs_per_subject": 1, "allow_rollup_hdrs": True}
         return [
             self._stream(self.jobs_stream, [f"{self.jobs}.*"], **kept),
-            self._stream(self.ready_stream, [f"{self.ready}.>"], retention="workqueue"),
+            self._stream(
+                self.ready_stream,
+                [f"{self.ready}.>"],
+                retention="workqueue",
+                # A second ticket of the same turn is refused.
+                max_msgs_per_subject=1,
+                discard="new",
+                discard_new_per_subject=True,
+            ),
             self._stream(
                 self.index_stream,
                 [f"{self.later}.>", f"{self.dead}.>", f"{self.queues}.*", self.clock],

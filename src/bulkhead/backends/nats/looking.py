@@ -24,7 +24,7 @@ from bulkhead.backends.nats.layout import Layout
 from bulkhead.backends.nats.names import token_of
 from bulkhead.backends.nats.queues import Queue, Queues
 from bulkhead.backends.nats.session import Session
-from bulkhead.backends.nats.tickets import Tickets, ticket_facts
+from bulkhead.backends.nats.tickets import Tickets, order_of, ticket_facts
 
 __all__ = ["Looking"]
 
@@ -69,11 +69,11 @@ class Looking:
 
     async def counts(self) -> Mapping[str, QueueCounts]:
         """As `Broker.counts`."""
-        later = _by_queue(await self._tickets.listed(f"{self._layout.later}.>"), 6)
+        later = _by_queue(await self._tickets.listed(f"{self._layout.later}.>"), 5)
         dead = _by_queue(await self._tickets.listed(f"{self._layout.dead}.>"), 4)
         found = {}
         for queue in await self._queues.all():
-            due = [int(subject.rsplit(".", 5)[2]) / 1e6 for subject in later.get(queue.token, ())]
+            due = [order_of(subject)[0] / 1e6 for subject in later.get(queue.token, ())]
             counts = await self._count(queue, due, len(dead.get(queue.token, ())))
             if counts.ready or counts.scheduled or counts.running or counts.dead:
                 found[queue.name] = counts
@@ -165,8 +165,7 @@ class Looking:
         scheduled = place is Place.SCHEDULED
         root = self._layout.later if scheduled else self._layout.dead
         subjects = await self._tickets.listed(f"{root}.>" if name is None else f"{root}.{token_of(name)}.>")
-        behind = 5 if scheduled else 4
-        subjects.sort(key=lambda subject: int(subject.rsplit(".", behind)[2]), reverse=not scheduled)
+        subjects.sort(key=order_of if scheduled else _buried_at, reverse=not scheduled)
         now = self._clock.now()
         found: list[Record] = []
         for start in range(0, len(subjects), _BATCH):
@@ -184,6 +183,10 @@ def _records(jobs: Sequence[Job], place: Place, now: float) -> list[Record]:
         if record is not None and record.place is place:
             found.append(record)
     return found
+
+
+def _buried_at(dead: str) -> int:
+    return int(dead.rsplit(".", 4)[2])
 
 
 def _by_queue(subjects: Sequence[str], last: int) -> dict[str, list[str]]:

@@ -5,7 +5,7 @@ in `dead`. A ticket is nothing but its subject: queue, priority, the id's token 
 record decides; so a ticket too many costs a look, and only a ticket too few would hurt.
 
 Invariant: a job that is alive or dead has at least one ticket that leads to it. Whoever changes a record puts the new
-ticket before the old one is taken away; whoever finds an old ticket puts the right one before dropping it (`right`).
+ticket before the old one is taken away; whoever finds an old ticket puts the right one before dropping it (`put`).
 
 Those that are scheduled are moved by whoever claims from the queue, or puts something into it, when they are due. Each
 process has a heap of what it has heard of, and reads the list anew when it begins, when its connection was lost, and
@@ -24,7 +24,7 @@ from bulkhead.backends.nats.layout import Layout, check_answer
 from bulkhead.backends.nats.names import token_of
 from bulkhead.backends.nats.session import Question, Session
 
-__all__ = ["Heap", "Tickets", "ticket_facts"]
+__all__ = ["Heap", "Tickets", "order_of", "ticket_facts"]
 
 # What is kept of a queue that nobody claims from here; more is forgotten, and read when somebody does.
 _UNATTENDED = 1000
@@ -32,7 +32,8 @@ _UNATTENDED = 1000
 _FRESH = 60.0
 # Tickets that are moved in one go.
 _BATCH = 1000
-_THERE_IS_ONE = 10071
+# What the server answers if the subject has a message already, by expectation and by limit.
+_THERE_IS_ONE = (10071, 10077)
 _NEW = {"Nats-Expected-Last-Subject-Sequence": "0"}
 
 
@@ -43,7 +44,7 @@ class Heap:
         self.is_attended = False
         self.read_at = -_FRESH
         self.epoch = -1
-        self._heap: list[tuple[int, str]] = []
+        self._heap: list[tuple[tuple[int, int], str]] = []
         self._known: set[str] = set()
 
     def add(self, subjects: Iterable[str]) -> None:
@@ -51,7 +52,7 @@ class Heap:
         for subject in subjects:
             if subject not in self._known:
                 self._known.add(subject)
-                heapq.heappush(self._heap, (_due_of(subject), subject))
+                heapq.heappush(self._heap, (order_of(subject), subject))
         if not self.is_attended and len(self._heap) > _UNATTENDED:
             self._heap.clear()
             self._known.clear()
@@ -59,12 +60,12 @@ class Heap:
 
     def next_due(self) -> float | None:
         """Return when the next one is due, POSIX seconds."""
-        return self._heap[0][0] / 1e6 if self._heap else None
+        return self._heap[0][0][0] / 1e6 if self._heap else None
 
     def take_due(self, now: float, most: int) -> list[str]:
         """Return those that are due, in order, and forget them."""
         taken: list[str] = []
-        while self._heap and self._heap[0][0] <= now * 1e6 and len(taken) < most:
+        while self._heap and self._heap[0][0][0] <= now * 1e6 and len(taken) < most:
             subject = heapq.heappop(self._heap)[1]
             self._known.discard(subject)
             taken.append(subject)
@@ -85,7 +86,7 @@ class Tickets:
 
     def later_subject(self, job: Job) -> str:
         """Return the subject of a scheduled job's ticket."""
-        due = round(job.due * 1e6)
+        due = f"{round(job.due * 1e6)}-{job.rank}"
         return f"{self._layout.later}.{token_of(job.queue)}.{due}.{job.priority}.{job.key}.{job.turn}"
 
     def dead_subject(self, job: Job) -> str:
@@ -96,14 +97,13 @@ class Tickets:
         """Return the subject of the ticket that a job should have."""
         if job.stage is Stage.DEAD:
             return self.dead_subject(job)
-        return self.later_subject(job) if job.due > now else self.ready_subject(job)
+        # Why `enqueued`: one without a delay was due at once, even if this process's idea of the time is a little behind.
+        return self.later_subject(job) if job.due > max(now, job.enqueued) else self.ready_subject(job)
 
     async def put(self, jobs: Sequence[Job], now: float) -> dict[str, list[str]]:
-        """Put the tickets of jobs that have none yet; by queue (its token), those which are not due."""
+        """Put the tickets of jobs, where they are missing; by queue (its token), those which are not due."""
         subjects = [self.subject(job, now) for job in jobs]
-        # Why without an expectation: nobody else puts the first ticket of a turn, and a header makes reading slower.
-        for answer in await self._session.ask([(subject, b"", None) for subject in subjects]):
-            check_answer(answer, "putting a ticket")
+        await self._put_missing(subjects)
         later: dict[str, list[str]] = {}
         for job, subject in zip(jobs, subjects, strict=True):
             subjects_of_queue = later.setdefault(token_of(job.queue), [])
@@ -112,14 +112,6 @@ class Tickets:
         for queue, found in later.items():
             self.heap(queue).add(found)
         return later
-
-    async def right(self, jobs: Sequence[Job], now: float) -> None:
-        """Put the tickets of jobs that may have theirs already."""
-        subjects = [self.subject(job, now) for job in jobs]
-        await self._put_missing(subjects)
-        for job, subject in zip(jobs, subjects, strict=True):
-            if subject.startswith(f"{self._layout.later}."):
-                self.heap(token_of(job.queue)).add([subject])
 
     async def take_away(self, jobs: Sequence[Job]) -> None:
         """Remove every ticket of these jobs and turns, wherever it is."""
@@ -179,8 +171,13 @@ class Tickets:
                 return found
 
     async def _put_missing(self, subjects: Sequence[str]) -> None:
-        for answer in await self._session.ask([(subject, b"", _NEW) for subject in subjects]):
-            if answer.get("error", {}).get("err_code") != _THERE_IS_ONE:
+        # Why two ways: the work queue itself refuses a second one, and headers would make reading tickets slower.
+        ready = f"{self._layout.ready}."
+        questions: list[Question] = [
+            (subject, b"", None if subject.startswith(ready) else _NEW) for subject in subjects
+        ]
+        for answer in await self._session.ask(questions):
+            if answer.get("error", {}).get("err_code") not in _THERE_IS_ONE:
                 check_answer(answer, "putting a ticket")
 
     def _purge(self, stream: str, subject: str) -> Question:
@@ -193,5 +190,7 @@ def ticket_facts(subject: str) -> tuple[str, int]:
     return key, int(turn)
 
 
-def _due_of(subject: str) -> int:
-    return int(subject.rsplit(".", 5)[2])
+def order_of(later: str) -> tuple[int, int]:
+    """Return when a scheduled ticket is due, in microseconds, and its rank."""
+    due, _, rank = later.rsplit(".", 5)[2].partition("-")
+    return int(due), int(rank)
