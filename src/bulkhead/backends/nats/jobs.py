@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from bulkhead.backends.base import (
     Burial,
@@ -62,6 +62,14 @@ _ATTEMPTS = 50
 _HELD = 10_000
 # Part of the largest message that a body may not take, for the facts and the error that travel beside it.
 _RESERVE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """What a record was, and what it is."""
+
+    old: Job
+    new: Job
 
 
 class Jobs:
@@ -308,81 +316,75 @@ class Jobs:
 
     async def delete(self, ids: Sequence[str]) -> list[bool]:
         """As `Broker.delete`."""
-        return [answer is CancelAnswer.REMOVED for answer in [await self._remove(name, True) for name in ids]]
+
+        def step(_: int, job: Job, now: float) -> Job | None:
+            return None if job.stage is Stage.GONE or job.is_running(now) else _gone(job, now)
+
+        changed = await self._amend(ids, step)
+        await self._tickets.take_away([change.old for change in changed if change is not None])
+        return [change is not None for change in changed]
 
     async def cancel(self, ids: Sequence[str]) -> list[CancelAnswer]:
         """As `Broker.cancel`."""
-        return [await self._remove(name, False) for name in ids]
 
-    async def _remove(self, job_id: str, is_deletion: bool) -> CancelAnswer:
-        """Remove one that does not run. A deletion takes dead letters, too, and leaves alone what runs."""
-
-        def step(job: Job, now: float) -> Job | None:
-            if job.stage is Stage.GONE or (job.stage is Stage.DEAD and not is_deletion):
+        def step(_: int, job: Job, now: float) -> Job | None:
+            if job.stage is not Stage.ALIVE:
                 return None
-            if job.is_running(now):
-                return None if is_deletion else replace(job, is_cancelled=True)
-            return _gone(job, now)
+            return replace(job, is_cancelled=True) if job.is_running(now) else _gone(job, now)
 
-        old, new = await self._amend(job_id, step)
-        if old is None or new is None:
-            return CancelAnswer.UNKNOWN
-        if new.stage is not Stage.GONE:
-            return CancelAnswer.REQUESTED
-        await self._tickets.take_away([old])
-        self._cells.owe(1)
-        return CancelAnswer.REMOVED
+        changed = await self._amend(ids, step)
+        gone = [change for change in changed if change is not None and change.new.stage is Stage.GONE]
+        await self._tickets.take_away([change.old for change in gone])
+        return [_answer(change) for change in changed]
 
     async def revive(self, ids: Sequence[str]) -> list[bool]:
         """As `Broker.revive`."""
-        return [await self._revive(name) for name in ids]
-
-    async def _revive(self, job_id: str) -> bool:
-        cell = (await self._cells.get_named([job_id]))[0]
-        job = None if cell is None else Job.read(cell.data)
-        if job is None or job.stage is not Stage.DEAD:
-            return False
+        cells = await self._cells.get_named(ids)
         now = self._clock.now()
-        # Why the ticket first: of a record that waits without one nothing would remind.
-        await self._put([replace(job, stage=Stage.ALIVE, turn=job.turn + 1, due=now)], now)
+        dead = [None if cell is None else Job.read(cell.data) for cell in cells]
+        lives = [None if job is None or job.stage is not Stage.DEAD else _revived(job, now) for job in dead]
+        # Why the tickets first: of a record that waits without one nothing would remind.
+        await self._tickets.put([job for job in lives if job is not None], now)
 
-        def step(found: Job, _: float) -> Job | None:
-            if found.stage is not Stage.DEAD or found.turn != job.turn:
-                return None
-            return replace(
-                found,
-                stage=Stage.ALIVE,
-                turn=found.turn + 1,
-                enqueued=now,
-                due=now,
-                attempt=0,
-                reason="",
-                error=None,
-                is_cancelled=False,
-            )
+        def step(place: int, job: Job, _: float) -> Job | None:
+            life = lives[place]
+            is_same = life is not None and job.stage is Stage.DEAD and job.turn == life.turn - 1
+            return life if is_same else None
 
-        old, new = await self._amend(job_id, step)
-        if old is None or new is None:
-            return False
-        await self._tickets.take_away([old])
-        await self._bells.ring(token_of(job.queue))
-        return True
+        changed = await self._amend(ids, step)
+        await self._tickets.take_away([change.old for change in changed if change is not None])
+        for queue in {change.new.queue for change in changed if change is not None}:
+            await self._bells.ring(token_of(queue))
+        return [change is not None for change in changed]
 
     async def _amend(
-        self, job_id: str, step: Callable[[Job, float], Job | None]
-    ) -> tuple[Job | None, Job | None]:
-        """Change one record; return what it was and what it is, the latter None if `step` did not want to."""
+        self, ids: Sequence[str], step: Callable[[int, Job, float], Job | None]
+    ) -> list[_Change | None]:
+        """Change records, whoever holds them; None for those that are not there or that `step` leaves alone."""
+        changed: list[_Change | None] = [None] * len(ids)
+        left = [*range(len(ids))]
         for _ in range(_ATTEMPTS):
-            cell = (await self._cells.get_named([job_id]))[0]
-            if cell is None:
-                return None, None
-            old = Job.read(cell.data)
-            new = step(old, self._clock.now())
-            if new is None:
-                return old, None
-            if (await self._cells.put([(new.key, new.packed(), cell.version)]))[0] is not None:
-                return old, new
-        raise BrokerUnavailable(f"job {job_id!r} is changed by others all the time")
+            cells = await self._cells.get_named([ids[place] for place in left])
+            now = self._clock.now()
+            tried: list[tuple[int, int, _Change]] = []
+            for place, cell in zip(left, cells, strict=True):
+                old = None if cell is None else Job.read(cell.data)
+                new = None if old is None else step(place, old, now)
+                if cell is not None and old is not None and new is not None:
+                    tried.append((place, cell.version, _Change(old, new)))
+            versions = await self._cells.put(
+                [(change.new.key, change.new.packed(), version) for _, version, change in tried]
+            )
+            left = []
+            for (place, _, change), version in zip(tried, versions, strict=True):
+                if version is None:
+                    left.append(place)
+                else:
+                    changed[place] = change
+            if not left:
+                self._cells.owe(sum(c is not None and c.new.stage is Stage.GONE for c in changed))
+                return changed
+        raise BrokerUnavailable("a job's record is changed by others all the time")
 
     async def pause(self, name: str, is_paused: bool) -> None:
         """As `Broker.pause` and `Broker.resume`."""
@@ -412,6 +414,27 @@ class Jobs:
     async def sweep(self, grace: float) -> int:
         """Delete the records of jobs that are gone; return how many."""
         return await self._cells.sweep(10**9, grace)
+
+
+def _revived(job: Job, now: float) -> Job:
+    return replace(
+        job,
+        stage=Stage.ALIVE,
+        turn=job.turn + 1,
+        enqueued=now,
+        due=now,
+        rank=round(now * 1e6),
+        attempt=0,
+        reason="",
+        error=None,
+        is_cancelled=False,
+    )
+
+
+def _answer(change: _Change | None) -> CancelAnswer:
+    if change is None:
+        return CancelAnswer.UNKNOWN
+    return CancelAnswer.REMOVED if change.new.stage is Stage.GONE else CancelAnswer.REQUESTED
 
 
 def _never(_data: bytes, _at: float) -> bool:

@@ -52,7 +52,28 @@ class Results:
 
     async def delete(self, ids: Sequence[str]) -> list[bool]:
         """As `ResultStore.delete`."""
-        return [await self._delete(job_id) for job_id in ids]
+        deleted = [False] * len(ids)
+        left = [*range(len(ids))]
+        for _ in range(_ATTEMPTS):
+            cells = await self._cells.get_named([ids[place] for place in left])
+            now = self._clock.now()
+            there = [
+                (place, cell.version)
+                for place, cell in zip(left, cells, strict=True)
+                if cell is not None and _read(cell, now) is not None
+            ]
+            versions = await self._cells.put(
+                [(token_of(ids[place]), b"", version) for place, version in there]
+            )
+            left = []
+            for (place, _), version in zip(there, versions, strict=True):
+                deleted[place] = version is not None
+                if version is None:
+                    left.append(place)
+            if not left:
+                self._cells.owe(len(there))
+                return deleted
+        raise BrokerUnavailable("an outcome is changed by others all the time")
 
     async def outcomes(
         self, state: OutcomeState, queue: str | None, offset: int, limit: int
@@ -97,17 +118,6 @@ class Results:
                     found.pop(outcome.id, None)
                     found[outcome.id] = outcome
         return [*reversed(found.values())]
-
-    async def _delete(self, job_id: str) -> bool:
-        token = token_of(job_id)
-        for _ in range(_ATTEMPTS):
-            cell = (await self._cells.get([token]))[0]
-            if cell is None or _read(cell, self._clock.now()) is None:
-                return False
-            if (await self._cells.put([(token, b"", cell.version)]))[0] is not None:
-                self._cells.owe(1)
-                return True
-        raise BrokerUnavailable(f"the outcome of job {job_id!r} is changed by others all the time")
 
     def _packed(self, outcome: Outcome, now: float) -> bytes:
         facts = [

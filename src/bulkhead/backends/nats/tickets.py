@@ -97,7 +97,7 @@ class Tickets:
         """Return the subject of the ticket that a job should have."""
         if job.stage is Stage.DEAD:
             return self.dead_subject(job)
-        # Why `enqueued`: one without a delay was due at once, even if this process's idea of the time is a little behind.
+        # Why `enqueued`: one without a delay was due at once, even if this process's clock is a little behind.
         return self.later_subject(job) if job.due > max(now, job.enqueued) else self.ready_subject(job)
 
     async def put(self, jobs: Sequence[Job], now: float) -> dict[str, list[str]]:
@@ -121,7 +121,8 @@ class Tickets:
                 questions.append(self._purge(self._layout.index_stream, self.dead_subject(job)))
                 continue
             questions.append(self._purge(self._layout.ready_stream, self.ready_subject(job)))
-            questions.append(self._purge(self._layout.index_stream, self.later_subject(job)))
+            if job.due > job.enqueued:  # else it never was scheduled
+                questions.append(self._purge(self._layout.index_stream, self.later_subject(job)))
         await self._session.ask(questions)
 
     def heap(self, queue: str) -> Heap:
