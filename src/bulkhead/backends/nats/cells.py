@@ -105,7 +105,7 @@ class Cells:
             self._is_sweeping = True
             self._session.spawn(self._sweep_debt())
 
-    async def sweep(self, steps: int, grace: float = _GRACE) -> int:
+    async def sweep(self, steps: int, grace: float) -> int:
         """Look at up to `steps` cells and delete those that are over for `grace` seconds; return how many."""
         now = self._clock.now()
         over: list[int] = []
@@ -130,7 +130,7 @@ class Cells:
     async def _sweep_debt(self) -> None:
         steps, self._debt = self._debt, 0
         try:
-            await self.sweep(steps)
+            await self.sweep(steps, _GRACE)
         finally:
             self._is_sweeping = False
 

@@ -90,16 +90,19 @@ class Claims:
         return found
 
     async def _fetch(self, queue: str, priority: int, n: int) -> list[Msg]:
+        try:
+            return await (await self._pull(queue, priority)).fetch(n)
+        except BrokerUnavailable:
+            # The consumer may have been deleted, on which the server says nothing: it is made again.
+            await self._pulls.pop(consumer_name(queue, priority)).close()
+        return await (await self._pull(queue, priority)).fetch(n)
+
+    async def _pull(self, queue: str, priority: int) -> Pull:
         name = consumer_name(queue, priority)
         if name not in self._pulls:
             await self._make_consumer(queue, priority)
             self._pulls[name] = Pull(self._session, self._layout.ready_stream, name)
-        try:
-            return await self._pulls[name].fetch(n)
-        except BrokerUnavailable:
-            # The consumer may have been deleted, on which the server says nothing: the next call makes it again.
-            await self._pulls.pop(name).close()
-            raise
+        return self._pulls[name]
 
     async def _make_consumer(self, queue: str, priority: int) -> None:
         name = consumer_name(queue, priority)

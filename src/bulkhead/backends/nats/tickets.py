@@ -157,6 +157,9 @@ class Tickets:
             moved.append(f"{self._layout.ready}.{queue}.{priority}.{key}.{turn}")
         # Race: another process may have moved it already; then the server refuses this one, or it leads nowhere.
         await self._put_missing(moved)
+        await self._take_from_index(subjects)
+
+    async def _take_from_index(self, subjects: Sequence[str]) -> None:
         await self._session.ask([self._purge(self._layout.index_stream, subject) for subject in subjects])
 
     async def listed(self, subjects: str) -> list[str]:
