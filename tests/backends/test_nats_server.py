@@ -1,6 +1,5 @@
 """NATS: the server stops, is killed, refuses or is not there; processes that share it are killed."""
 
-import json
 import os
 import subprocess
 import time
@@ -169,7 +168,7 @@ def test_a_server_that_is_gone_is_told_within_seconds_and_costs_no_cpu(server: N
             lambda: backend.results.counts(),
         ):
             before = time.monotonic()
-            with pytest.raises(BrokerUnavailable, match="127.0.0.1"):
+            with pytest.raises(BrokerUnavailable, match=r"127\.0\.0\.1"):
                 call()
             assert time.monotonic() - before < 8.0
         seconds, used = time.monotonic() - start, time.process_time() - cpu
@@ -340,9 +339,11 @@ def test_user_and_password_or_token_of_the_url_are_given(tmp_path: Path) -> None
         with pytest.raises(BrokerUnavailable) as caught:
             backends.connect(f"nats://me:wrong@{server.address}?timeout=1")
         assert "wrong" not in str(caught.value)
-    with NatsServer(tmp_path / "b", config="authorization { token: secret }") as server:
-        with connected(f"nats://secret@{server.address}") as backend:
-            keep(backend.broker, "a")
+    with (
+        NatsServer(tmp_path / "b", config="authorization { token: secret }") as server,
+        connected(f"nats://secret@{server.address}") as backend,
+    ):
+        keep(backend.broker, "a")
 
 
 def test_tls_checks_the_server_by_the_given_certificate(tmp_path: Path) -> None:
@@ -397,7 +398,8 @@ def test_memory_storage_is_what_the_url_asks_for(server: NatsServer) -> None:
 
 
 def _got(script: Script) -> list[str]:
-    return [id for line in script.output().splitlines() if line.startswith("got") for id in line.split()[1:]]
+    lines = [line.split() for line in script.output().splitlines()]
+    return [word for line in lines if line[0] == "got" for word in line[1:]]
 
 
 def _lines_to(pid: int, port: int) -> int:

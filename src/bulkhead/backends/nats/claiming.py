@@ -24,11 +24,10 @@ from bulkhead.backends.nats.clock import Clock
 from bulkhead.backends.nats.job import Job, Stage
 from bulkhead.backends.nats.layout import Layout, check_answer
 from bulkhead.backends.nats.names import consumer_name
-from bulkhead.backends.nats.pulling import Pull
+from bulkhead.backends.nats.pulling import NoAnswer, Pull
 from bulkhead.backends.nats.queues import Queue
 from bulkhead.backends.nats.session import Session
 from bulkhead.backends.nats.tickets import Tickets, ticket_facts
-from bulkhead.errors import BrokerUnavailable
 
 __all__ = ["Claims", "Held", "hide"]
 
@@ -90,21 +89,40 @@ class Claims:
         return found
 
     async def _fetch(self, queue: str, priority: int, n: int) -> list[Msg]:
+        pull = await self._pull(queue, priority)
         try:
-            return await (await self._pull(queue, priority)).fetch(n)
-        except BrokerUnavailable:
-            # The consumer may have been deleted, on which the server says nothing: it is made again.
-            await self._pulls.pop(consumer_name(queue, priority)).close()
+            return await pull.fetch(n)
+        except NoAnswer:
+            await self._replace(queue, priority)
         return await (await self._pull(queue, priority)).fetch(n)
 
     async def _pull(self, queue: str, priority: int) -> Pull:
         name = consumer_name(queue, priority)
         if name not in self._pulls:
-            await self._make_consumer(queue, priority)
-            self._pulls[name] = Pull(self._session, self._layout.ready_stream, name)
+            created = await self._make_consumer(queue, priority)
+            self._pulls[name] = Pull(self._session, self._layout.ready_stream, name, created)
         return self._pulls[name]
 
-    async def _make_consumer(self, queue: str, priority: int) -> None:
+    async def _replace(self, queue: str, priority: int) -> None:
+        """Make a consumer anew that does not answer.
+
+        Somebody may have deleted it. Or the server was killed, and has come up with tickets that had been acknowledged,
+        counts them and waits for them, but does not give them out. A new consumer gives out all tickets there are, also
+        those that are hidden; the records say what becomes of each.
+        """
+        name = consumer_name(queue, priority)
+        pull = self._pulls.pop(name, None)
+        if pull is None:  # another call was quicker
+            return
+        await pull.close()
+        address = f"{self._layout.ready_stream}.{name}"
+        info = await self._session.ask_one(f"$JS.API.CONSUMER.INFO.{address}")
+        # Race: if it is not the one that was asked, another process has just made it.
+        if info.get("created") == pull.created:
+            await self._session.ask_one(f"$JS.API.CONSUMER.DELETE.{address}")
+
+    async def _make_consumer(self, queue: str, priority: int) -> str:
+        """Make a consumer if it is missing; return when it was made."""
         name = consumer_name(queue, priority)
         config = {
             "durable_name": name,
@@ -119,7 +137,7 @@ class Claims:
         stream = self._layout.ready_stream
         body = json.dumps({"stream_name": stream, "config": config}).encode()
         answer = await self._session.ask_one(f"$JS.API.CONSUMER.DURABLE.CREATE.{stream}.{name}", body)
-        check_answer(answer, f"making the consumer {name}")
+        return str(check_answer(answer, f"making the consumer {name}")["created"])
 
     async def _accept(self, found: Sequence[Msg], queue: Queue, lease: float) -> list[Held]:
         """Claim what these tickets lead to, and see to those that lead elsewhere."""

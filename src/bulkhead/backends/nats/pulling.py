@@ -21,16 +21,21 @@ from bulkhead.backends.nats.layout import check_answer
 from bulkhead.backends.nats.session import Session
 from bulkhead.errors import BrokerUnavailable
 
-__all__ = ["Pull"]
+__all__ = ["NoAnswer", "Pull"]
 
 # Nanoseconds after which the server drops a consumer that was made for one scan and was not deleted.
 _PASSING = 30 * 10**9
 
 
-class Pull:
-    """One consumer, seen from this process."""
+class NoAnswer(BrokerUnavailable):
+    """The server is there, but the consumer does not answer: there is none, or it is confused."""
 
-    def __init__(self, session: Session, stream: str, consumer: str) -> None:
+
+class Pull:
+    """One consumer, seen from this process; `created` is when it was made, as the server says it."""
+
+    def __init__(self, session: Session, stream: str, consumer: str, created: str = "") -> None:
+        self.created = created
         self._session = session
         self._subject = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}"
         self._inbox = session.client.new_inbox()
@@ -46,7 +51,7 @@ class Pull:
         """Return up to `n` messages that are there now.
 
         Raises:
-            BrokerUnavailable: There is no answer in time, as when the consumer does not exist.
+            NoAnswer: There is no answer in time.
         """
         async with self._lock:
             await self._listen()
@@ -100,9 +105,9 @@ class Pull:
         body = b'{"batch":%d,"no_wait":true}' % n
         try:
             await self._session.tell(self._subject, body, f"{self._inbox}.{self._requests}")
-            await asyncio.wait_for(self._over, self._session.options.timeout / 2)
+            await asyncio.wait_for(self._over, self._session.options.timeout / 4)
         except TimeoutError as error:
-            raise BrokerUnavailable(f"NATS server: no answer from the consumer of {self._subject}") from error
+            raise NoAnswer(f"NATS server: no answer from the consumer of {self._subject}") from error
 
     async def _on_message(self, message: Msg) -> None:
         assert self._over is not None
