@@ -11,6 +11,9 @@ from gates import Gate
 from servers import NatsServer, RedisCluster, RedisServer
 from traces import Traces
 
+# Why here: whichever test imports it first, its assertions tell what they compared.
+pytest.register_assert_rewrite("bulkhead.testing.conformance")
+
 # Seconds that processes which were told to end, and descriptors of garbage, may take to go.
 PATIENCE = 5.0
 

@@ -132,12 +132,12 @@ def test_an_ack_that_died_before_the_ticket_was_acknowledged_has_settled_the_job
     dying: Backend, other: Backend
 ) -> None:
     keep(other.broker, "a")
-    [claim] = claims(dying.broker, lease=0.3)
+    [claim] = claims(dying.broker, lease=0.2)
     dies_at(dying, lambda at: at.jobs, "_let_go")
     with pytest.raises(Died):
         dying.broker.ack([claim.hold])
     assert other.broker.find(["a"]) == [None]
-    assert other.broker.claim("q", 1, LONG, wait=0.8) == []
+    assert other.broker.claim("q", 1, LONG, wait=0.5) == []
     assert tickets(other) == 0
 
 
@@ -147,7 +147,7 @@ def test_a_nack_that_died_half_way_has_given_the_job_back(
     dying: Backend, other: Backend, step: str, delay: float
 ) -> None:
     keep(other.broker, "a")
-    [claim] = claims(dying.broker, lease=0.3)
+    [claim] = claims(dying.broker, lease=0.2)
     dies_at(dying, lambda at: at.jobs, step)
     with pytest.raises(Died):
         dying.broker.nack([Return(claim.hold, delay, error=b"why")])
@@ -161,11 +161,11 @@ def test_a_nack_that_died_half_way_has_given_the_job_back(
 @pytest.mark.parametrize("step", ["_put", "_let_go"])
 def test_a_burial_that_died_half_way_leaves_a_dead_letter(dying: Backend, other: Backend, step: str) -> None:
     keep(other.broker, "a")
-    [claim] = claims(dying.broker, lease=0.3)
+    [claim] = claims(dying.broker, lease=0.2)
     dies_at(dying, lambda at: at.jobs, step)
     with pytest.raises(Died):
         dying.broker.bury([Burial(claim.hold, "enough")])
-    assert other.broker.claim("q", 1, LONG, wait=0.8) == []
+    assert other.broker.claim("q", 1, LONG, wait=0.5) == []
     [record] = other.broker.records(Place.DEAD)
     assert record.reason == "enough"
     assert tickets(other) == 0

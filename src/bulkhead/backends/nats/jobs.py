@@ -102,27 +102,44 @@ class Jobs:
         kept = [version is not None for version in versions]
         await self._put([job for job, is_new in zip(jobs, kept, strict=True) if is_new], now)
         # Why afterwards: one may have the id of another of this very call, whose ticket is there by now.
-        for place in [place for place, is_new in enumerate(kept) if not is_new]:
-            kept[place] = await self._take_over(jobs[place], now)
+        left = [place for place, is_new in enumerate(kept) if not is_new]
+        for place, is_new in zip(
+            left, await self._take_over([jobs[place] for place in left], now), strict=True
+        ):
+            kept[place] = is_new
         return kept
 
-    async def _take_over(self, job: Job, now: float) -> bool:
-        """Keep a job where its id was known before; False if it is still taken."""
+    async def _take_over(self, jobs: Sequence[Job], now: float) -> list[bool]:
+        """Keep jobs whose ids were known before; False for those that are still taken."""
+        kept: list[Job | None] = [None] * len(jobs)
+        left = [*range(len(jobs))]
+        taken: list[Job] = []
         for _ in range(_ATTEMPTS):
-            cell = (await self._cells.get([job.key]))[0]
-            old = None if cell is None else Job.read(cell.data)
-            if old is not None and (old.stage is not Stage.GONE or old.due > now):
-                if old.stage is Stage.ALIVE and not old.token:
-                    # Whoever enqueued it may have died before it had a ticket.
-                    await self._tickets.put([old], self._clock.now())
-                    await self._bells.ring(token_of(old.queue))
-                return False
-            job = replace(job, turn=0 if old is None else old.turn + 1)
-            version = 0 if cell is None else cell.version
-            if (await self._cells.put([(job.key, job.packed(), version)]))[0] is not None:
-                await self._put([job], now)
-                return True
-        raise BrokerUnavailable(f"job {job.id!r} is changed by others all the time")
+            free: list[tuple[int, Job, int]] = []
+            for place, cell in zip(
+                left, await self._cells.get([jobs[place].key for place in left]), strict=True
+            ):
+                old = None if cell is None else Job.read(cell.data)
+                if old is not None and (old.stage is not Stage.GONE or old.due > now):
+                    taken.append(old)
+                else:
+                    turn = 0 if old is None else old.turn + 1
+                    free.append((place, replace(jobs[place], turn=turn), 0 if cell is None else cell.version))
+            versions = await self._cells.put([(job.key, job.packed(), version) for _, job, version in free])
+            left = []
+            for (place, job, _), version in zip(free, versions, strict=True):
+                if version is None:
+                    left.append(place)
+                else:
+                    kept[place] = job
+            if not left:
+                break
+        else:
+            raise BrokerUnavailable("a job's record is changed by others all the time")
+        # Whoever enqueued one that is taken may have died before it had a ticket.
+        waiting = [old for old in taken if old.stage is Stage.ALIVE and not old.token]
+        await self._put([*[job for job in kept if job is not None], *waiting], self._clock.now())
+        return [job is not None for job in kept]
 
     def _check_sizes(self, messages: Sequence[Message]) -> None:
         limit = self._session.max_payload

@@ -20,7 +20,7 @@ import json
 from typing import Any
 
 from bulkhead.backends.nats.options import Options
-from bulkhead.backends.nats.session import Answer, Session
+from bulkhead.backends.nats.session import Answer, Question, Session
 from bulkhead.errors import BrokerUnavailable, ConfigError
 
 __all__ = ["Layout", "check_answer"]
@@ -53,16 +53,21 @@ class Layout:
         """Make the streams that are missing; those that are there stay as they are.
 
         Raises:
+            ConfigError: It cannot be, for example because another stream has such subjects.
             BrokerUnavailable: JetStream refuses, for example for want of space.
         """
-        for config in self._streams():
-            body = json.dumps(config).encode()
-            answer = await session.ask_one(f"$JS.API.STREAM.CREATE.{config['name']}", body)
+        configs = self._streams()
+        questions: list[Question] = [
+            (f"$JS.API.STREAM.CREATE.{config['name']}", json.dumps(config).encode(), None)
+            for config in configs
+        ]
+        for config, answer in zip(configs, await session.ask(questions), strict=True):
             error = answer.get("error")
-            if error is not None and error.get("err_code") != _ALREADY_THERE:
-                if error.get("code") == 400:
-                    raise ConfigError(f"NATS refuses the stream {config['name']}: {error['description']}")
-                check_answer(answer, f"making the stream {config['name']}")
+            if error is None or error.get("err_code") == _ALREADY_THERE:
+                continue
+            if error.get("code") == 400:
+                raise ConfigError(f"NATS refuses the stream {config['name']}: {error['description']}")
+            check_answer(answer, f"making the stream {config['name']}")
 
     def _streams(self) -> list[dict[str, Any]]:
         kept = {"max_msgs_per_subject": 1, "allow_rollup_hdrs": True}
