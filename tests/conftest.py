@@ -1,15 +1,23 @@
 """For every test: nothing may be left behind; the start methods of worker processes as a parameter; the servers."""
 
 import gc
+import os
+import sys
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from gates import Gate
-from servers import NatsServer, RedisCluster, RedisServer
-from traces import Traces
+
+# Why: where bytecode is not written (containers often say so), each launcher and each spawned worker compiles the
+# package anew, which takes half the time of all tests. Before the package is imported, so that this process writes it.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+from gates import Gate  # noqa: E402
+from servers import NatsServer, RedisCluster, RedisServer  # noqa: E402
+from traces import Traces  # noqa: E402
 
 # Why here: whichever test imports it first, its assertions tell what they compared.
 pytest.register_assert_rewrite("bulkhead.testing.conformance")
@@ -21,8 +29,9 @@ PATIENCE = 5.0
 # Files and folders whose tests need the machine for themselves.
 ALONE = (
     "isolation",
-    "chaos",
-    "test_map_faults.py",
+    "test_kills_in_transfer.py",
+    "test_queue_storm.py",
+    "test_random_interrupts.py",
     "test_priorities.py",
     "test_delays.py",
     "test_long_waits.py",
@@ -54,6 +63,15 @@ def _nothing_is_left_behind() -> Iterator[None]:
 @pytest.fixture(scope="module", params=["fork", "forkserver", "spawn"])
 def start_method(request: pytest.FixtureRequest) -> str:
     """Each way to start workers. Of module scope, so that a module's dispatcher can depend on it."""
+    return request.param
+
+
+@pytest.fixture(
+    scope="module",
+    params=["forkserver", *(pytest.param(method, marks=pytest.mark.slow) for method in ("fork", "spawn"))],
+)
+def usual_start_method(request: pytest.FixtureRequest) -> str:
+    """As `start_method`, for what is the same code under each; only the default is not slow."""
     return request.param
 
 

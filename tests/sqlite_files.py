@@ -10,7 +10,21 @@ from pathlib import Path
 from bulkhead import backends
 from bulkhead.backends.base import Backend
 
-__all__ = ["connected", "rows"]
+__all__ = ["OPENING", "connected", "rows"]
+
+# How a script begins that uses the backend of `url`.
+OPENING = """
+import json, os, sys, time
+from bulkhead import backends
+from bulkhead.backends.base import *
+
+def say(*words):
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
+
+backend = backends.connect({url!r})
+broker, results = backend.broker, backend.results
+say("ready")
+"""
 
 
 @contextlib.contextmanager

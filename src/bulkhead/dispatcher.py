@@ -38,6 +38,7 @@ from bulkhead.errors import (
     PoolFull,
     RemoteError,
     UnknownPriority,
+    is_of,
 )
 from bulkhead.feeding import Feeder
 from bulkhead.history import History
@@ -779,7 +780,9 @@ def _raise_failures(report: BarrierReport) -> NoReturn:
 
 def _groupable(job: Tracker) -> Exception:
     error = job.error
-    if isinstance(error, Exception):
+    assert error is not None
+    if is_of(error, Exception):
+        assert isinstance(error, Exception)
         return error
     return RemoteError(
         f"{type(error).__qualname__}: {error}"

@@ -7,7 +7,7 @@ the message is the only positional argument, every other fact is an attribute.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "DispatcherFinalized",
     "DuplicateJobId",
     "JobCancelled",
+    "JobDiscarded",
     "JobNotFound",
     "JobNotPicklable",
     "JobTimeout",
@@ -46,6 +47,10 @@ __all__ = [
     "WaitTimeout",
     "WorkerCrashed",
 ]
+
+
+# Why not the attribute: a metaclass of the user's may have one of its own.
+_qualname_of: Callable[[type], str] = vars(type)["__qualname__"].__get__
 
 
 class BulkheadError(Exception):
@@ -234,6 +239,13 @@ class Snooze(BulkheadError):
         super().__init__(delay, **facts)
 
 
+class JobDiscarded(BulkheadError):
+    """Raise this in a task, or in `handle` of a middleware, to drop its job: no attempt follows, and no dead letter.
+
+    The job has failed then, with the message as the reason.
+    """
+
+
 class BrokerUnavailable(BulkheadError, ConnectionError):
     """The server or file that keeps the jobs cannot be reached. What was asked for may or may not have been done.
 
@@ -330,7 +342,22 @@ def _delay(value: float) -> float:
     return float(value)
 
 
+def is_of(error: BaseException, *kinds: type[BaseException]) -> bool:
+    """Tell whether `except kinds` would catch the error. Runs no code of the error's class, as `isinstance` may."""
+    return any(type.__subclasscheck__(kind, type(error)) for kind in kinds)
+
+
+def type_name_of(error: BaseException) -> str:
+    """Return the qualified name of an error's type, or of the type that a RemoteError stands for. As `is_of`."""
+    if is_of(error, RemoteError):
+        assert isinstance(error, RemoteError)
+        if error.type_name:
+            return error.type_name
+    return _qualname_of(type(error))
+
+
 def _leaves(error: BaseException) -> list[BaseException]:
-    if not isinstance(error, BaseExceptionGroup):
+    if not is_of(error, BaseExceptionGroup):
         return [error]
+    assert isinstance(error, BaseExceptionGroup)
     return [leaf for part in error.exceptions for leaf in _leaves(part)]

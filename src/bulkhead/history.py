@@ -159,9 +159,9 @@ class History:
         return iter(list(self._jobs.values()))
 
     def live(self, priority: int) -> list[Tracker]:
-        """Return the jobs of a pool that are accepted and not settled."""
-        known = list(self._jobs.values())
-        return [job for job in known if job.priority == priority and job.state not in (*SETTLED, None)]
+        """Return the jobs of a pool that are accepted and not settled, or settled while somebody waits to be told."""
+        known = [job for job in list(self._jobs.values()) if job.priority == priority]
+        return [job for job in known if job.state not in (*SETTLED, None) or job.waiters is not None]
 
     def _drop_first(self) -> None:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 
 from bulkhead import validate
-from bulkhead.errors import ConfigError, ConfigTypeError, Unrecoverable
+from bulkhead.errors import ConfigError, ConfigTypeError, Unrecoverable, is_of
 
 __all__ = ["Backoff", "RetryPolicy"]
 
@@ -62,8 +62,9 @@ class RetryPolicy(Backoff):
     Args:
         max_attempts: Runs in all, the first included; at least 1.
         initial, factor, jitter, maximum: See `Backoff`.
-        retry_on: Exception types worth another attempt. A crash is a `WorkerCrashed`, a timeout a `JobTimeout`: name
-            the types to retry some kinds of failure and not others. `Unrecoverable` is never retried.
+        retry_on: Exception types worth another attempt, matched as `except` does it. A crash is a `WorkerCrashed`, a
+            timeout a `JobTimeout`: name the types to retry some kinds of failure and not others. `Unrecoverable` is
+            never retried.
 
     Example:
         >>> RetryPolicy(3, initial=1.0, jitter=0.0).pause(attempt=2, draw=0.5)
@@ -84,9 +85,7 @@ class RetryPolicy(Backoff):
     def allows(self, attempt: int, error: BaseException) -> bool:
         """Tell whether another attempt may follow `attempt`, which failed with `error`."""
         return (
-            attempt < self.max_attempts
-            and not isinstance(error, Unrecoverable)
-            and isinstance(error, self.retry_on)
+            attempt < self.max_attempts and not is_of(error, Unrecoverable) and is_of(error, *self.retry_on)
         )
 
 

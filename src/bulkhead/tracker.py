@@ -16,10 +16,11 @@ from bulkhead._kernel.records import JobRecord
 from bulkhead.errors import (
     JobTimeout,
     NestedDispatch,
-    RemoteError,
     RemoteTraceback,
     WaitTimeout,
     WorkerCrashed,
+    is_of,
+    type_name_of,
 )
 from bulkhead.retry import RetryPolicy
 from bulkhead.validate import shown
@@ -248,11 +249,11 @@ def _described(error: BaseException | None) -> tuple[str | None, str | None, str
     if error is None:
         return None, None, None
     cause = error.__cause__
-    trace = cause.text if isinstance(cause, RemoteTraceback) else None
-    if isinstance(error, (JobTimeout, WorkerCrashed)):
+    trace = cause.text if type(cause) is RemoteTraceback else None
+    if is_of(error, JobTimeout, WorkerCrashed):
+        assert isinstance(error, (JobTimeout, WorkerCrashed))
         trace = error.stack or None
-    name = error.type_name if isinstance(error, RemoteError) and error.type_name else type(error).__qualname__
-    return name, _text(error), trace
+    return type_name_of(error), _text(error), trace
 
 
 def _text(error: BaseException) -> str:

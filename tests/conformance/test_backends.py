@@ -49,7 +49,7 @@ LOCAL = {"memory"}
 
 # Why of the session: a server is started before the test's traces are counted.
 @pytest.fixture(scope="session", params=list(BACKENDS))
-def place(request: pytest.FixtureRequest) -> tuple[str, Place]:
+def site(request: pytest.FixtureRequest) -> tuple[str, Place]:
     place = BACKENDS[request.param]
     if isinstance(place, str):
         server = request.getfixturevalue(place)
@@ -59,7 +59,7 @@ def place(request: pytest.FixtureRequest) -> tuple[str, Place]:
 
 class OnEachBackend:
     @pytest.fixture
-    def again(self, place: tuple[str, Place], tmp_path: Path) -> Iterator[Again]:
+    def again(self, site: tuple[str, Place], tmp_path: Path) -> Iterator[Again]:
         opened: list[Backend] = []
         run = uuid4().hex[:12]
 
@@ -67,7 +67,7 @@ class OnEachBackend:
             opened.append(backends.connect(url, f"{run}-{namespace}"))
             return opened[-1]
 
-        name, opens = place
+        name, opens = site
         self.is_shared_by_processes = name not in LOCAL
         with opens(tmp_path) as url:
             yield connect

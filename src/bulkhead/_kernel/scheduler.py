@@ -420,8 +420,7 @@ class Scheduler:
             was decided and perhaps not told.
         """
         self.broken = error if self.broken is None else self.broken
-        untold = [job for job in self._offers if job.state is None]
-        untold += [one.job for one in self.instructions if isinstance(one, (SettleJob, RefuseOffer))]
+        untold = self.untold()
         for phase in self.phases.unreported:
             phase.unsettled = 0
         self._idle.clear()
@@ -437,6 +436,11 @@ class Scheduler:
         return untold
 
     # Answers
+
+    def untold(self) -> list[JobRecord]:
+        """Return the jobs that are offered, and those whose end is decided and was perhaps not told."""
+        offered = [job for job in self._offers if job.state is None]
+        return offered + [one.job for one in self.instructions if isinstance(one, (SettleJob, RefuseOffer))]
 
     @property
     def next_deadline(self) -> float | None:

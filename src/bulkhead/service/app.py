@@ -23,11 +23,13 @@ from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 import msgspec
 
-from bulkhead import backends, validate
+from bulkhead import backends, forks, validate
 from bulkhead._kernel.lifecycle import JobState
 from bulkhead.backends.base import Backend, CancelAnswer, Message, OutcomeState, Place, QueueCounts
 from bulkhead.config import Pool
 from bulkhead.errors import (
+    BrokerUnavailable,
+    BulkheadError,
     ConfigError,
     ConfigTypeError,
     DuplicateJobId,
@@ -40,8 +42,9 @@ from bulkhead.errors import (
     WaitTimeout,
 )
 from bulkhead.retry import Backoff
+from bulkhead.service import context
 from bulkhead.service.consumer import Consumer
-from bulkhead.service.envelope import CodecName, Envelope, Follow, Sealer, encoded, failure
+from bulkhead.service.envelope import CodecName, Envelope, Failure, Follow, Sealer, encoded, failure
 from bulkhead.service.middleware.base import Middleware, Submission
 from bulkhead.service.status import QueuedJob, from_outcome, from_record
 from bulkhead.service.task import DEFAULT_BACKOFF, Call, Callback, Task, TaskOptions, job_id, name
@@ -110,14 +113,14 @@ class App:
         self._tasks: dict[str, Task[..., Any]] = {}
         self._queues: dict[str, Mapping[str, Any]] = {}
         self._ids = _Ids()
-        self._connected: tuple[int, Backend] | None = None
-        self._lock = threading.Lock()  # guards connecting; nothing is acquired under it
+        self._connected: tuple[int, Backend] | None = None  # with the number of forks before it
+        self._locks: dict[int, threading.Lock] = {}
         self._put: Callable[[Sequence[Submission]], None] = self._enqueue
         for middleware in reversed(self.middlewares):
             self._put = _around(middleware, self._put)
         for middleware in self.middlewares:
             middleware.attach(self)
-        self._consumer: Consumer | None = None
+        self._consumers: dict[Consumer, None] = {}  # those that run
 
     # Tasks and queues
 
@@ -385,19 +388,23 @@ class App:
             self.wait(id, timeout=timeout)
         (outcome,) = self.backend.results.get_many([job_id(id)])
         if outcome is None:
-            state = self.job(id).state
-            raise ResultNotFound(f"job {id!r} is {state} and has left no result")
+            raise self._no_outcome(self.job(id))
+        told = failure(outcome.error)
         if outcome.state is OutcomeState.CANCELLED:
             raise JobCancelled(f"job {id!r} was cancelled")
         if outcome.state is OutcomeState.FAILED:
-            told = failure(outcome.error)
-            kind, text, trace = (
-                ("unknown", "", "") if told is None else (told.type, told.message, told.traceback)
-            )
-            raise RemoteError(f"job {id!r} failed: {kind}: {text}", type_name=kind, traceback=trace)
+            raise _remote_error(id, told or Failure("unknown", ""))
         if outcome.value is None:
-            raise ResultNotFound(f"job {id!r} has left no result")
+            why = "" if told is None else f": {told.message}"
+            raise ResultNotFound(f"job {id!r} has left no result{why}")
         return self.sealer.open_value(id, outcome.value)
+
+    def _no_outcome(self, job: QueuedJob) -> BulkheadError:
+        # Of a dead letter no outcome is kept if its message cannot be read, or its task keeps none.
+        if job.state is JobState.FAILED:
+            told = Failure(job.error_type or "unknown", job.error_message or job.reason, job.traceback or "")
+            return _remote_error(job.id, told)
+        return ResultNotFound(f"job {job.id!r} is {job.state} and has left no result")
 
     def wait(self, id: str, *, timeout: float) -> QueuedJob:  # noqa: A002 - as above
         """Wait until a job has succeeded, failed or was cancelled, and return what is known of it.
@@ -435,7 +442,7 @@ class App:
         """
         job = self.job(id)
         answer = self.backend.broker.cancel([id])[0]
-        if answer is CancelAnswer.REMOVED:
+        if answer is CancelAnswer.REMOVED and job.keep_result:
             self.backend.results.save_many([job.cancelled()])
         return answer is not CancelAnswer.UNKNOWN
 
@@ -469,12 +476,12 @@ class App:
         Raises:
             JobNotFound: There is no dead letter with this id.
         """
-        if not self.backend.broker.revive([job_id(id)])[0]:
+        if not self._revive([job_id(id)])[0]:
             raise JobNotFound(f"there is no dead letter {id!r}", job_id=id)
 
     def retry_all_dead(self, *, queue: str | None = None) -> int:
         """Enqueue all dead letters anew, of one queue or of all; return how many."""
-        return self._each_dead(queue, self.backend.broker.revive)
+        return self._each_dead(queue, self._revive)
 
     def delete_dead(self, id: str) -> None:  # noqa: A002 - as above
         """Delete a dead letter.
@@ -506,20 +513,23 @@ class App:
             UnknownQueue: There is no such queue.
             ConfigError: A task cannot be found by worker processes: it is no function at the top level of a module.
             BrokerUnavailable: The server cannot be reached at the start. Later that is waited for.
+            PoolBroken: The worker processes of a queue do not come up. What was claimed is given back.
 
         Blocking: until a signal or `stop`. Signals are handled when this is the main thread.
+        Concurrency: several calls in several threads are workers of their own.
         """
+        grace = validate.seconds("grace", grace, zero=True)
         consumer = self._make_consumer(queues)
-        self._consumer = consumer
+        self._consumers[consumer] = None
         try:
-            consumer.run(grace=validate.seconds("grace", grace, zero=True))
+            consumer.run(grace=grace)
         finally:
-            self._consumer = None
+            del self._consumers[consumer]
 
     def stop(self) -> None:
-        """Let `run`, in another thread, end as at a signal."""
-        if self._consumer is not None:
-            self._consumer.stop()
+        """Let each `run` that has begun, in other threads, end as at a signal. Where none has, nothing happens."""
+        for consumer in list(self._consumers):
+            consumer.stop()
 
     def run_once(self, queue: str = "default") -> QueuedJob | None:
         """Run the next job of a queue, if one is due, and return what has become of it (it may have to be retried).
@@ -538,7 +548,7 @@ class App:
         """End the connections. The next call connects anew."""
         with self._lock:
             held, self._connected = self._connected, None
-        if held is not None and held[0] == os.getpid():
+        if held is not None and held[0] == forks.depth:
             held[1].close()
 
     @property
@@ -549,12 +559,17 @@ class App:
             MissingExtra, BrokerUnavailable: See `bulkhead.backends.connect`.
         """
         held = self._connected
-        if held is not None and held[0] == os.getpid():
+        if held is not None and held[0] == forks.depth:
             return held[1]
         with self._lock:
-            if self._connected is None or self._connected[0] != os.getpid():
-                self._connected = os.getpid(), self._connect()
+            if self._connected is None or self._connected[0] != forks.depth:
+                self._connected = forks.depth, self._connect()
             return self._connected[1]
+
+    @property
+    def _lock(self) -> threading.Lock:
+        """Guards connecting. Race: a forked copy makes its own, as a thread that it does not have may hold this one."""
+        return self._locks.setdefault(forks.depth, threading.Lock())
 
     def __repr__(self) -> str:
         # Why not the URL: it may hold a password.
@@ -591,11 +606,15 @@ class App:
         )
 
     def follow(self, call: Call, *, takes: bool = True) -> Follow:
-        """Return a job that is enqueued when another has ended."""
+        """Return a job that is enqueued when another has ended.
+
+        Raises:
+            UnknownQueue, ConfigTypeError, ConfigError: It could not be enqueued.
+        """
         options = call.task.options
         return Follow(
             call.id or self.next_id(),
-            call.queue or options.queue,
+            self._queue_of(call),
             options.priority if call.priority is None else call.priority,
             call.delay,
             call.due_at,
@@ -654,11 +673,7 @@ class App:
     def _submission(self, call: Call) -> Submission:
         if not isinstance(call, Call):
             raise ConfigTypeError(f"jobs are made by task.call(...); this is {validate.shown(call)}")
-        if call.task.app is not self:
-            raise ConfigError(f"task {call.task.name!r} belongs to another application")
-        queue = call.queue or call.task.options.queue
-        if queue not in self._queues:
-            raise UnknownQueue(f"there is no queue {queue!r}; known are: {', '.join(sorted(self._queues))}")
+        queue = self._queue_of(call)
         return Submission(call.id or self.next_id(), call.id is not None, call, queue, self.envelope(call))
 
     def _enqueue(self, submissions: Sequence[Submission]) -> None:
@@ -685,12 +700,22 @@ class App:
             _REMEMBER if one.is_own_id else 0.0,
         )
 
+    def _queue_of(self, call: Call) -> str:
+        if call.task.app is not self:
+            raise ConfigError(f"task {call.task.name!r} belongs to another application")
+        return self._known_queue(call.queue or call.task.options.queue)
+
     def _known_queue(self, queue: str) -> str:
         if queue not in self._queues:
             raise UnknownQueue(f"there is no queue {queue!r}; known are: {', '.join(sorted(self._queues))}")
         return queue
 
     def _connect(self) -> Backend:
+        if context.running is not None and "memory://" in (self.url[:9], (self.results_url or "")[:9]):
+            raise BrokerUnavailable(
+                "memory:// keeps jobs in the process that made them, and this is one of its workers, whose jobs nobody "
+                "would see: for tasks that use their application take sqlite://, redis:// or nats://"
+            )
         jobs = backends.connect(self.url, self.namespace)
         if self.results_url is None:
             return jobs
@@ -701,16 +726,25 @@ class App:
             raise
         return Backend(jobs.broker, elsewhere.results, jobs.registry, (jobs, elsewhere))
 
+    def _revive(self, ids: Sequence[str]) -> list[bool]:
+        # Why before: what has become of it the last time must not be taken for what becomes of it now.
+        records = self.backend.broker.find(ids)
+        dead = [one.id for one in records if one is not None and one.place is Place.DEAD]
+        if dead:
+            self.backend.results.delete(dead)
+        return self.backend.broker.revive(ids)
+
     def _each_dead(self, queue: str | None, act: Callable[[Sequence[str]], list[bool]]) -> int:
-        n_done, offset = 0, 0
-        while True:
-            records = self.backend.broker.records(Place.DEAD, queue=queue, offset=offset, limit=_PER_CALL)
-            if not records:
-                return n_done
-            done = sum(act([one.id for one in records]))
-            n_done += done
-            # Why: what could not be done stays where it is, and must not be found again for ever.
-            offset += len(records) - done
+        # Why all are looked up first: a job that is enqueued anew may be a dead letter again in a moment.
+        found: dict[str, None] = {}
+        while records := self.backend.broker.records(
+            Place.DEAD, queue=queue, offset=len(found), limit=_PER_CALL
+        ):
+            known = len(found)
+            found.update((one.id, None) for one in records)
+            if len(found) == known:
+                break
+        return sum(sum(act(part)) for part in _parts(list(found)))
 
     def _make_consumer(self, queues: Iterable[str] | None, n_workers: int | None = None) -> Consumer:
         chosen = (
@@ -762,6 +796,12 @@ def _state(state: JobState | str) -> JobState:
         ) from None
 
 
+def _remote_error(id: str, told: Failure) -> RemoteError:  # noqa: A002
+    return RemoteError(
+        f"job {id!r} failed: {told.type}: {told.message}", type_name=told.type, traceback=told.traceback
+    )
+
+
 def _raise_unknown(id: str) -> Any:  # noqa: A002
     raise JobNotFound(
         f"there is no job {id!r}: it never existed, or its outcome is no longer kept", job_id=id
@@ -786,12 +826,12 @@ class _Ids:
     """Ids that are nowhere else: random for each process, then counted. Why not random ones: they cost 2 µs each."""
 
     def __init__(self) -> None:
-        self._pid = 0
+        self._depth = -1
         self._prefix = ""
         self._numbers = itertools.count()
 
     def next(self) -> str:
-        if self._pid != os.getpid():
+        if self._depth != forks.depth:
             self._prefix = secrets.token_hex(8)
-            self._pid = os.getpid()
+            self._depth = forks.depth
         return f"{self._prefix}-{next(self._numbers):x}"

@@ -6,7 +6,8 @@ runs, so that whatever happens in the middle is put down to that one alone:
 - the worker dies, or is ended: the marked job has failed; those before it (their answers died with the worker) and
   those behind it run again;
 - the marked job takes long: the worker begins nothing further of the batch (running.py), so those behind it are taken
-  back and run elsewhere. Race: that is certain once a mark has stood for longer than a batch may take.
+  back and run elsewhere. Race: that is certain once a mark has stood for longer than a batch may take, as the worker
+  marks a job before it looks at the clock a last time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bulkhead.backends.base import Claim
-from bulkhead.errors import BulkheadError
 from bulkhead.service.envelope import Envelope
 
 if TYPE_CHECKING:
@@ -81,6 +81,9 @@ class HeldJob:
         is_lost: Its lease is lost: whatever it does, nothing is told to the broker.
         is_cancelled: Somebody has asked for it to be cancelled; since `cancelled_at`, monotonic seconds.
         asked_at: When it last asked whether it is, monotonic seconds.
+        sure_until: Until when its lease holds for certain, monotonic seconds; see leases.py.
+        is_settling: Its end is being told.
+        has_reported: It has told how far it is.
         seconds: How long the attempt took.
         notes: For middlewares, which need not be serialised.
     """
@@ -96,6 +99,9 @@ class HeldJob:
     is_cancelled: bool = False
     cancelled_at: float = 0.0
     asked_at: float | None = None
+    sure_until: float = 0.0
+    is_settling: bool = False
+    has_reported: bool = False
     seconds: float = 0.0
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -106,18 +112,32 @@ class HeldJob:
 
 
 class Batch:
-    """Jobs that go to a worker in one message. Owner: the consumer's lock, for what changes."""
+    """Jobs that go to a worker in one message.
+
+    Owner: `n_kept` is the holdings'; `overtime` and the standing are the pulse thread's; the rest is of the thread that
+    sends it.
+
+    Attributes:
+        slot: Where it is marked which of its jobs runs; None for a single one, and for jobs that are not run.
+        tracker: Of its run; None when it is not run.
+        refusal: Why the pool has not taken it.
+        n_kept: How many of its jobs are still its own; those behind are taken back.
+        overtime: Number of the job that has had its time.
+        made_at: Monotonic seconds.
+    """
 
     def __init__(self, jobs: list[HeldJob], slot: int | None, marks: memoryview) -> None:
         self.jobs = jobs
         self.slot = slot
         self.tracker: Tracker | None = None
-        self.n_kept = len(jobs)  # those from here on are taken back
+        self.refusal: Exception | None = None
+        self.n_kept = len(jobs)
         self.overtime: int | None = None
-        self.refusal: BulkheadError | None = None
+        self.made_at = time.monotonic()
         self._marks = marks
-        self._last_mark = NO_MARK
-        self._since = time.monotonic()
+        self._last_mark: int | None = None
+        self._since = self.made_at
+        self._is_ended = False
 
     @property
     def mark(self) -> int | None:
@@ -127,10 +147,23 @@ class Batch:
         mark = self._marks[self.slot]
         return None if mark == NO_MARK else mark
 
-    def standing(self, now: float) -> tuple[int | None, float]:
+    def has_begun(self) -> bool:
+        """Tell whether a worker runs it."""
+        if self.slot is not None:
+            return self.mark is not None
+        return self.tracker is not None and self.tracker.status().state == "running"
+
+    def standing(self) -> tuple[int | None, float]:
         """Return the mark, and for how many seconds it is known to have stood."""
+        # Race: the clock is read before the mark and, of a new one, after it, so that never more is told than is true.
+        now = time.monotonic()
         mark = self.mark
         if mark != self._last_mark:
-            self._last_mark = NO_MARK if mark is None else mark
-            self._since = now
-        return mark, now - self._since
+            self._last_mark, self._since = mark, time.monotonic()
+        return mark, max(0.0, now - self._since)
+
+    def end(self) -> None:
+        """Have its run ended, or take it out of the pool's line; it comes back as any other. Again does nothing."""
+        if self.tracker is not None and not self._is_ended:
+            self._is_ended = True
+            self.tracker.cancel()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from bulkhead.errors import BulkheadError, ConfigError, JobCancelled, Unrecoverable
+from bulkhead.errors import BrokerUnavailable, BulkheadError, ConfigError, JobCancelled, Unrecoverable
 from bulkhead.service.envelope import Envelope, decoded, encoded
 
 __all__ = ["JobContext", "current_job", "running"]
@@ -103,7 +104,8 @@ class JobContext:
 
         Raises:
             TypeError: The application's codec cannot encode it.
-            BrokerUnavailable: It could not be kept.
+            BrokerUnavailable, MessageTooLarge: It could not be kept.
+            BulkheadError: The job's lease is lost: it runs elsewhere, and what is saved here would be too late.
         """
         data = encoded(self._envelope.codec, value)
         if self._line is not None:
@@ -126,7 +128,8 @@ class JobContext:
             return
         self._last_report = now
         if self._line is not None:
-            self._line.report(self.id, encoded("msgpack", (done, total, message)))
+            with contextlib.suppress(BrokerUnavailable):  # it is for who looks, and no reason to fail
+                self._line.report(self.id, encoded("msgpack", (done, total, message)))
 
     @property
     def is_cancelled(self) -> bool:
@@ -137,7 +140,8 @@ class JobContext:
         now = time.monotonic()
         if not self._is_cancelled and self._line is not None and now - self._last_look >= _LOOK_EVERY:
             self._last_look = now
-            self._is_cancelled = self._line.is_cancelled(self.id)
+            with contextlib.suppress(BulkheadError):  # nobody knows: it goes on
+                self._is_cancelled = self._line.is_cancelled(self.id)
         return self._is_cancelled
 
     def raise_if_cancelled(self) -> None:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 import pickle
+import sys
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -40,8 +41,18 @@ _SIGNED = b"2"
 _SIGNATURE_BYTES = 32
 _SHORTEST_KEY = 16
 
-# Why a bound: the list is kept with each job and sent with each of its messages.
+# Why bounds: they are kept with each job that has failed, and sent with each of its messages.
 _TRACEBACK_CHARACTERS = 20_000
+_MESSAGE_CHARACTERS = 10_000
+
+
+# Bounds of what a message may say, as those of the options that it comes from: whoever made it.
+_FOREVER = sys.float_info.max  # so no infinity
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=_FOREVER)]
+_Timeout = Annotated[float, msgspec.Meta(gt=0, le=_FOREVER)]
+_Factor = Annotated[float, msgspec.Meta(ge=1, le=_FOREVER)]
+_Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+_Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Follow(msgspec.Struct, array_like=True, frozen=True):
@@ -75,10 +86,10 @@ class Envelope(msgspec.Struct, array_like=True, frozen=True):
     task: str
     payload: bytes
     codec: str = "msgpack"
-    timeout: float | None = None
-    max_retries: int = 0
-    backoff: tuple[float, float, float, float] = (1.0, 1.6, 0.2, 3600.0)
-    keep: float = 86400.0
+    timeout: _Timeout | None = None
+    max_retries: _Count = 0
+    backoff: tuple[_Seconds, _Factor, _Share, _Seconds] = (1.0, 1.6, 0.2, 3600.0)
+    keep: _Seconds = 86400.0
     on_success: tuple[Follow, ...] = ()
     on_error: tuple[Follow, ...] = ()
     previous: bytes | None = None
@@ -131,12 +142,12 @@ def decoded(codec: str, data: bytes) -> Any:
     Raises:
         BadMessage: The data is not in this codec, or there is no such codec.
     """
+    if codec not in _DECODERS:
+        raise BadMessage(f"there is no codec {codec!r}; known are {', '.join(CODECS)}")
     try:
         return _DECODERS[codec](data)
-    except KeyError:
-        raise BadMessage(f"there is no codec {codec!r}; known are {', '.join(CODECS)}") from None
-    except msgspec.MsgspecError as error:
-        raise BadMessage(f"it is not {codec}: {error}") from None
+    except Exception as error:  # of msgspec its own or RecursionError, of pickle anything
+        raise BadMessage(f"it is not {codec}: {type(error).__name__}: {error}") from error
 
 
 def failure_of(error: BaseException, trace: str = "") -> bytes:
@@ -146,7 +157,7 @@ def failure_of(error: BaseException, trace: str = "") -> bytes:
         text = str(error)
     except Exception:  # a __str__ of the user's that raises
         text = "<its text could not be made>"
-    return _pack(Failure(_clean(name), _clean(text), _clean(trace)[-_TRACEBACK_CHARACTERS:]))
+    return _pack(Failure(_clean(name), _clean(_shortened(text)), _clean(trace)[-_TRACEBACK_CHARACTERS:]))
 
 
 def failure(data: bytes | None) -> Failure | None:
@@ -197,7 +208,7 @@ class Sealer:
         data = self._verified(job_id, queue, body)
         try:
             envelope = _unpack_envelope(data)
-        except msgspec.MsgspecError as error:
+        except Exception as error:  # a MsgspecError, or RecursionError of one that is made to raise it
             raise BadMessage(f"it is no envelope: {error}") from None
         if envelope.codec not in CODECS:
             raise BadMessage(f"there is no codec {envelope.codec!r}; known are {', '.join(CODECS)}")
@@ -253,6 +264,10 @@ def _key(key: bytes | str | None) -> bytes | None:
     if len(made) < _SHORTEST_KEY:
         raise ConfigError(f"key must have at least {_SHORTEST_KEY} bytes, not {len(made)}")
     return made
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MESSAGE_CHARACTERS else text[:_MESSAGE_CHARACTERS] + " …"
 
 
 def _clean(text: str) -> str:

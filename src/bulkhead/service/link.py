@@ -3,8 +3,8 @@
     worker process ── Line ──▶ Unix socket ──▶ Link (one thread of the consumer) ──▶ broker's registry, result store
 
 Why not from the worker to the server: a worker would need a connection of its own, and `memory://` has no server. A
-question and its answer are one message each, in MessagePack behind four bytes of length. A job that never asks anything
-costs no connection.
+question and its answer are one message each, in MessagePack behind four bytes of length; a report of progress is not
+answered, so that it holds up no job. A job that never asks anything costs no connection.
 
 Race: a worker is killed in the middle of a message: its connection ends, the rest of the message is dropped.
 """
@@ -19,12 +19,12 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import msgspec
 
-from bulkhead.errors import BrokerUnavailable, BulkheadError
+from bulkhead.errors import BrokerUnavailable, BulkheadError, MessageTooLarge
 
 __all__ = ["Line", "Link", "Listener", "line_to"]
 
@@ -35,6 +35,18 @@ _ANSWER_SECONDS = 30.0
 
 # A result that a job saves early may be so large (bytes). Arbitrary; a bound for what the consumer holds.
 _LARGEST = 256 << 20
+
+# A Unix socket's name has at most 107 bytes on Linux (103 elsewhere); ours adds 25 to the folder for temporary files.
+_LONGEST_FOLDER = 75
+
+# What is told and not asked.
+_UNANSWERED = frozenset({"report"})
+
+# What is raised in the job when its question is refused; anything else is a BulkheadError.
+_REFUSALS: dict[str, type[BulkheadError]] = {
+    "BrokerUnavailable": BrokerUnavailable,
+    "MessageTooLarge": MessageTooLarge,
+}
 
 _pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.Decoder().decode
@@ -54,44 +66,55 @@ class Listener(Protocol):
 
 
 class Line:
-    """A worker's end. Owner: the thread that runs jobs."""
+    """A worker's end. Concurrency: any thread of the job."""
 
     def __init__(self, address: str) -> None:
         self._address = address
         self._socket: socket.socket | None = None
+        self._lock = threading.Lock()  # guards the socket: one question at a time
 
     def save(self, job_id: str, value: bytes) -> None:
         """Have a result kept; returns when it is."""
         self._ask("save", job_id, value)
 
     def report(self, job_id: str, progress: bytes) -> None:
-        """Tell how far the job is."""
-        self._ask("report", job_id, progress)
+        """Tell how far the job is. Nobody knows whether that arrives."""
+        with self._lock, self._answered():
+            _send(self._connected(), ("report", job_id, progress))
 
     def is_cancelled(self, job_id: str) -> bool:
         """Tell whether somebody has asked for the job to be cancelled."""
         return bool(self._ask("is_cancelled", job_id, b""))
 
     def _ask(self, what: str, job_id: str, data: bytes) -> Any:
+        with self._lock, self._answered():
+            connection = self._connected()
+            _send(connection, (what, job_id, data))
+            answer = _receive(connection)
+            if answer is None:
+                raise ConnectionError("it has ended")
+        refusal, value = answer
+        if refusal is not None:
+            kind, text = refusal
+            raise _REFUSALS.get(kind, BulkheadError)(text)
+        return value
+
+    @contextlib.contextmanager
+    def _answered(self) -> Iterator[None]:
+        # Race: a job that is interrupted between question and answer must not take it for the next one's.
         try:
-            if self._socket is None:
-                self._socket = _connected(self._address)
-            _send(self._socket, (what, job_id, data))
-            answer = _receive(self._socket)
+            yield
         except OSError as error:
             self._drop()
             raise BrokerUnavailable(f"the consumer does not answer its job: {error}") from error
         except BaseException:
-            # Race: a job that is interrupted between question and answer must not take it for the next one's.
             self._drop()
             raise
-        if answer is None:
-            self._drop()
-            raise BrokerUnavailable("the consumer has ended")
-        refusal, value = answer
-        if refusal is not None:
-            raise BrokerUnavailable(refusal)
-        return value
+
+    def _connected(self) -> socket.socket:
+        if self._socket is None:
+            self._socket = _connected(self._address)
+        return self._socket
 
     def _drop(self) -> None:
         if self._socket is not None:
@@ -112,15 +135,22 @@ def line_to(address: str) -> Line:
 
 
 class Link:
-    """The consumer's end: a socket in a folder of its own, and the thread that answers. `close` removes both."""
+    """The consumer's end: a socket in a folder of its own, and the thread that answers. `close` removes both.
 
-    def __init__(self, listener: Listener) -> None:
+    Args:
+        listener: Answers.
+        thread: Makes the thread.
+    """
+
+    def __init__(
+        self, listener: Listener, thread: Callable[[str, Callable[[], None]], threading.Thread]
+    ) -> None:
         self._answers: dict[str, Callable[[str, bytes], Any]] = {
             "save": listener.job_saves,
             "report": listener.job_reports,
             "is_cancelled": lambda job_id, _: listener.is_job_cancelled(job_id),
         }
-        self._folder = tempfile.mkdtemp(prefix="bulkhead-")
+        self._folder = tempfile.mkdtemp(prefix="bulkhead-", dir=_place())
         self.address = f"{self._folder}/link"
         self._selector = selectors.DefaultSelector()
         self._ear = socket.socket(socket.AF_UNIX)
@@ -130,7 +160,7 @@ class Link:
         self._wake, self._woken = socket.socketpair()
         self._selector.register(self._ear, selectors.EVENT_READ, None)
         self._selector.register(self._woken, selectors.EVENT_READ, None)
-        self._thread = threading.Thread(target=self._run, name="bulkhead link", daemon=True)
+        self._thread = thread("link", self._run)
         self._thread.start()
 
     def close(self) -> None:
@@ -174,17 +204,24 @@ class Link:
             self._answer(connection, message)
 
     def _answer(self, connection: socket.socket, message: Any) -> None:
+        what, job_id, data = message
         try:
-            what, job_id, data = message
-            answer: tuple[str | None, Any] = None, self._answers[what](job_id, data)
+            answer: tuple[tuple[str, str] | None, Any] = None, self._answers[what](job_id, data)
         except BulkheadError as error:
-            answer = str(error), None
+            answer = (type(error).__name__, str(error)), None
         except Exception as error:
-            _log.exception("a job's message to its consumer could not be answered")
-            answer = f"{type(error).__name__}: {error}", None
+            _log.exception("a message of job %s to its consumer could not be answered", job_id)
+            answer = (type(error).__name__, f"{type(error).__name__}: {error}"), None
+        if what in _UNANSWERED:
+            return
         # Why no waiting: an answer is a few bytes, and a worker asks one thing at a time.
         with contextlib.suppress(OSError):
             connection.sendall(_framed(answer))
+
+
+def _place() -> str | None:
+    """Return where to make the folder: None for the usual place, unless its name is too long for a socket's."""
+    return None if len(os.fsencode(tempfile.gettempdir())) <= _LONGEST_FOLDER else "/tmp"
 
 
 def _connected(address: str) -> socket.socket:

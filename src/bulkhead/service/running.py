@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from bulkhead.errors import JobCancelled, Snooze, Unrecoverable
+from bulkhead.errors import JobCancelled, JobDiscarded, Snooze, Unrecoverable
 from bulkhead.service import context
 from bulkhead.service.batch import marks_beside
 from bulkhead.service.context import JobContext
@@ -27,6 +27,7 @@ from bulkhead.service.task import Task
 __all__ = [
     "BATCH_SECONDS",
     "CANCELLED",
+    "DISCARDED",
     "DONE",
     "FAILED",
     "SNOOZED",
@@ -40,9 +41,9 @@ __all__ = [
 BATCH_SECONDS = 0.02
 
 # What became of an item.
-DONE, FAILED, UNRECOVERABLE, SNOOZED, CANCELLED = range(5)
+DONE, FAILED, UNRECOVERABLE, SNOOZED, CANCELLED, DISCARDED = range(6)
 
-# (kind, encoded result or failure or None, seconds; of a snoozed one its delay)
+# (kind, encoded result or failure or reason or None, seconds; of a snoozed one its delay)
 Answer = tuple[int, bytes | None, float]
 
 _open = msgspec.msgpack.Decoder(Envelope).decode
@@ -75,11 +76,12 @@ def run_batch(
     end = time.monotonic() + BATCH_SECONDS
     answers: list[Answer] = []
     for number, item in enumerate(items):
+        marks[slot] = number  # type: ignore[index]
         began = time.monotonic()
-        # Invariant: what a consumer has taken back because the mark stood for longer than this is never begun.
+        # Invariant: what a consumer has taken back because the mark stood for longer than this is never begun. Race: so
+        # the clock is read when the mark has moved; a worker that is held up between the two does not begin the job.
         if answers and began > end:
             break
-        marks[slot] = number  # type: ignore[index]
         envelope = _open(item.envelope)
         job = JobContext(line, item.id, item.queue, item.attempt, item.enqueued_at, envelope)
         kind, data, delay = _run(tasks[item.task], job, envelope)
@@ -98,9 +100,11 @@ def _run(task: Task[..., Any], job: JobContext, envelope: Envelope) -> Answer:
         return SNOOZED, None, snooze.delay
     except JobCancelled as error:
         return (CANCELLED if job.is_cancelled else FAILED), _described(error), 0.0
+    except JobDiscarded as error:
+        return DISCARDED, str(error).encode("utf-8", "replace"), 0.0
     except Unrecoverable as error:
         return UNRECOVERABLE, _described(error), 0.0
-    except Exception as error:
+    except BaseException as error:  # Why all: what a job raises must not take the others of its batch with it
         return FAILED, _described(error), 0.0
     finally:
         context.running = None

@@ -51,7 +51,7 @@ class TaskOptions:
         put(
             self,
             "max_retries",
-            validate.whole_number("max_retries", self.max_retries, at_least=0, at_most=2**31),
+            _retries(self.max_retries),
         )
         if self.timeout is not None:
             put(self, "timeout", validate.seconds("timeout", self.timeout))
@@ -169,7 +169,7 @@ class Call:
             ("delay", delay, lambda v: validate.seconds("delay", v, zero=True)),
             ("due_at", eta, _posix),
             ("timeout", timeout, lambda v: validate.seconds("timeout", v)),
-            ("max_retries", max_retries, lambda v: validate.whole_number("max_retries", v, at_least=0)),
+            ("max_retries", max_retries, _retries),
             ("backoff", backoff, _backoff),
             ("keep_result", keep_result, lambda v: validate.seconds("keep_result", v, zero=True)),
             ("headers", headers, _headers),
@@ -219,6 +219,10 @@ def name(option: str, value: object) -> str:
 def priority(value: object) -> int:
     """Return a priority within a queue, checked."""
     return validate.whole_number("priority", value, at_least=-_PRIORITIES, at_most=_PRIORITIES)
+
+
+def _retries(value: object) -> int:
+    return validate.whole_number("max_retries", value, at_least=0, at_most=2**31)
 
 
 def _posix(value: object) -> float:

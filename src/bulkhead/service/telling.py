@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from bulkhead.backends.base import Burial, Message, Outcome, OutcomeState, Return
+from bulkhead.backends.base import Burial, Message, Outcome, OutcomeState, Place, Return
 from bulkhead.errors import MessageTooLarge
 from bulkhead.service.envelope import Failure, encoded, failure, failure_of
+from bulkhead.service.status import progress_key
 from bulkhead.service.verdicts import Bury, Cancel, Discard, GiveBack, Succeed, TryAgain, Verdict
 
 if TYPE_CHECKING:
@@ -38,8 +39,12 @@ class Teller:
         self._app = app
         self._queue = queue
 
-    def tell(self, judged: Judged) -> None:
+    def tell(self, judged: Judged, *, is_again: bool = False) -> None:
         """Let the backend know. Jobs that turn out to be no longer ours are marked `is_lost`. May be repeated.
+
+        Args:
+            judged: The jobs, and what is to become of them.
+            is_again: An earlier call may have been carried out, or not.
 
         Raises:
             BrokerUnavailable: Some, all or none of it is known.
@@ -48,27 +53,34 @@ class Teller:
         follows = [message for held, verdict in judged for message in self._follows(held, verdict)]
         if follows:
             broker.enqueue_many(follows)
-        ended = [
-            (held, verdict) for held, verdict in judged if isinstance(verdict, (Succeed, Cancel, Discard))
-        ]
+        ended = [one for one in judged if isinstance(one[1], (Succeed, Cancel, Discard))]
         if ended:
             self._save(ended)
-            self._note_lost(ended, broker.ack([held.claim.hold for held, _ in ended]))
-        returned = [(held, verdict) for held, verdict in judged if isinstance(verdict, (TryAgain, GiveBack))]
+            self._note_lost(ended, broker.ack([held.claim.hold for held, _ in ended]), is_again)
+        returned = [one for one in judged if isinstance(one[1], (TryAgain, GiveBack))]
         if returned:
-            self._note_lost(returned, broker.nack([_return_of(held, verdict) for held, verdict in returned]))
-        buried = [(held, verdict) for held, verdict in judged if isinstance(verdict, Bury)]
+            done = broker.nack([_return_of(held, verdict) for held, verdict in returned])
+            self._note_lost(returned, done, is_again)
+        buried = [one for one in judged if isinstance(one[1], Bury)]
         if buried:
-            self._note_lost(buried, broker.bury([_burial_of(held, verdict) for held, verdict in buried]))
-            self._save([(held, verdict) for held, verdict in buried if not held.is_lost])
+            done = broker.bury([_burial_of(held, verdict) for held, verdict in buried])
+            self._note_lost(buried, done, is_again)
+            self._save([one for one in buried if not one[0].is_lost])
+        for held, _ in judged:
+            if held.has_reported and not held.is_lost:
+                self._app.backend.registry.delete(progress_key(held.id))
+
+    def bury(self, held: HeldJob, verdict: Bury) -> None:
+        """Let the backend know that a job has failed for good, and nothing else."""
+        self._note_lost([(held, verdict)], self._app.backend.broker.bury([_burial_of(held, verdict)]), False)
+        if not held.is_lost:
+            self._save([(held, verdict)])
 
     def report(self, held: HeldJob, verdict: Verdict) -> None:
-        """Call the task's callback, and the middlewares."""
+        """Call the task's callback, and the middlewares. `on_retry` is called before the broker knows."""
         options = held.task.options
         if isinstance(verdict, Succeed):
             self.call_back(held, options.on_success)
-        elif isinstance(verdict, TryAgain):
-            self.call_back(held, options.on_retry, failure(verdict.error))
         elif isinstance(verdict, (Bury, Discard)):
             self.call_back(held, options.on_failure, _told(verdict))
         for middleware in self._app.middlewares:
@@ -120,15 +132,21 @@ class Teller:
             return outcome_of(held, OutcomeState.FAILED, error=msgspec.msgpack.encode(_told(verdict)))
         return outcome_of(held, OutcomeState.CANCELLED)
 
-    def _note_lost(self, judged: Judged, done: Sequence[bool]) -> None:
-        for (held, _), is_done in zip(judged, done, strict=True):
-            if not is_done:
-                held.is_lost = True
-                _log.warning(
-                    "queue %s: job %s was no longer ours when it ended; it may run twice",
-                    self._queue,
-                    held.id,
-                )
+    def _note_lost(self, judged: Judged, done: Sequence[bool], is_again: bool) -> None:
+        missed = [held for (held, _), is_done in zip(judged, done, strict=True) if not is_done]
+        if missed and is_again:
+            # Race: what we have told before the connection broke has ended our claim. Only who runs is somebody else's.
+            records = self._app.backend.broker.find([held.id for held in missed])
+            missed = [
+                held
+                for held, record in zip(missed, records, strict=True)
+                if record is not None and record.place is Place.RUNNING
+            ]
+        for held in missed:
+            held.is_lost = True
+            _log.warning(
+                "queue %s: job %s was no longer ours when it ended; it may run twice", self._queue, held.id
+            )
 
 
 def outcome_of(
@@ -155,7 +173,7 @@ def guarded(call: Callable[..., object], *args: Any) -> None:
     """Call something of the user's; what it raises is logged."""
     try:
         call(*args)
-    except Exception:
+    except BaseException:  # Why all: a callback that calls sys.exit() must not end a thread of ours
         _log.exception("%r raised", call)
 
 

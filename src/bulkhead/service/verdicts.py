@@ -5,10 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bulkhead.retry import Backoff
-from bulkhead.service.envelope import Envelope
-from bulkhead.service.running import CANCELLED, DONE, SNOOZED, UNRECOVERABLE, Answer
+from bulkhead.service.envelope import Envelope, failure
+from bulkhead.service.running import CANCELLED, DISCARDED, DONE, SNOOZED, UNRECOVERABLE, Answer
 
-__all__ = ["Bury", "Cancel", "Discard", "GiveBack", "Succeed", "TryAgain", "Verdict", "after", "exhausted"]
+__all__ = [
+    "Bury",
+    "Cancel",
+    "Discard",
+    "GiveBack",
+    "Lost",
+    "Succeed",
+    "TryAgain",
+    "Verdict",
+    "after",
+    "exhausted",
+]
+
+
+# Of a reason (arbitrary): the whole failure is kept beside it.
+_REASON_CHARACTERS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +68,12 @@ class Cancel:
     """It was cancelled."""
 
 
-Verdict = Succeed | TryAgain | Bury | GiveBack | Discard | Cancel
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The claim was lost, or the broker could not be told: whoever claims the job next decides what becomes of it."""
+
+
+Verdict = Succeed | TryAgain | Bury | GiveBack | Discard | Cancel | Lost
 
 
 def after(answer: Answer, envelope: Envelope, attempt: int, draw: float) -> Verdict:
@@ -74,10 +94,13 @@ def after(answer: Answer, envelope: Envelope, attempt: int, draw: float) -> Verd
     if kind == CANCELLED:
         return Cancel()
     assert data is not None
+    if kind == DISCARDED:
+        return Discard(data.decode())
     if kind == UNRECOVERABLE:
-        return Bury("unrecoverable", data)
+        return Bury(f"unrecoverable: {_text(data)}", data)
     if attempt > envelope.max_retries:
-        return Bury(f"failed {attempt} times" if attempt > 1 else "failed", data)
+        times = f"failed {attempt} times" if attempt > 1 else "failed"
+        return Bury(f"{times}: {_text(data)}", data)
     initial, factor, jitter, maximum = envelope.backoff
     backoff = Backoff(initial=initial, factor=factor, jitter=jitter, maximum=maximum)
     return TryAgain(backoff.pause(attempt, draw), data)
@@ -86,3 +109,8 @@ def after(answer: Answer, envelope: Envelope, attempt: int, draw: float) -> Verd
 def exhausted(envelope: Envelope, attempt: int) -> bool:
     """Tell whether a claimed job has had all its attempts: in the last of them its consumer died."""
     return attempt > envelope.max_retries + 1
+
+
+def _text(data: bytes) -> str:
+    told = failure(data)
+    return "" if told is None else f"{told.type}: {told.message}"[:_REASON_CHARACTERS]

@@ -7,6 +7,7 @@
 | script.py, scripts/ | the Lua scripts, one for each step |
 | wire.py | lists as one argument; units |
 | broker.py, results.py, registry.py | the contracts |
+| sidekiq.py | jobs for the workers of a Sidekiq |
 
 docs/how-to/backends.md has the layout of the keys.
 """

@@ -1,8 +1,8 @@
-"""The URL of a Redis: where it is, how to talk to it. What cannot be meant is refused here, before anything is connected.
+"""The URL of a Redis: where it is, how to talk to it. What cannot be meant is refused before anything is connected.
 
-    redis://[[user]:password@]host[:port][/database][?timeout=seconds]
-    rediss://…                              with TLS; further options ca_file, cert_file, key_file, verify=no
-    redis+cluster://host[:port][,host[:port]…]      any nodes of a Redis Cluster; rediss+cluster:// with TLS
+- `redis://[[user]:password@]host[:port][/database][?timeout=seconds]`
+- `rediss://…` is the same with TLS, and has the options ca_file, cert_file, key_file and verify=no
+- `redis+cluster://host[:port][,host[:port]…]` names any nodes of a Redis Cluster; `rediss+cluster://` with TLS
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def _database(path: str, is_cluster: bool) -> int:
     if not text:
         return 0
     if not (text.isascii() and text.isdigit()) or int(text) >= _DATABASES:
-        raise ConfigError(f"url must have the number of a database behind the host, as in /0, and not {path!r}")
+        raise ConfigError(
+            f"url must have the number of a database behind the host, as in /0, and not {path!r}"
+        )
     if is_cluster and int(text):
         raise ConfigError(f"url names database {text}, and a Redis Cluster has only 0")
     return int(text)
@@ -102,7 +104,9 @@ def _options(parts: SplitResult, has_tls: bool) -> dict[str, Any]:
     for name, value in parse_qsl(parts.query, keep_blank_values=True):
         if name not in known:
             needs_tls = " without TLS (rediss://)" if name in _TLS_OPTIONS else ""
-            raise ConfigError(f"url has the option {name!r}, which is unknown{needs_tls}; known: {', '.join(known)}")
+            raise ConfigError(
+                f"url has the option {name!r}, which is unknown{needs_tls}; known: {', '.join(known)}"
+            )
         if name in given:
             raise ConfigError(f"url has the option {name!r} twice")
         given[name] = known[name](name, value)

@@ -1,7 +1,7 @@
 """The broker on Redis.
 
-Waiting for jobs: each queue has a bell, a list that takes one ring. Whoever makes a job claimable rings, and a claimer that
-found nothing waits for the ring (BLPOP), but no longer than until the next job is due, and at most a second. So
+Waiting for jobs: each queue has a bell, a list that takes one ring. Whoever makes a job claimable rings, and a claimer
+that found nothing waits for the ring (BLPOP), but no longer than until the next job is due, and at most a second. So
 
 - a ring between the look and the wait is not missed: the list keeps it;
 - a ring wakes one claimer, not all; if that one leaves due jobs behind, its claim rings for the next one;
@@ -152,7 +152,7 @@ class RedisBroker(Broker):
         """See `Broker`."""
         rows = self._link.run(_COUNTS, is_repeatable=True)
         return {
-            queue.decode(): QueueCounts(ready, scheduled, running, dead, int(latency) / 1e6)
+            queue.decode(): QueueCounts(ready, scheduled, running, dead, latency / 1e6)
             for queue, ready, scheduled, running, dead, latency in rows
         }
 
@@ -278,8 +278,8 @@ def _record(row: list[Any]) -> Record:
         body=body,
         priority=int(priority),
         attempt=int(attempt),
-        enqueued_at=int(enqueued) / 1e6,
-        due_at=int(due) / 1e6,
+        enqueued_at=float(enqueued) / 1e6,
+        due_at=float(due) / 1e6,
         leased_until=None if leased is None else float(leased) / 1e6,
         reason=reason.decode(),
         error=error,

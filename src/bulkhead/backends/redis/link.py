@@ -1,9 +1,9 @@
 """The connections to one Redis or Redis Cluster, and what its errors mean.
 
-A link has a pool of connections for each process: a forked copy makes its own. A call takes a connection that nobody uses, so
-any number of threads may call at once. redis-py never repeats a call here: whether that is right is known to who calls. One
-that gives the same answer when it is carried out twice is repeated after a lost connection; any other one is not, for the
-answer would be another one (a job that was kept in the first go would look like a duplicate).
+A link has a pool of connections for each process: a forked copy makes its own. A call takes a connection that nobody
+uses, so any number of threads may call at once. redis-py never repeats a call here: whether that is right is known to
+who calls. One that gives the same answer when it is carried out twice is repeated after a lost connection; any other
+one is not, for the answer would be another one (a job that was kept in the first go would look like a duplicate).
 
 All keys of a namespace have the hash tag `{namespace}`, and so lie on one node of a cluster.
 """
@@ -20,20 +20,22 @@ from redis.cluster import ClusterNode, RedisCluster
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
+    ClusterError,
     ConnectionError,  # noqa: A004
     NoPermissionError,
     NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
     RedisClusterException,
-    RedisError,
-    ResponseError,
     TimeoutError,  # noqa: A004
+    TryAgainError,
 )
 from redis.retry import Retry
 
 from bulkhead import forks
 from bulkhead.backends.redis.address import Address
 from bulkhead.backends.redis.script import Script
-from bulkhead.errors import BadMessage, BrokerUnavailable, ConfigError, MessageTooLarge
+from bulkhead.errors import BadMessage, BrokerUnavailable, BulkheadError, ConfigError, MessageTooLarge
 
 __all__ = ["Link"]
 
@@ -44,8 +46,21 @@ _PAUSES = (0.1, 0.4)
 
 _REFUSED = (AuthenticationError, AuthorizationError, NoPermissionError)
 
-# Beginnings of answers that say: not now, or not this server.
-_NOT_NOW = ("READONLY", "OOM", "MISCONF", "NOREPLICAS", "BUSY", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")
+# What says: not this server, or not now.
+_UNAVAILABLE = (
+    ClusterError,
+    ConnectionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisClusterException,
+    TimeoutError,
+    TryAgainError,
+    OSError,
+)
+_NOT_NOW = ("BUSY", "MISCONF", "NOREPLICAS", "UNBLOCKED")
+
+# Bytes. No server can be told to take less in one argument.
+_ALWAYS_TAKEN = 1024 * 1024
 
 
 class Link:
@@ -82,6 +97,7 @@ class Link:
         Raises:
             BrokerUnavailable: The server cannot be reached; unless `is_repeatable`, it may have run the script.
             ConfigError: The server refuses the password or the user.
+            MessageTooLarge: An argument is larger than the server takes.
         """
         rest = (1 + len(keys), self.queues, *keys, *arguments)
 
@@ -91,11 +107,28 @@ class Link:
             except NoScriptError:  # the server is new, or was told to forget its scripts
                 return client.execute_command("EVAL", script.text, *rest)
 
-        return self._carry_out(call, is_repeatable)
+        try:
+            return self._carry_out(call, is_repeatable)
+        except BrokerUnavailable as error:
+            self._refuse_size(arguments, error)
+            raise
 
     def command(self, *parts: Argument, is_repeatable: bool = True) -> Any:
         """Return the answer to one command; raises as `run`."""
         return self._carry_out(lambda client: client.execute_command(*parts), is_repeatable)
+
+    def transaction(self, commands: Sequence[tuple[Argument, ...]]) -> list[Any]:
+        """Return the answers to commands that are carried out all or none, in one round trip; raises as `run`."""
+
+        def call(client: Any) -> list[Any]:
+            with client.pipeline(transaction=True) as pipeline:
+                for parts in commands:
+                    pipeline.execute_command(*parts)
+                answers: list[Any] = pipeline.execute()
+                return answers
+
+        answers: list[Any] = self._carry_out(call, is_repeatable=False)
+        return answers
 
     def close(self) -> None:
         """End this process's connections, also those that a thread waits on."""
@@ -112,7 +145,9 @@ class Link:
         while True:
             try:
                 return call(self._connected())
-            except (RedisError, RedisClusterException, OSError) as error:
+            except BulkheadError:
+                raise
+            except Exception as error:
                 pause = next(pauses, None) if _is_lost(error) else None
                 if pause is None or self._is_closed:
                     self._refuse(error)
@@ -139,30 +174,44 @@ class Link:
             **({"ssl": True, **address.tls} if address.tls else {}),
         }
         if address.is_cluster:
-            nodes = [ClusterNode(host, port) for host, port in address.nodes]
+            nodes = [ClusterNode(host, port) for host, port in address.nodes]  # type: ignore[no-untyped-call]
             return RedisCluster(startup_nodes=nodes, retry=Retry(NoBackoff(), 0), **options)
         [(host, port)] = address.nodes
         return Redis(host=host, port=port, db=address.database, retry=Retry(NoBackoff(), 0), **options)
 
     def _refuse(self, error: Exception) -> Never:
         """Raise what an error of redis-py means."""
-        where, text = f"Redis at {self.address}", str(error)
-        if isinstance(error, _REFUSED) or text.startswith(("WRONGPASS", "NOAUTH", "NOPERM")):
-            raise ConfigError(f"url: {where} refuses this user or password: {text}") from error
-        if "WRONGTYPE" in text:
+        where, message = f"Redis at {self.address}", str(error)
+        if isinstance(error, _REFUSED):
+            raise ConfigError(f"url: {where} refuses this user or password: {message}") from error
+        if "WRONGTYPE" in message:
             raise BadMessage(
                 f"{where}: a key of the namespace {self._prefix[:-1]} holds something else than bulkhead "
-                f"puts there; delete that key, or choose another namespace: {text}"
+                f"puts there; delete that key, or choose another namespace: {message}"
             ) from error
-        if "invalid bulk length" in text:
-            raise MessageTooLarge(f"{where} does not take that much at once (proto-max-bulk-len): {text}") from error
-        if isinstance(error, ResponseError) and not any(sign in text for sign in _NOT_NOW):
-            raise error
-        raise BrokerUnavailable(f"{where} cannot be asked: {text or type(error).__name__}") from error
+        # Race: closed while another thread was using a connection, redis-py may say anything.
+        if isinstance(error, _UNAVAILABLE) or message.startswith(_NOT_NOW) or self._is_closed:
+            raise BrokerUnavailable(f"{where} cannot be asked: {message or type(error).__name__}") from error
+        raise error
+
+    def _refuse_size(self, arguments: Sequence[Argument], error: BrokerUnavailable) -> None:
+        """Raise MessageTooLarge if that is why the server has hung up, which it does in the middle of the argument."""
+        size = max((len(argument) for argument in arguments if isinstance(argument, bytes | str)), default=0)
+        if size <= _ALWAYS_TAKEN:
+            return
+        try:
+            [limit] = self.command("CONFIG GET", "proto-max-bulk-len").values()
+        except Exception:  # gone, or it does not tell
+            return
+        if size > int(limit):
+            raise MessageTooLarge(
+                f"{size} bytes are more than the {int(limit)} that Redis at {self.address} takes at once "
+                "(proto-max-bulk-len)",
+                size_bytes=size,
+                limit_bytes=int(limit),
+            ) from error
 
 
 def _is_lost(error: Exception) -> bool:
     # Why not after a timeout: the bound of the call is used up.
-    return isinstance(error, ConnectionError | RedisClusterException) and not isinstance(
-        error, (*_REFUSED, TimeoutError)
-    )
+    return isinstance(error, ConnectionError | RedisClusterException) and not isinstance(error, _REFUSED)

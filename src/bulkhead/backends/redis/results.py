@@ -1,7 +1,7 @@
 """The result store on Redis: one string for each outcome, which expires, and sorted lists by state and queue.
 
-Lists do not expire entry by entry. A sorted set of all entries by expiry is swept in small steps: by each call that saves,
-and before lists and counts are read.
+Lists do not expire entry by entry. A sorted set of all entries by expiry is swept in small steps: by each call that
+saves, and before lists and counts are read.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class RedisResults(ResultStore):
     def save_many(self, outcomes: Sequence[Outcome]) -> None:
         """See `ResultStore`."""
         check_size([len(outcome.value or b"") + len(outcome.error or b"") for outcome in outcomes])
-        for part in batches(outcomes):
+        # The last one of an id counts.
+        kept = list({outcome.id: outcome for outcome in outcomes}.values())
+        for part in batches(kept):
             columns = (
                 [outcome.id for outcome in part],
                 [_place(outcome) for outcome in part],

@@ -1,4 +1,4 @@
-"""The Lua scripts: one for each step, so that no other client sees half of it and whoever dies leaves nothing half done."""
+"""The Lua scripts, one for each step: no other client sees half of it, and whoever dies leaves nothing half done."""
 
 from __future__ import annotations
 

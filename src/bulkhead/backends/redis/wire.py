@@ -1,4 +1,4 @@
-"""How lists travel to scripts: as columns in one MessagePack argument, which costs a tenth of an argument for each value."""
+"""How lists travel to scripts: as columns in one MessagePack argument, far cheaper than an argument for each value."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["MAX_BATCH", "batches", "check_size", "micros", "millis", "packed", "
 
 T = TypeVar("T")
 
-# Things in one round trip: a script holds up the server for a few milliseconds, and Lua unpacks no more than some 8,000.
+# Things in one round trip: a script holds up the server for a few milliseconds, and Lua unpacks some 8,000 at most.
 MAX_BATCH = 1000
 
 # Bytes that a server takes as one argument are 512 MiB; the rest is for what goes with the bodies.
 _MAX_BYTES = 500 * 1024 * 1024
 
-# Why a bound: later instants have no exact microseconds as a float, which is what Lua and sorted sets have.
-_LAST_MICROSECOND = 2**53 - 1
+# POSIX seconds, in the year 2255. Lua and sorted sets have floats, which hold no exact microseconds of later instants.
+_LAST = 9e9
 
 packed = msgspec.msgpack.Encoder().encode
 
@@ -52,10 +52,12 @@ def check_size(sizes: Sequence[int]) -> None:
 
 
 def micros(seconds: float) -> int:
-    """Return seconds as microseconds, at least 0."""
-    return min(max(0, round(min(seconds, 1e10) * 1_000_000)), _LAST_MICROSECOND)
+    """Return seconds as microseconds, from 0 to the last exact instant."""
+    if seconds <= 0:
+        return 0
+    return round(seconds * 1_000_000) if seconds < _LAST else round(_LAST * 1_000_000)
 
 
 def millis(seconds: float) -> int:
     """Return seconds as milliseconds, at least 1."""
-    return max(1, micros(seconds) // 1000)
+    return micros(seconds) // 1000 or 1

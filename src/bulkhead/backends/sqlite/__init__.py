@@ -14,6 +14,7 @@ Not on a network file system: SQLite's locks and its shared memory need one mach
 | file.py | the connections to one file: transactions, waiting for who else writes, forks |
 | schema.py | the tables, and whether a file is ours |
 | statements.py | what the broker asks of SQLite |
+| watching.py | waiting until anybody has changed the file |
 | troubles.py | what SQLite's errors mean to the caller |
 | broker.py, results.py, registry.py | the contracts |
 """

@@ -32,6 +32,7 @@ from typing import TypeVar
 
 from bulkhead.backends.sqlite import schema
 from bulkhead.backends.sqlite.troubles import is_busy, translated
+from bulkhead.backends.sqlite.watching import Changes
 from bulkhead.errors import BrokerUnavailable
 
 __all__ = ["BATCH", "File"]
@@ -41,9 +42,6 @@ U = TypeVar("U")
 
 # How many things one transaction takes.
 BATCH = 1000
-
-# Seconds between two looks for what other processes have changed. Why: a job is to be seen within 20 ms.
-_POLL = 0.015
 
 # Longest pause in seconds between two attempts to get the write lock; the shortest is a tenth of it.
 _PAUSE = 0.005
@@ -84,10 +82,9 @@ class File:
         self._busy_seconds = busy_seconds
         self._writer = _Link(threading.Lock())
         self._reader = _Link(threading.Lock())
-        self._changed = threading.Condition(threading.Lock())
+        self._log = path.with_name(path.name + "-wal")
+        self._changes = Changes(self._log)
         self._is_closed = False
-        # Grows with each `tell`. Owner: the lock of `_changed`.
-        self._told = 0
         # Owner: who holds the lock of the writer.
         self._next_tidy = 0.0
         # Grows with each connection of the reader, whose version numbers mean nothing to the next. Owner: its lock.
@@ -103,7 +100,7 @@ class File:
     def close(self) -> None:
         """End the connections; a claim that waits is woken."""
         self._is_closed = True
-        self.tell()
+        self._changes.close()
         for link in (self._writer, self._reader):
             with link.lock:
                 link.drop()
@@ -145,27 +142,19 @@ class File:
         """Return what differs from before when anybody has changed anything meanwhile."""
 
         def read(connection: sqlite3.Connection) -> tuple[int, int, int]:
+            told = self._changes.told
             [version] = connection.execute("PRAGMA data_version").fetchone()
-            return self._told, self._reader_number, version
+            return told, self._reader_number, version
 
         return self._patiently(self._reader, read)
 
     def tell(self) -> None:
         """Wake the threads of this process that wait for a change."""
-        with self._changed:
-            self._told += 1
-            self._changed.notify_all()
+        self._changes.tell()
 
     def wait_changed(self, seen: tuple[int, int, int], timeout: float) -> None:
-        """Wait until the version is no longer `seen`, at most `timeout` seconds.
-
-        Blocking: looks every 15 ms for what other processes do, some 10 microseconds each time.
-        """
-        deadline = time.monotonic() + timeout
-        while (left := deadline - time.monotonic()) > 0 and self.version() == seen:
-            with self._changed:
-                if self._told == seen[0]:
-                    self._changed.wait(min(left, _POLL))
+        """Wait until the version is no longer `seen`, at most `timeout` seconds."""
+        self._changes.wait(self.version, seen, timeout)
 
     def _patiently(self, link: _Link, work: Callable[[sqlite3.Connection], T]) -> T:
         deadline = time.monotonic() + self._busy_seconds
@@ -246,9 +235,8 @@ class File:
 
     def _cut_log(self, connection: sqlite3.Connection) -> None:
         # Why: SQLite begins the log anew only in a moment without readers, which many that poll may not grant.
-        log = self._path.with_name(self._path.name + "-wal")
         with contextlib.suppress(OSError, sqlite3.OperationalError):
-            if log.stat().st_size > 2 * _LOG_LIMIT:
+            if self._log.stat().st_size > 2 * _LOG_LIMIT:
                 connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
 
@@ -313,7 +301,7 @@ def _in_child() -> None:
     _forking = threading.RLock()
     _release()
     for file in list(_all):
-        file._changed = threading.Condition(threading.Lock())
+        file._changes.forget_in_copy()
         if file._is_torn:
             _torn.extend(link.connection for link in (file._writer, file._reader))
 

@@ -20,7 +20,7 @@ from bulkhead.engines.processes.payload import NONE, message_of, text_of, unpack
 from bulkhead.engines.processes.progress import ERROR, VALUES, Record, records_in
 from bulkhead.engines.processes.worker import Worker
 from bulkhead.engines.processes.worker_main import Kind
-from bulkhead.errors import RemoteError
+from bulkhead.errors import RemoteError, type_name_of
 
 __all__ = ["Answer", "decoded", "recorded", "tell"]
 
@@ -182,7 +182,7 @@ def _value(body: Body, buffers: list[memoryview] | tuple[()] = ()) -> tuple[Any,
 
 
 def _unreadable(error: BaseException) -> RemoteError:
-    name = type(error).__qualname__
+    name = type_name_of(error)
     text = f"the job's result could not be unpickled in the caller: {name}: {message_of(error)}"
     trace = text_of(error, error.__traceback__)
     # Why as text: an error may be kept for long, and the frames would keep the black box or a segment mapped.

@@ -1,4 +1,16 @@
-"""What a middleware may do: look at, change or hold up jobs on their way in, out and through."""
+"""What a middleware may do: look at, change or hold up jobs on their way in, out and through.
+
+    producer:  enqueue ──▶ broker
+    consumer:  broker ──▶ dequeue ──▶ (worker process: handle) ──▶ judge ──▶ broker ──▶ settled
+               started before all that, beat about once a second, stopped after it
+
+The first one listed is outermost: it sees what goes in first, and what comes out last.
+
+Invariant: for each job that `forward` of `dequeue` has returned, `settled` is called once in the same process, whatever
+becomes of the job and whoever raises, unless the process dies. So what was taken in `dequeue` (a permit, a place, a
+span) can be given back there. That, and `headers`, which travel from `enqueue` to `handle`, is also all that counters
+and traces need.
+"""
 
 from __future__ import annotations
 
@@ -47,29 +59,58 @@ class Middleware:
     not connect to anything when it is made.
     """
 
+    claim_wait: float | None = None
+    """Longest time in seconds for which a claim may wait for a job at the broker; None does not mind."""
+
     def attach(self, app: App) -> None:
         """Called once when the application is made."""
+
+    def started(self, queues: Sequence[str]) -> None:
+        """In the consumer, before it claims the first job of these queues."""
+
+    def stopped(self) -> None:
+        """In the consumer, after everything has ended."""
 
     def enqueue(
         self, submissions: Sequence[Submission], forward: Callable[[Sequence[Submission]], None]
     ) -> None:
-        """Around the enqueueing of jobs, in the producer. What is not passed to `forward` is not enqueued."""
+        """Around the enqueueing of jobs, in the producer. What is not passed to `forward` is not enqueued.
+
+        What is raised here reaches the caller. Jobs that follow others, and members of groups, do not come through
+        here: they were part of the job that did.
+        """
         forward(submissions)
 
     def dequeue(self, queue: str, n: int, forward: Callable[[int], list[HeldJob]]) -> list[HeldJob]:
         """Around the claiming of up to `n` jobs, in the consumer, in the queue's own thread.
 
-        A job whose `verdict` is set is not run: that becomes of it. Who takes no job may return [] without `forward`;
-        it is asked again a moment later.
+        A job whose `verdict` is set is not run: that becomes of it. What is left out of the list is given back, to be
+        claimed again a second later. Who wants no job may return [] without `forward`, and is asked again within
+        0.05 s.
+        What is raised here is logged; what was claimed is given back, and the queue goes on after a pause.
         """
         return forward(n)
 
     def handle(self, job: JobContext, forward: Callable[[JobContext], Any]) -> Any:
-        """Around the run of a job, in the worker process. Returns what the task returns; may raise Snooze."""
+        """Around the run of a job, in the worker process. Returns what the task returns.
+
+        What is raised here is the attempt's failure, as if the task had raised it: Snooze, Unrecoverable and
+        JobDiscarded mean what they mean there.
+        """
         return forward(job)
 
+    def judge(self, job: HeldJob, verdict: Verdict) -> Verdict:
+        """Return what is to become of a job whose attempt is over; called before the broker knows.
+
+        What it raises is logged, and the verdict stays.
+        """
+        return verdict
+
     def settled(self, job: HeldJob, verdict: Verdict) -> None:
-        """After an attempt is over and the broker knows, in the consumer; also after a crash or a `dequeue` verdict."""
+        """After an attempt is over and the broker knows, in the consumer; also after a crash or a `dequeue` verdict.
+
+        `Lost` stands for a job that is no longer ours: what becomes of it, somebody else decides.
+        """
 
     def beat(self, queue: str, jobs: Sequence[HeldJob]) -> None:
         """About once a second in the consumer, with the jobs of a queue that it holds."""

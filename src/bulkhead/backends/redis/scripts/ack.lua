@@ -19,9 +19,7 @@ for i, id in ipairs(ids) do
         end
     else
         answers[i] = '0'
-        if not job[1] then
-            call('ZREM', running_key(queue), id)
-        end
+        drop_unless_held(id, queue, job[1])
     end
 end
 for queue, some in pairs(settled) do

@@ -10,15 +10,16 @@ for i, id in ipairs(ids) do
     if job[1] and job[1] == tokens[i] then
         answers[i] = '1'
         withdraw(id, queue, job[2])
-        call('HSET', key, 'buried', text(t), 'reason', reasons[i])
+        call('HSET', key, 'buried', t, 'reason', reasons[i])
         if errors[i] then
             call('HSET', key, 'error', errors[i])
         end
         call('HDEL', key, 'token', 'cancelled')
         -- A microsecond each, so that the last one of a call is the newest.
-        call('ZADD', dead_key(queue), text(t + i), id)
+        call('ZADD', dead_key(queue), t + i, id)
     else
         answers[i] = '0'
+        drop_unless_held(id, queue, job[1])
     end
 end
 return table.concat(answers)

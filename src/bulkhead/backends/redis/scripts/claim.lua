@@ -13,7 +13,7 @@ rescue(queue, t, most)
 
 local ids, priorities, attempts, enqueued, dues, sizes, error_sizes = {}, {}, {}, {}, {}, {}, {}
 local texts, leases = {}, {}
-local ends = text(t + lease)
+local ends = t + lease
 
 local function take(id, priority)
     local key = job_key(id)
@@ -41,7 +41,7 @@ for _, level in ipairs(levels) do
     local found
     repeat
         -- One more than is wanted shows whether somebody else has to be woken.
-        found = call('ZRANGEBYSCORE', waiting, '-inf', text(t), 'LIMIT', 0, most - #ids + 1)
+        found = call('ZRANGEBYSCORE', waiting, '-inf', t, 'LIMIT', 0, most - #ids + 1)
         if #found > most - #ids then
             found[#found] = nil
             is_more = true

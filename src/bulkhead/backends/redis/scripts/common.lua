@@ -11,8 +11,9 @@ local P = string.sub(KEYS[1], 1, -7)
 local SECOND = 1000000
 local call = redis.call
 
--- Why not tostring: it keeps 14 digits, and an instant has 16.
-local function text(number)
+-- A number as an argument has all its digits, but newer servers write a large round one as 1e+12, which is no integer to them;
+-- and Lua's own conversion keeps 14 digits. Scores and instants may be written either way.
+local function integer(number)
     return string.format('%.0f', number)
 end
 
@@ -82,7 +83,7 @@ end
 -- late consumer may still settle it.
 local function rescue(queue, t, limit)
     local running = running_key(queue)
-    local ids = call('ZRANGEBYSCORE', running, '-inf', text(t), 'LIMIT', 0, limit)
+    local ids = call('ZRANGEBYSCORE', running, '-inf', t, 'LIMIT', 0, limit)
     if #ids == 0 then
         return
     end
@@ -100,6 +101,13 @@ end
 local function withdraw(id, queue, priority)
     if call('ZREM', running_key(queue), id) == 0 then
         call('ZREM', waiting_key(priority, queue), id)
+    end
+end
+
+-- Whoever has lost a job helps to drop it where its hash is gone, or nobody holds it.
+local function drop_unless_held(id, queue, token)
+    if not token then
+        call('ZREM', running_key(queue), id)
     end
 end
 
@@ -141,8 +149,8 @@ end
 -- A part of several sorted sets merged by score: pairs of a set's key and a member.
 local function page(sets, low, high, is_reversed, offset, limit)
     local found = {}
-    local skip = #sets == 1 and offset or 0
-    local most = #sets == 1 and limit or offset + limit
+    local skip = integer(#sets == 1 and offset or 0)
+    local most = integer(#sets == 1 and limit or offset + limit)
     for _, key in ipairs(sets) do
         local members
         if is_reversed then

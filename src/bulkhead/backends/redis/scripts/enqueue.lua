@@ -33,17 +33,17 @@ for i, id in ipairs(ids) do
         if due <= t then
             stamp = stamp + 1
             due = stamp
-            call('HSET', keys[i], 'queue', queue, 'body', bodies[i], 'due', text(due))
+            call('HSET', keys[i], 'queue', queue, 'body', bodies[i], 'due', due)
         else
             taken[due] = (taken[due] or -1) + 1
             due = due + taken[due]
-            call('HSET', keys[i], 'queue', queue, 'body', bodies[i], 'due', text(due), 'enqueued', text(t))
+            call('HSET', keys[i], 'queue', queue, 'body', bodies[i], 'due', due, 'enqueued', t)
         end
         if priority ~= 0 then
             call('HSET', keys[i], 'priority', priority)
         end
         if remembers[i] ~= 0 then
-            call('HSET', keys[i], 'remember', text(remembers[i]))
+            call('HSET', keys[i], 'remember', integer(remembers[i]))
         end
         local key = waiting_key(priority, queue)
         local set = sets[key]
@@ -51,7 +51,7 @@ for i, id in ipairs(ids) do
             set = { queue = queue, priority = priority }
             sets[key] = set
         end
-        set[#set + 1] = text(due)
+        set[#set + 1] = due
         set[#set + 1] = id
         if due < t + SECOND then
             bells[queue] = true
@@ -66,5 +66,5 @@ end
 for queue in pairs(bells) do
     ring(queue)
 end
-call('SET', KEYS[2], text(stamp))
+call('SET', KEYS[2], stamp)
 return table.concat(answers)

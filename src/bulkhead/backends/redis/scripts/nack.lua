@@ -12,16 +12,17 @@ for i, id in ipairs(ids) do
         local due = t + delays[i]
         local attempt = tonumber(job[5]) - (counts[i] and 0 or 1)
         withdraw(id, queue, job[2])
-        call('HSET', key, 'due', text(due), 'enqueued', job[4] or job[3], 'attempt', attempt)
+        call('HSET', key, 'due', due, 'enqueued', job[4] or job[3], 'attempt', attempt)
         if errors[i] then
             call('HSET', key, 'error', errors[i])
         end
         call('HDEL', key, 'token')
-        call('ZADD', waiting_key(job[2], queue), text(due), id)
+        call('ZADD', waiting_key(job[2], queue), due, id)
         note(queue, job[2] or '0')
         ring_if_soon(queue, due, t)
     else
         answers[i] = '0'
+        drop_unless_held(id, queue, job[1])
     end
 end
 return table.concat(answers)

@@ -12,15 +12,15 @@ end
 local new = call('INCR', P .. 'version')
 if new <= tonumber(version) then -- the counter was deleted by hand
     new = tonumber(version) + 1
-    call('SET', P .. 'version', new)
+    call('SET', P .. 'version', integer(new))
 end
-call('HSET', key, 'value', value, 'version', new)
+call('HSET', key, 'value', value, 'version', integer(new))
 call('ZADD', NAMES, 0, name)
 if keep == '' then
     call('PERSIST', key)
     call('ZREM', ENDS, name)
 else
     call('PEXPIRE', key, keep)
-    call('ZADD', ENDS, text(t + tonumber(keep) * 1000), name)
+    call('ZADD', ENDS, t + tonumber(keep) * 1000, name)
 end
 return new

@@ -3,7 +3,7 @@
 local place, offset, limit = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local queues = ARGV[4] and { ARGV[4] } or call('HKEYS', KEYS[1])
 local t = now()
-local after_now = '(' .. text(t)
+local after_now = '(' .. integer(t)
 
 -- Sorted sets by priority, the most urgent first.
 local function levels_of_all()
@@ -36,10 +36,10 @@ local function ready()
     for _, sets in ipairs(levels_of_all()) do
         local total = 0
         for _, key in ipairs(sets) do
-            total = total + call('ZCOUNT', key, '-inf', text(t))
+            total = total + call('ZCOUNT', key, '-inf', t)
         end
         if offset < total and #found < limit then
-            add(found, page(sets, '-inf', text(t), false, offset, limit - #found))
+            add(found, page(sets, '-inf', t, false, offset, limit - #found))
         end
         offset = math.max(0, offset - total)
     end

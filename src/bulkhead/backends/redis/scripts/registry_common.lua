@@ -16,7 +16,7 @@ end
 
 -- Forget some names whose values have expired.
 local function sweep(t, limit)
-    for _, name in ipairs(call('ZRANGEBYSCORE', ENDS, '-inf', text(t), 'LIMIT', 0, limit)) do
+    for _, name in ipairs(call('ZRANGEBYSCORE', ENDS, '-inf', t, 'LIMIT', 0, limit)) do
         drop(name)
     end
 end

@@ -2,7 +2,7 @@
 -- Returns a character for each: h held, c held and to be cancelled, l lost.
 
 local ids, queues, tokens = unpack(cmsgpack.unpack(ARGV[1]))
-local ends = text(now() + tonumber(ARGV[2]))
+local ends = now() + tonumber(ARGV[2])
 local answers, leases = {}, {}
 for i, id in ipairs(ids) do
     local queue = queues[i]
@@ -15,9 +15,7 @@ for i, id in ipairs(ids) do
         some.members[#some.members + 1] = { id, job[3] }
     else
         answers[i] = 'l'
-        if not job[1] then
-            call('ZREM', running_key(queue), id)
-        end
+        drop_unless_held(id, queue, job[1])
     end
 end
 for queue, some in pairs(leases) do

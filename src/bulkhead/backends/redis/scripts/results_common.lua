@@ -30,7 +30,7 @@ end
 
 -- Take up to `limit` outcomes out of the lists that have expired; returns how many there were.
 local function sweep(t, limit)
-    local members = call('ZRANGEBYSCORE', ENDS, '-inf', text(t), 'LIMIT', 0, limit)
+    local members = call('ZRANGEBYSCORE', ENDS, '-inf', t, 'LIMIT', 0, limit)
     for _, member in ipairs(members) do
         local state, queue, _, id = split(member)
         call('ZREM', list_key(state, queue), id)

@@ -8,7 +8,7 @@ for i, id in ipairs(ids) do
     local job = call('HMGET', key, 'queue', 'priority', 'buried')
     answers[i] = '0'
     if job[1] and job[3] then
-        local due = text(t - #ids + i)
+        local due = t - #ids + i
         call('ZREM', dead_key(job[1]), id)
         call('HDEL', key, 'buried', 'reason', 'error', 'attempt', 'enqueued', 'cancelled')
         call('HSET', key, 'due', due)
