@@ -336,14 +336,32 @@ def test_user_and_password_or_token_of_the_url_are_given(tmp_path: Path) -> None
     with NatsServer(tmp_path / "a", config="authorization { user: me, password: 's:e/c' }") as server:
         with connected(f"nats://me:s%3Ae%2Fc@{server.address}") as backend:
             keep(backend.broker, "a")
-        with pytest.raises(BrokerUnavailable) as caught:
-            backends.connect(f"nats://me:wrong@{server.address}?timeout=1")
+        with pytest.raises(ConfigError, match="refuses") as caught:
+            backends.connect(f"nats://me:wrong@{server.address}")
         assert "wrong" not in str(caught.value)
     with (
         NatsServer(tmp_path / "b", config="authorization { token: secret }") as server,
         connected(f"nats://secret@{server.address}") as backend,
     ):
         keep(backend.broker, "a")
+
+
+def test_the_permissions_that_the_documentation_names_are_enough(tmp_path: Path) -> None:
+    allowed = 'publish: ["here.>", "$KV.here-results.>", "$KV.here-registry.>", "$JS.API.>", "$JS.ACK.>"], subscribe: ["here.bell.*", "_INBOX.>"]'
+    config = f"authorization {{ users: [{{ user: me, password: pw, permissions: {{ {allowed} }} }}] }}"
+    with (
+        NatsServer(tmp_path, config=config) as server,
+        connected(f"nats://me:pw@{server.address}") as backend,
+    ):
+        keep(backend.broker, "a", "b")
+        keep(backend.broker, "later", delay=0.05)
+        found = claims(backend.broker, 3)
+        assert backend.broker.renew([claim.hold for claim in found], LONG) == [Standing.HELD] * 3
+        assert backend.broker.ack([claim.hold for claim in found]) == [True] * 3
+        assert backend.broker.counts() == {}
+        backend.results.save_many([Outcome("a", "q", "t", OutcomeState.SUCCEEDED)])
+        assert backend.results.counts() == {OutcomeState.SUCCEEDED: 1}
+        assert backend.registry.put("key", b"value") is not None
 
 
 def test_tls_checks_the_server_by_the_given_certificate(tmp_path: Path) -> None:
@@ -357,7 +375,7 @@ def test_tls_checks_the_server_by_the_given_certificate(tmp_path: Path) -> None:
     )
     config = f'tls {{ cert_file: "{cert}", key_file: "{key}" }}'
     with NatsServer(tmp_path / "nats", config=config) as server:
-        with connected(f"tls://{server.address}?ca={cert}") as backend:
+        with connected(f"tls://{server.address}?ca_file={cert}") as backend:
             keep(backend.broker, "a")
         with pytest.raises(BrokerUnavailable):
             backends.connect(f"tls://{server.address}?timeout=1")
@@ -371,7 +389,7 @@ def test_tls_checks_the_server_by_the_given_certificate(tmp_path: Path) -> None:
         ("nats://host?storage=tape", "storage"),
         ("nats://host?timeout=soon", "timeout"),
         ("nats://host?timeout=0", "timeout"),
-        ("nats://host?creds=/nowhere", "creds"),
+        ("nats://host?creds_file=/nowhere", "creds_file"),
         ("nats://host:port", "port"),
         ("nats://", "host"),
         ("nats://a,,b", "host"),

@@ -26,7 +26,8 @@ are put in that order: with several claimers, or where nobody claims when a job 
 may come before it; likewise a job whose lease ran out comes first.
 
 The URL: `nats://[user:password@|token@]host[:4222][,host…]`, or `tls://`; options `replicas` (1 to 5), `storage`
-(file, memory), `timeout` (seconds until a silent server counts as gone, default 4), `creds` and `ca` (files).
+(file, memory), `timeout` (seconds until a silent server counts as gone, default 4), `creds_file` and
+`ca_file`.
 
 Written for server 2.9 and later; tested with 2.9.10.
 """
@@ -36,6 +37,8 @@ from __future__ import annotations
 from bulkhead.backends.base import Backend
 from bulkhead.backends.nats.link import Link, NatsBroker, NatsRegistry, NatsResultStore
 from bulkhead.backends.nats.options import read
+from bulkhead.backends.nats.session import AccessRefused
+from bulkhead.errors import ConfigError
 
 __all__ = ["connect"]
 
@@ -44,12 +47,15 @@ def connect(url: str, namespace: str = "bulkhead") -> Backend:
     """Return a backend on JetStream; its streams are made if they are missing.
 
     Raises:
-        ConfigError: The URL has an option that is unknown or has a bad value.
+        ConfigError: The URL has an option that is unknown or has a bad value, or the server refuses the credentials.
         BrokerUnavailable: No server answers there, or it has no JetStream.
     """
     link = Link(read(url, namespace))
     try:
         link.call(lambda at: at.clock.keep_right())
+    except AccessRefused as error:
+        link.close()
+        raise ConfigError(str(error)) from error
     except BaseException:
         link.close()
         raise

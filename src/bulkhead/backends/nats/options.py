@@ -10,7 +10,7 @@ from bulkhead.errors import ConfigError
 
 __all__ = ["Options", "read"]
 
-_KNOWN = ("replicas", "storage", "timeout", "creds", "ca")
+_KNOWN = ("replicas", "storage", "timeout", "creds_file", "ca_file")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +19,8 @@ class Options:
 
     Attributes:
         servers: Addresses of the servers of one cluster.
-        user, password, token, creds: How the client proves who it is; None is not used.
-        ca: File with the certificates that a `tls://` server is checked with; None takes the system's.
+        user, password, token, creds_file: How the client proves who it is; None is not used.
+        ca_file: File with the certificates that a `tls://` server is checked with; None takes the system's.
         replicas: Copies that the cluster keeps of each stream.
         storage: "file" or "memory".
         timeout: Seconds after which a server that does not answer counts as gone.
@@ -31,8 +31,8 @@ class Options:
     user: str | None = None
     password: str | None = None
     token: str | None = None
-    creds: str | None = None
-    ca: str | None = None
+    creds_file: str | None = None
+    ca_file: str | None = None
     replicas: int = 1
     storage: str = "file"
     timeout: float = 4.0
@@ -111,7 +111,13 @@ def _file(name: str, text: str) -> str:
     return text
 
 
-_READERS = {"replicas": _replicas, "storage": _storage, "timeout": _timeout, "creds": _file, "ca": _file}
+_READERS = {
+    "replicas": _replicas,
+    "storage": _storage,
+    "timeout": _timeout,
+    "creds_file": _file,
+    "ca_file": _file,
+}
 
 
 def _shown(url: str) -> str:

@@ -24,7 +24,7 @@ from nats.errors import Error as NatsError
 from bulkhead.backends.nats.options import Options
 from bulkhead.errors import BrokerUnavailable
 
-__all__ = ["Answer", "Question", "Session"]
+__all__ = ["AccessRefused", "Answer", "Question", "Session"]
 
 _log = logging.getLogger("bulkhead.backends.nats")
 
@@ -41,6 +41,10 @@ _JETSTREAM_PAUSE = 0.1
 Question = tuple[str, bytes, dict[str, str] | None]
 # What JetStream answers, decoded.
 Answer = dict[str, Any]
+
+
+class AccessRefused(BrokerUnavailable):
+    """The server does not accept who this says to be."""
 
 
 class _Group:
@@ -74,6 +78,7 @@ class Session:
         self._numbers = 0
         self._waiting: dict[str, tuple[_Group, int]] = {}
         self._connected = asyncio.Event()
+        self._refused = asyncio.Event()
         self._preparing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -96,14 +101,34 @@ class Session:
         """Connect.
 
         Raises:
-            BrokerUnavailable: No server answers in time, or it refuses the credentials.
+            BrokerUnavailable: No server answers in time.
+            AccessRefused: It refuses the credentials.
         """
+        connecting = asyncio.get_running_loop().create_task(self._connect())
+        refused = asyncio.get_running_loop().create_task(self._refused.wait())
         try:
-            await asyncio.wait_for(self._connect(), self.options.timeout)
-        except (NatsError, OSError, TimeoutError, ValueError) as error:
-            await self.close()
+            await asyncio.wait(
+                {connecting, refused}, timeout=self.options.timeout, return_when=asyncio.FIRST_COMPLETED
+            )
+            if self._refused.is_set():
+                raise AccessRefused(
+                    f"the NATS server at {self._where()} refuses user, password, token or creds_file"
+                )
+            if not connecting.done():
+                raise BrokerUnavailable(f"no NATS server answers at {self._where()}")
+            connecting.result()
+        except (NatsError, OSError, ValueError) as error:
+            if isinstance(error, BrokerUnavailable):
+                raise
             raise BrokerUnavailable(f"no NATS server at {self._where()}: {_told(error)}") from error
-        self._connected.set()
+        else:
+            self._connected.set()
+        finally:
+            for task in (connecting, refused):
+                task.cancel()
+            await asyncio.gather(connecting, refused, return_exceptions=True)
+            if not self._connected.is_set():
+                await self.close()
 
     async def close(self) -> None:
         """End the connection."""
@@ -234,6 +259,8 @@ class Session:
         self._connected.set()
 
     async def _on_error(self, error: Exception) -> None:
+        if "authorization" in str(error).lower():
+            self._refused.set()
         _log.debug("NATS server at %s: %s", self._where(), _told(error))
 
     def _lost(self, error: BrokerUnavailable) -> None:
@@ -271,10 +298,10 @@ def _credentials(options: Options) -> dict[str, Any]:
         "user": options.user,
         "password": options.password,
         "token": options.token,
-        "user_credentials": options.creds,
+        "user_credentials": options.creds_file,
     }
     if options.servers[0].startswith("tls:"):
-        found["tls"] = ssl.create_default_context(cafile=options.ca)
+        found["tls"] = ssl.create_default_context(cafile=options.ca_file)
     return {name: value for name, value in found.items() if value is not None}
 
 
