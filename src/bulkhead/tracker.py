@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -77,6 +77,7 @@ class JobHome(Protocol):
     def add_waiter(self, job: JobRecord, waiter: Any) -> bool: ...
     def add_callback(self, job: JobRecord, callback: Callable[[Any], object]) -> None: ...
     def cancel(self, job: JobRecord) -> bool: ...
+    def cancel_waiting(self, jobs: Iterable[JobRecord]) -> None: ...
     def has_begun(self, job: JobRecord) -> bool: ...
     @property
     def lock(self) -> Any: ...
@@ -185,6 +186,10 @@ class Tracker(JobRecord):
         A running job is cancelled when its process has ended, which may take a second; `wait` for that.
         """
         return self._home.cancel(self)
+
+    def withdraw(self) -> None:
+        """Cancel the job if it waits; one that was sent to a worker goes on. For the service."""
+        self._home.cancel_waiting([self])
 
     def add_done_callback(self, fn: Callable[[Tracker], object]) -> None:
         """Have `fn(tracker)` called in this process when the job has settled, at once if it has.

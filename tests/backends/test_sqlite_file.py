@@ -1,20 +1,23 @@
 """What a SQLite file can be besides a good one, and what the URL can say."""
 
+import contextlib
 import os
 import sqlite3
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from sqlite_files import connected, rows
+from scripts import running
+from sqlite_files import OPENING, connected, rows
 
 from bulkhead import backends
 from bulkhead.backends.base import Message, Outcome, OutcomeState
 from bulkhead.backends.sqlite import file as sqlite_file
-from bulkhead.backends.sqlite import sizes
+from bulkhead.backends.sqlite import schema, sizes
 from bulkhead.errors import BrokerUnavailable, ConfigError, MessageTooLarge
 
 
@@ -301,3 +304,50 @@ def test_the_log_does_not_grow_without_bound_and_shrinks_when_who_held_it_up_is_
         backend.broker._file._next_tidy = 0.0
         write(2)
         assert log.stat().st_size < 20e6
+
+
+class _Interrupted(sqlite3.Connection):
+    """A connection beside which another one makes the file between two looks at whose it is."""
+
+    def execute(self, *given: object) -> sqlite3.Cursor:
+        if "sqlite_master" in given[0]:
+            with contextlib.suppress(BrokerUnavailable):  # it may have to wait for its turn
+                self.make()
+        return super().execute(*given)
+
+
+def test_a_file_that_another_process_makes_in_the_middle_of_a_look_at_it_is_ours(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.db"
+
+    def make() -> None:
+        with connected(path, "busy_timeout=0.05") as backend:
+            backend.broker.enqueue_many([Message("a", "q", b"")])
+
+    connection = sqlite3.connect(path, isolation_level=None, factory=_Interrupted)
+    connection.make = make
+    schema.prepare(connection, path)
+    connection.close()
+    make()
+    with connected(path) as backend:
+        assert backend.broker.counts()["q"].ready == 1
+
+
+def test_processes_that_make_the_file_at_the_same_time_make_it_once(tmp_path: Path) -> None:
+    code = """
+while time.time() < float(sys.argv[1]):
+    pass
+for number in range(8):
+    backend = backends.connect(f"sqlite:///{folder}/{number}.db")
+    say(backend.broker.enqueue_many([Message(str(os.getpid()), "q", b"")]))
+    backend.close()
+"""
+    script = OPENING.split("backend =")[0] + code.replace("{folder}", str(tmp_path))
+    start = f"{time.time() + 0.7}"
+    with ExitStack() as stack:
+        scripts = [stack.enter_context(running(script.replace("sys.argv[1]", start))) for _ in range(5)]
+        for process in scripts:
+            assert process.wait() == 0, process.errors()
+            assert process.output().split() == ["[True]"] * 8
+    for number in range(8):
+        with connected(tmp_path / f"{number}.db") as backend:
+            assert backend.broker.counts()["q"].ready == 5

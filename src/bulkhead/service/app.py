@@ -19,6 +19,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import tzinfo
 from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 import msgspec
@@ -45,9 +46,13 @@ from bulkhead.retry import Backoff
 from bulkhead.service import context
 from bulkhead.service.consumer import Consumer
 from bulkhead.service.envelope import CodecName, Envelope, Failure, Follow, Sealer, encoded, failure
+from bulkhead.service.groups import KEEP, Groups, GroupStatus
 from bulkhead.service.middleware.base import Middleware, Submission
+from bulkhead.service.middleware.heartbeat import ConsumerInfo, consumers
+from bulkhead.service.schedules import Schedule, Schedules
 from bulkhead.service.status import QueuedJob, from_outcome, from_record
 from bulkhead.service.task import DEFAULT_BACKOFF, Call, Callback, Task, TaskOptions, job_id, name
+from bulkhead.service.timing import Missed
 
 __all__ = ["App"]
 
@@ -115,9 +120,8 @@ class App:
         self._ids = _Ids()
         self._connected: tuple[int, Backend] | None = None  # with the number of forks before it
         self._locks: dict[int, threading.Lock] = {}
-        self._put: Callable[[Sequence[Submission]], None] = self._enqueue
-        for middleware in reversed(self.middlewares):
-            self._put = _around(middleware, self._put)
+        self._schedules = Schedules(self)
+        self._groups = Groups(self)
         for middleware in self.middlewares:
             middleware.attach(self)
         self._consumers: dict[Consumer, None] = {}  # those that run
@@ -281,10 +285,10 @@ class App:
         """
         if existing not in ("refuse", "keep"):
             raise ConfigError(f"existing must be 'refuse' or 'keep', not {existing!r}")
-        submissions = [self._submission(call) for call in calls]
+        submissions = [self.submission(call) for call in calls]
         if not submissions:
             return []
-        self._put(submissions)
+        self.submit(submissions)
         taken = [one.duplicate_of for one in submissions if one.duplicate_of is not None]
         if taken and existing == "refuse":
             raise DuplicateJobId(
@@ -458,6 +462,10 @@ class App:
         """Return the names of the queues that are paused."""
         return self.backend.broker.paused()
 
+    def consumers(self) -> list[ConsumerInfo]:
+        """Return the workers that live, if they have the middleware `Heartbeat`: where they are and what they do."""
+        return consumers(self)
+
     def dead(self, *, queue: str | None = None, offset: int = 0, limit: int = 100) -> list[QueuedJob]:
         """Return dead letters, the last one first; `reason` says why. Messages that cannot be read are among them.
 
@@ -496,6 +504,172 @@ class App:
     def delete_all_dead(self, *, queue: str | None = None) -> int:
         """Delete all dead letters, of one queue or of all; return how many."""
         return self._each_dead(queue, self.backend.broker.delete)
+
+    # Groups and chains
+
+    def enqueue_group(
+        self,
+        calls: Iterable[Call],
+        *,
+        id: str | None = None,  # noqa: A002 - as of Job.options
+        keep: float = KEEP,
+    ) -> str:
+        """Enqueue jobs that are asked for together, all or none, and return the group's id.
+
+        They wait as one message in the queue of the first of them until a worker has taken it apart; that is the next
+        thing it does. Their ids are `<id>.0`, `<id>.1` and so on; delays count from then.
+
+        Args:
+            calls: The jobs, of any queues; none to 100,000, without ids of their own.
+            id: Own id, up to 180 characters, instead of a random one.
+            keep: For how many seconds from then the group is known, and its jobs' outcomes are kept at least:
+                choose it longer than they take. Later the group is JobNotFound, and its jobs are as any others.
+
+        Raises:
+            DuplicateJobId: Its id is taken. Nothing was enqueued.
+            ConfigError: A value cannot work. Nothing was enqueued.
+            MessageTooLarge: All jobs together are larger than one message of the server may be. Nothing was enqueued.
+            BrokerUnavailable: The server cannot be reached. All or nothing was enqueued; with an own id, ask or repeat.
+        """
+        return self._groups.enqueue_group(calls, id, keep)
+
+    def enqueue_chain(
+        self,
+        calls: Iterable[Call],
+        *,
+        id: str | None = None,  # noqa: A002 - as above
+        keep: float = KEEP,
+    ) -> str:
+        """Enqueue jobs that run one after the other, and return the chain's id.
+
+        Each gets the result of the one before, None too, as its first argument and as `current_job().previous`. When
+        one fails for good or is cancelled, those after it do not run: the chain has failed or is cancelled. A dead
+        letter of it that is retried and succeeds goes on with the chain.
+
+        Args:
+            calls: 1 to 100 jobs, of any queues, without ids of their own; what else follows them follows, too.
+            id: See `enqueue_group`; so for `keep`, and for what is raised.
+            keep: See there.
+        """
+        return self._groups.enqueue_chain(calls, id, keep)
+
+    def group_status(self, id: str) -> GroupStatus:  # noqa: A002 - as above
+        """Return what has become of a group or chain, worked out from its jobs: two round trips for each 1000.
+
+        A job that was removed by hand, or its outcome, counts as cancelled.
+
+        Raises:
+            JobNotFound: It never existed, or its time is over; see `keep`.
+        """
+        return self._groups.status(id)
+
+    def wait_group(self, id: str, *, timeout: float) -> GroupStatus:  # noqa: A002 - as above
+        """Wait until all jobs of a group or chain have settled.
+
+        Raises:
+            WaitTimeout: They have not within `timeout` seconds.
+            JobNotFound: See `group_status`.
+
+        Blocking: up to `timeout`.
+        """
+        return self._groups.wait(id, timeout)
+
+    def group_results(self, id: str, *, timeout: float = 0.0) -> list[Any]:  # noqa: A002 - as above
+        """Return what the jobs of a group or chain have returned, in order; of a chain the last is its result.
+
+        Args:
+            id: The group or chain.
+            timeout: Seconds to wait for its end.
+
+        Raises:
+            JobsFailed: Jobs have failed or were cancelled; `exceptions` has up to 100 of them, `job_ids` theirs.
+            ResultNotFound: It has not ended.
+            WaitTimeout: Nor within `timeout` seconds.
+            JobNotFound: See `group_status`.
+        """
+        return self._groups.results(id, timeout)
+
+    def cancel_group(self, id: str) -> bool:  # noqa: A002 - as above
+        """Cancel the jobs of a group or chain that have not ended; False when all have.
+
+        Raises:
+            JobNotFound: See `group_status`.
+
+        Blocking: for a chain until its running job has ended, 10 seconds at most.
+        """
+        return self._groups.cancel(id)
+
+    # Schedules
+
+    def schedule(
+        self, name: str, when: str, call: Call, *, tz: str | tzinfo = "UTC", missed: Missed = "once"
+    ) -> None:
+        """Declare a job that comes again and again. Nothing is connected: a worker keeps it when it starts.
+
+        A declaration that was changed takes the place of the old one when a worker starts; the schedule goes on where
+        it was if its times are the same, and a paused one stays paused. One that is taken out of the code goes on until
+        `cancel_schedule`; one that is cancelled while it is in the code is back when the next worker starts. Runs are
+        enqueued by workers that have the task.
+
+        Args:
+            name: Of the schedule, up to 150 characters.
+            when: Five cron fields ("30 2 * * mon-fri"), "@hourly", "@daily", "@midnight", "@weekly", "@monthly",
+                "@yearly", or "@every" with a duration of at least a second, such as "@every 1h30m": the first run
+                is so long after the schedule was first kept, and the others follow at whole multiples.
+            call: The job. Each run has the id `schedule:<name>:<due in POSIX milliseconds>`.
+            tz: In which cron fields are meant: "Europe/Berlin" or a ZoneInfo. A time that a day does not have comes
+                when the gap ends; one that it has twice comes the first time, unless the minute or the hour begins
+                with "*".
+            missed: What becomes of runs that no worker enqueued before the next one was due, or within 30 seconds:
+                "once" enqueues the last of them, "skip" none, "all" each of them, at most the last 1000.
+
+        Raises:
+            ConfigError: A value cannot work, or there is another schedule of this name in the code.
+        """
+        self._schedules.declare(name, when, call, tz, missed)
+
+    def add_schedule(
+        self, name: str, when: str, call: Call, *, tz: str | tzinfo = "UTC", missed: Missed = "once"
+    ) -> None:
+        """Keep a schedule now, from any process, in the place of one with this name; see `schedule`.
+
+        Raises:
+            ConfigError: A value cannot work.
+            BrokerUnavailable: The server cannot be reached.
+        """
+        self._schedules.add(name, when, call, tz, missed)
+
+    def put_schedules(self) -> None:
+        """Keep the declared schedules, as a worker does when it starts."""
+        self._schedules.put_declared()
+
+    def schedules(self) -> list[Schedule]:
+        """Return all schedules that are kept, by name."""
+        return self._schedules.all()
+
+    def pause_schedule(self, name: str) -> None:
+        """Let a schedule enqueue nothing until `resume_schedule`; also over restarts.
+
+        Raises:
+            ScheduleNotFound: There is none of this name.
+        """
+        self._schedules.pause(name)
+
+    def resume_schedule(self, name: str) -> None:
+        """Undo `pause_schedule`. Times that came meanwhile are not caught up with.
+
+        Raises:
+            ScheduleNotFound: There is none of this name.
+        """
+        self._schedules.resume(name)
+
+    def cancel_schedule(self, name: str) -> None:
+        """Forget a schedule. Jobs that it has enqueued stay.
+
+        Raises:
+            ScheduleNotFound: There is none of this name.
+        """
+        self._schedules.cancel(name)
 
     # Running
 
@@ -580,6 +754,29 @@ class App:
     def next_id(self) -> str:
         """Return an id that nobody else has."""
         return self._ids.next()
+
+    def submission(self, call: Call) -> Submission:
+        """Return a job as it enters the middlewares.
+
+        Raises:
+            ConfigError: It is no job of this application, or its arguments cannot be encoded.
+            UnknownQueue: There is no such queue.
+        """
+        if not isinstance(call, Call):
+            raise ConfigTypeError(f"jobs are made by task.call(...); this is {validate.shown(call)}")
+        queue = self._queue_of(call)
+        return Submission(call.id or self.next_id(), call.id is not None, call, queue, self.envelope(call))
+
+    def submit(
+        self,
+        submissions: Sequence[Submission],
+        forward: Callable[[Sequence[Submission]], None] | None = None,
+    ) -> None:
+        """Pass jobs through the middlewares, and what comes through on to `forward`, by default the broker."""
+        put = self._enqueue if forward is None else forward
+        for middleware in reversed(self.middlewares):
+            put = _around(middleware, put)
+        put(submissions)
 
     def envelope(self, call: Call, *, takes: bool = False) -> Envelope:
         """Return a job as it travels.
@@ -669,12 +866,6 @@ class App:
             raise type(error)(str(error).replace("n_workers", "concurrency")) from None
         except TypeError as error:
             raise ConfigTypeError(f"queue {queue!r}: {error}") from None
-
-    def _submission(self, call: Call) -> Submission:
-        if not isinstance(call, Call):
-            raise ConfigTypeError(f"jobs are made by task.call(...); this is {validate.shown(call)}")
-        queue = self._queue_of(call)
-        return Submission(call.id or self.next_id(), call.id is not None, call, queue, self.envelope(call))
 
     def _enqueue(self, submissions: Sequence[Submission]) -> None:
         for part in _parts(submissions):

@@ -123,6 +123,7 @@ class Batch:
         refusal: Why the pool has not taken it.
         n_kept: How many of its jobs are still its own; those behind are taken back.
         overtime: Number of the job that has had its time.
+        is_withdrawn: It was to be taken out of the pool's line if it still stood there.
         made_at: Monotonic seconds.
     """
 
@@ -133,6 +134,7 @@ class Batch:
         self.refusal: Exception | None = None
         self.n_kept = len(jobs)
         self.overtime: int | None = None
+        self.is_withdrawn = False
         self.made_at = time.monotonic()
         self._marks = marks
         self._last_mark: int | None = None
@@ -167,3 +169,9 @@ class Batch:
         if self.tracker is not None and not self._is_ended:
             self._is_ended = True
             self.tracker.cancel()
+
+    def withdraw(self) -> None:
+        """Take it out of the pool's line; it goes on if it has been sent to a worker."""
+        self.is_withdrawn = True
+        if self.tracker is not None:
+            self.tracker.withdraw()

@@ -5,6 +5,7 @@
        └── ack, nack, bury ──┴ settle thread ◀───────────────────────────┘
     pulse thread: renews the leases of all that is held, looks after batches, lets the middlewares know
     link thread:  answers the jobs' own questions (link.py)
+    timer thread: enqueues what schedules are due (schedules.py)
 
 Guarantees: what is claimed is acked after the work and its outcome are done, or given back, or its lease runs out; a
 job whose lease is lost here is ended here. Each queue has threads and a pool of its own and starves no other. A thread
@@ -32,6 +33,7 @@ from bulkhead.service.batch import SLOTS, HeldJob, Marks, marks_path
 from bulkhead.service.leases import Leases
 from bulkhead.service.link import Link
 from bulkhead.service.queue_consumer import QueueConsumer
+from bulkhead.service.schedules import Timer
 from bulkhead.service.status import progress_key
 from bulkhead.service.telling import guarded, outcome_of
 
@@ -79,7 +81,7 @@ class Consumer:
         Raises:
             BulkheadError: What has made it impossible to go on.
         """
-        with _signals_handled(self.stop), self._working():
+        with _signals_handled(self.stop), self._working(), self._timing():
             for one in self._consumers:
                 one.start()
             self._error = self._orders.get()
@@ -123,6 +125,9 @@ class Consumer:
             stack.callback(link.close)
             marks = Marks(marks_path(link.address), create=True)
             stack.callback(marks.close)
+            for middleware in app.middlewares:
+                middleware.started(list(self._queues))
+                stack.callback(guarded, middleware.stopped)
             dispatcher = Dispatcher(self._pools, max_history=0, max_timeline=0)
             stack.callback(self._end, dispatcher)
             free_slots = deque(range(SLOTS))
@@ -142,11 +147,20 @@ class Consumer:
                         fail=self._fail,
                     )
                 )
-            for middleware in app.middlewares:
-                guarded(middleware.started, list(self._queues))
             self._pulse_thread = self._thread("pulse", self._pulse)
             self._pulse_thread.start()
             yield
+
+    @contextlib.contextmanager
+    def _timing(self) -> Iterator[None]:
+        """Keep the declared schedules, and enqueue what is due meanwhile."""
+        self._app.put_schedules()
+        timer = Timer(self._app, self._thread)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.end()
 
     def _leave(self, grace: float) -> None:
         _log.info("stopping: jobs that run have %g s to end", grace)
@@ -178,8 +192,6 @@ class Consumer:
         if hasattr(self, "_pulse_thread"):
             self._pulse_thread.join()
         dispatcher.finalize(cancel=True)
-        for middleware in self._app.middlewares:
-            guarded(middleware.stopped)
 
     def _thread(self, name: str, work: Callable[[], None]) -> threading.Thread:
         """Return a thread whose end by an exception is ours."""

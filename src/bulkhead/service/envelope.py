@@ -23,6 +23,7 @@ from bulkhead.errors import BadMessage, ConfigError, ConfigTypeError
 
 __all__ = [
     "CODECS",
+    "Bundle",
     "CodecName",
     "Envelope",
     "Failure",
@@ -80,7 +81,7 @@ class Envelope(msgspec.Struct, array_like=True, frozen=True):
         previous: Of a job that follows another: what that has returned, or its failure, in `codec`.
         takes: `previous` is its first argument.
         headers: What middlewares have added in the producer.
-        members: Of a group: all its jobs; then `task` is "" and the consumer only enqueues them.
+        bundle: Of a group or chain: its jobs; then `task` is "" and the consumer only enqueues them.
     """
 
     task: str
@@ -95,7 +96,26 @@ class Envelope(msgspec.Struct, array_like=True, frozen=True):
     previous: bytes | None = None
     takes: bool = False
     headers: dict[str, str] = {}
-    members: tuple[Follow, ...] = ()
+    bundle: Bundle | None = None
+
+
+class Bundle(msgspec.Struct, array_like=True, frozen=True):
+    """The jobs of a group, or the first one of a chain, which holds the others as what follows it.
+
+    Attributes:
+        n: How many jobs there are.
+        keep: Seconds for which it is known.
+        kinds: Jobs without ids and arguments; most of a group are alike.
+        members: (position, which of the kinds, payload) of each job to be enqueued.
+        others: Ids of jobs that stand for those at these positions, which are not enqueued.
+    """
+
+    is_chain: bool
+    n: int
+    keep: float
+    kinds: tuple[Follow, ...]
+    members: tuple[tuple[int, int, bytes], ...]
+    others: dict[int, str]
 
 
 class Failure(msgspec.Struct, array_like=True, frozen=True):

@@ -65,13 +65,15 @@ def _ended(
     """Judge a batch whose worker has died, or was ended."""
     blamed = 0 if batch.slot is None else batch.mark
     # Why: who stops a service may send the signal to all its processes at once.
-    is_swept_away = is_leaving and isinstance(error, WorkerCrashed) and error.signal == "SIGTERM"
+    is_swept_away = is_leaving and isinstance(error, WorkerCrashed)
+    has_not_begun = batch.is_withdrawn and blamed is None and isinstance(error, JobCancelled)
     judged: Judged = []
     again: list[HeldJob] = []
     for number, held in enumerate(kept):
-        if held.is_returned or held.is_lost or (number == blamed and is_swept_away):
+        if held.is_returned or held.is_lost or has_not_begun or (number == blamed and is_swept_away):
             judged.append((held, GiveBack()))
         elif number == blamed:
+            held.seconds = _seconds(batch)
             judged.append((held, _failed(held, error, batch.overtime is not None, pace)))
         else:
             again.append(held)
@@ -94,6 +96,16 @@ def _failed(held: HeldJob, error: BaseException, is_overtime: bool, pace: Pace) 
     pace.learn_long(held.envelope.task)
     answer = FAILED, failure_of(error, _trace(error)), 0.0
     return after(answer, held.envelope, held.claim.attempt, random.random())
+
+
+def _seconds(batch: Batch) -> float:
+    """Return for how long the job ran that has ended the batch's worker."""
+    if batch.slot is not None:
+        return batch.standing()[1]
+    status = batch.tracker.status() if batch.tracker is not None else None
+    if status is None or status.started_at is None or status.finished_at is None:
+        return 0.0
+    return (status.finished_at - status.started_at).total_seconds()
 
 
 def _refused(error: Exception) -> Verdict:

@@ -25,10 +25,11 @@ import msgspec
 
 from bulkhead.backends.base import Burial, Claim
 from bulkhead.dispatcher import Dispatcher
-from bulkhead.errors import BadMessage, BrokerUnavailable, ConfigTypeError, UnknownTask
+from bulkhead.errors import BadMessage, BrokerUnavailable, ConfigTypeError, DispatcherFinalized, UnknownTask
 from bulkhead.job import Job
 from bulkhead.service.batch import NO_MARK, Batch, HeldJob, Marks
-from bulkhead.service.envelope import Envelope, failure, failure_of
+from bulkhead.service.envelope import failure, failure_of
+from bulkhead.service.groups import open_group
 from bulkhead.service.holdings import Holdings
 from bulkhead.service.judging import Judged, breakage, judge
 from bulkhead.service.leases import Leases, is_unwanted
@@ -49,7 +50,7 @@ _log = logging.getLogger("bulkhead")
 _CLAIM_WAIT = 0.5
 
 # Jobs that come one after the other are claimed together so often (seconds).
-_GATHER = 0.002
+_GATHER = 0.005
 
 # Middlewares that want no job, or that let no claim wait, are asked again after so long (seconds).
 _ASKED_AGAIN = 0.05
@@ -125,8 +126,9 @@ class QueueConsumer:
         self._judges = [one for one in reversed(app.middlewares) if type(one).judge is not Middleware.judge]
         self._fresh: dict[HeldJob, None] = {}  # what was claimed in this round. Owner: who fetches
         self._has_claimed = False  # likewise
-        waits = [one.claim_wait for one in app.middlewares if one.claim_wait is not None]
-        self._wait = min([_CLAIM_WAIT, *waits])
+        waits = [one.claim_wait(name) for one in app.middlewares]
+        self._wait = min([_CLAIM_WAIT, *(wait for wait in waits if wait is not None)])
+        self._n_openers = 0  # groups that were claimed, likewise
         self._fetcher = thread(f"{name} fetch", self._fetch)
         self._settler = thread(f"{name} settle", self._settle)
 
@@ -141,7 +143,13 @@ class QueueConsumer:
     def take_one(self) -> str | None:
         """Claim one job that is due, without waiting, and have it run; return its id."""
         self._wait = 0.0
-        jobs = self._take(1)
+        n_openers = -1
+        jobs: list[HeldJob] = []
+        while not jobs and self._n_openers != n_openers:
+            n_openers = self._n_openers
+            jobs = self._take(1)
+            if self._n_openers != n_openers:
+                self._wait_for_errands()
         return jobs[0].id if jobs else None
 
     @property
@@ -171,13 +179,14 @@ class QueueConsumer:
         self._is_leaving.set()
         self._holdings.notify()
         for batch in self._holdings.batches():
-            if not batch.has_begun():
-                _give_back(batch)
+            batch.withdraw()
 
     def give_all_back(self) -> None:
         """Give back what runs, its processes ended."""
         for batch in self._holdings.batches():
-            _give_back(batch)
+            for held in batch.jobs:
+                held.is_returned = True
+            batch.end()
 
     def end(self) -> None:
         """End the threads. Blocking: some seconds at most, if the broker is out of reach."""
@@ -246,11 +255,19 @@ class QueueConsumer:
             chosen = _checked(self._dequeue(n), self._fresh)
         finally:
             # Also when one of them raises: then nothing is chosen.
-            left_out = [held for held in self._fresh if held not in set(chosen)]
+            found = set(chosen)
+            left_out = [held for held in self._fresh if held not in found]
             for held in left_out:
                 held.verdict = GiveBack(_LEFT_OUT)
             self._admit([*chosen, *left_out])
         return chosen
+
+    def _wait_for_errands(self) -> None:
+        """Wait until what was to be told until now is told."""
+        is_told = threading.Event()
+        self._done.put(is_told.set)
+        while not is_told.wait(0.5) and self._settler.is_alive():
+            pass
 
     def _claim(self, n: int) -> list[HeldJob]:
         if n < 1:
@@ -284,8 +301,9 @@ class QueueConsumer:
     def _opened(self, claim: Claim) -> HeldJob | None:
         try:
             envelope = self._app.sealer.open(claim.id, claim.queue, claim.body)
-            if envelope.members:
-                self._done.put(lambda: self._expand(claim, envelope))
+            if envelope.bundle is not None:
+                self._n_openers += 1
+                self._done.put(lambda: open_group(self._app, claim, envelope))
                 return None
             task = self._app.find_task(envelope.task)
         except (BadMessage, UnknownTask) as error:
@@ -296,19 +314,6 @@ class QueueConsumer:
             n = claim.attempt - 1
             held.verdict = Bury(f"its worker died or lost the lease in each of {n} attempts", claim.error)
         return held
-
-    def _expand(self, claim: Claim, envelope: Envelope) -> None:
-        """Enqueue the jobs of a group. Race: done twice, the second time changes nothing, as their ids are taken."""
-        broker = self._app.backend.broker
-        try:
-            messages = [self._app.message(member, member.envelope) for member in envelope.members]
-            broker.enqueue_many(messages)
-        except BrokerUnavailable:
-            raise
-        except Exception as error:
-            _burial(self._app, claim, error)()
-            return
-        broker.ack([claim.hold])
 
     def _admit(self, jobs: Sequence[HeldJob]) -> None:
         for ousted in self._holdings.add(jobs):
@@ -340,7 +345,7 @@ class QueueConsumer:
     # Running
 
     def _send(self, jobs: list[HeldJob]) -> None:
-        """Have jobs run. Concurrency: any thread."""
+        """Have jobs run; give them back if the consumer leaves. Concurrency: any thread."""
         slot = self._take_slot() if len(jobs) > 1 else None
         if slot is None and len(jobs) > 1:
             for held in jobs:
@@ -351,15 +356,17 @@ class QueueConsumer:
             held.batch = batch
         self._holdings.add_batch(batch)
         try:
+            if self._is_leaving.is_set():
+                raise DispatcherFinalized("the consumer leaves")
             batch.tracker = self._dispatcher.dispatch(self._job(batch))
         except Exception as error:
             batch.refusal = error
             self._done.put(batch)
             return
         batch.tracker.add_done_callback(lambda _: self._done.put(batch))
-        # Race: the consumer may have begun to leave between the claim and here.
+        # Race: the consumer may have begun to leave meanwhile.
         if self._is_leaving.is_set():
-            _give_back(batch)
+            batch.withdraw()
 
     def _job(self, batch: Batch) -> Job:
         tasks = list(dict.fromkeys(held.task for held in batch.jobs))
@@ -425,7 +432,7 @@ class QueueConsumer:
         for batch in begun if spare else ():
             self._pace.learn_long(batch.jobs[batch.mark or 0].envelope.task)
         for batch in spare:
-            _give_back(batch)
+            batch.withdraw()
 
     def let_middlewares_know(self) -> None:
         """Call their `beat`."""
@@ -585,12 +592,6 @@ def _final(held: HeldJob, verdict: Verdict) -> Verdict:
     if held.is_lost:
         return Lost()
     return Cancel() if held.is_cancelled and isinstance(verdict, (TryAgain, GiveBack)) else verdict
-
-
-def _give_back(batch: Batch) -> None:
-    for held in batch.jobs:
-        held.is_returned = True
-    batch.end()
 
 
 def _burial(app: App, claim: Claim, error: Exception) -> Errand:

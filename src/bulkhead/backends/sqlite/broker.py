@@ -86,7 +86,7 @@ class SqliteBroker(Broker):
             ]
             return [_standing(row) for row in rows]
 
-        return self._change(holds, renew, wakes=True)
+        return self._change(holds, renew)
 
     def ack(self, holds: Sequence[Hold]) -> list[bool]:
         """See `Broker`."""
@@ -182,7 +182,8 @@ class SqliteBroker(Broker):
         def revive(connection: sqlite3.Connection, part: Sequence[str]) -> list[bool]:
             now = time.time()
             return [
-                connection.execute(statements.REVIVE, (now, self._namespace, id)).rowcount == 1 for id in part
+                connection.execute(statements.REVIVE, (now, now, self._namespace, id)).rowcount == 1
+                for id in part
             ]
 
         return self._change(ids, revive, wakes=True)
@@ -219,20 +220,9 @@ class SqliteBroker(Broker):
     def _row(self, message: Message, now: float) -> tuple[object, ...]:
         due = now + max(message.delay, 0.0) if message.due_at is None else max(message.due_at, now)
         state, visible = (SCHEDULED, due) if due > now else (READY, None)
-        rank = -message.priority
-        body = message.body
-        return (
-            self._namespace,
-            message.id,
-            message.queue,
-            state,
-            rank,
-            due,
-            visible,
-            now,
-            message.remember,
-            body,
-        )
+        values = (message.queue, state, -message.priority, due, visible, now, message.remember, message.body)
+        key = (self._namespace, message.id)
+        return (*key, *values, *key, now)
 
     def _key(self, hold: Hold) -> tuple[str, str, str]:
         return self._namespace, hold.id, hold.token

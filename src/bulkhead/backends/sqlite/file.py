@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from bulkhead.backends.sqlite import schema
+from bulkhead.backends.sqlite.schema import in_transaction, prepare
 from bulkhead.backends.sqlite.troubles import is_busy, translated
 from bulkhead.backends.sqlite.watching import Changes
 from bulkhead.errors import BrokerUnavailable
@@ -110,7 +110,7 @@ class File:
 
         def transact(connection: sqlite3.Connection) -> T:
             is_tidy_due = time.time() >= self._next_tidy
-            with _transaction(connection, "BEGIN IMMEDIATE"):
+            with in_transaction(connection, "BEGIN IMMEDIATE"):
                 result = work(connection)
                 if is_tidy_due:
                     self._remove_expired(connection)
@@ -133,7 +133,7 @@ class File:
         """Run `work` in a transaction that only reads."""
 
         def transact(connection: sqlite3.Connection) -> T:
-            with _transaction(connection, "BEGIN"):
+            with in_transaction(connection, "BEGIN"):
                 return work(connection)
 
         return self._patiently(self._reader, transact)
@@ -215,7 +215,7 @@ class File:
         try:
             connection.execute(f"PRAGMA synchronous = {'FULL' if self._is_full else 'NORMAL'}")
             connection.execute(f"PRAGMA journal_size_limit = {_LOG_LIMIT}")
-            schema.prepare(connection, self._path)
+            prepare(connection, self._path)
         except BaseException:
             connection.close()
             raise
@@ -246,20 +246,6 @@ def _swapped(
     connection: sqlite3.Connection,
 ) -> list[U]:
     return work(connection, things)
-
-
-@contextlib.contextmanager
-def _transaction(connection: sqlite3.Connection, begin: str) -> Iterator[None]:
-    # Race: a Ctrl-C may have struck where the last one was to be rolled back.
-    if connection.in_transaction:
-        connection.execute("ROLLBACK")
-    try:
-        connection.execute(begin)
-        yield
-        connection.execute("COMMIT")
-    finally:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
 
 
 # One fork at a time, so that two do not wait for each other's locks.

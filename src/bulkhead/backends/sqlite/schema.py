@@ -14,12 +14,14 @@ the order of arrival. Instants are POSIX seconds.
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
 from bulkhead.errors import BrokerUnavailable, ConfigError
 
-__all__ = ["DEAD", "READY", "RUNNING", "SCHEDULED", "prepare"]
+__all__ = ["DEAD", "READY", "RUNNING", "SCHEDULED", "in_transaction", "prepare"]
 
 READY, SCHEDULED, RUNNING, DEAD = range(4)
 
@@ -119,7 +121,9 @@ def prepare(connection: sqlite3.Connection, path: Path) -> None:
         raise BrokerUnavailable(
             f"sqlite:// needs SQLite {'.'.join(map(str, _OLDEST))} or later, this Python has {sqlite3.sqlite_version}"
         )
-    is_made = _is_made(connection, path)
+    # Race: another process may be making them at this moment; in one transaction all or none of that is seen.
+    with in_transaction(connection, "BEGIN"):
+        is_made = _is_made(connection, path)
     [mode] = connection.execute("PRAGMA journal_mode = WAL").fetchone()
     if mode != "wal":
         raise BrokerUnavailable(
@@ -129,17 +133,27 @@ def prepare(connection: sqlite3.Connection, path: Path) -> None:
         _make(connection, path)
 
 
-def _make(connection: sqlite3.Connection, path: Path) -> None:
-    # Race: another process may be making them at this moment; who has the lock second finds them made.
-    connection.execute("BEGIN IMMEDIATE")
+@contextlib.contextmanager
+def in_transaction(connection: sqlite3.Connection, begin: str) -> Iterator[None]:
+    """Begin a transaction; commit it in the end, or roll it back when an error leaves the block."""
+    # Race: a Ctrl-C may have struck where the last one was to be rolled back.
+    if connection.in_transaction:
+        connection.execute("ROLLBACK")
     try:
-        if not _is_made(connection, path):
-            for statement in _TABLES.split(";"):
-                connection.execute(statement)
+        connection.execute(begin)
+        yield
         connection.execute("COMMIT")
     finally:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
+
+
+def _make(connection: sqlite3.Connection, path: Path) -> None:
+    # Race: another process may have begun as well; who has the lock second finds them made.
+    with in_transaction(connection, "BEGIN IMMEDIATE"):
+        if not _is_made(connection, path):
+            for statement in _TABLES.split(";"):
+                connection.execute(statement)
 
 
 def _is_made(connection: sqlite3.Connection, path: Path) -> bool:

@@ -8,8 +8,8 @@ from bulkhead.backends.sqlite.schema import DEAD, READY, RUNNING, SCHEDULED
 
 ENQUEUE = """
 INSERT INTO jobs (namespace, id, queue, state, rank, due, visible, enqueued, remember, body)
-SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10
-WHERE NOT EXISTS (SELECT 1 FROM taken WHERE namespace = ?1 AND id = ?2 AND until > ?8)
+SELECT ?, ?, ?, ?, ?, ?, ?, ?, ?, ?
+WHERE NOT EXISTS (SELECT 1 FROM taken WHERE namespace = ? AND id = ? AND until > ?)
 ON CONFLICT (namespace, id) DO NOTHING
 """
 
@@ -60,9 +60,9 @@ REMEMBER = "INSERT OR REPLACE INTO taken (namespace, id, until) VALUES (?, ?, ?)
 
 REVIVE = f"""
 UPDATE jobs
-SET seq = (SELECT MAX(seq) + 1 FROM jobs), state = {READY}, due = ?1, enqueued = ?1,
+SET seq = (SELECT MAX(seq) + 1 FROM jobs), state = {READY}, due = ?, enqueued = ?,
     attempt = 0, reason = '', is_cancelled = 0
-WHERE namespace = ?2 AND id = ?3 AND state = {DEAD}
+WHERE namespace = ? AND id = ? AND state = {DEAD}
 """
 
 RECORD = """

@@ -6,7 +6,7 @@ threads that wait, one leads: it waits for the system and wakes the others.
 
 - What this process changes wakes its waiting threads at once (`tell`).
 - What another process commits is seen within a few milliseconds; where the system has no watch left to give, within 15.
-- Under a flood of commits by others each waiting thread is told 200 times a second at most.
+- Under a flood of commits by others each waiting thread is told 100 times a second at most.
 - While nothing happens there is no wake-up but that at the end of the wait.
 
 Race: the log is written to before its commit can be seen, by a moment or, with synchronous=full, by as long as the disk
@@ -31,7 +31,7 @@ Version = tuple[int, int, int]
 _POLL = 0.015
 
 # Shortest time in seconds between two changes that are reported, so that a flood of them costs little.
-_SPACING = 0.005
+_SPACING = 0.01
 
 # After a write: (seconds since then, seconds between two looks until then).
 _EAGER = ((0.01, 0.002), (0.25, _POLL))

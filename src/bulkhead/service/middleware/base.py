@@ -59,17 +59,24 @@ class Middleware:
     not connect to anything when it is made.
     """
 
-    claim_wait: float | None = None
-    """Longest time in seconds for which a claim may wait for a job at the broker; None does not mind."""
-
     def attach(self, app: App) -> None:
         """Called once when the application is made."""
 
     def started(self, queues: Sequence[str]) -> None:
-        """In the consumer, before it claims the first job of these queues."""
+        """In the consumer, before it claims the first job of these queues.
+
+        What is raised here keeps it from starting.
+        """
 
     def stopped(self) -> None:
-        """In the consumer, after everything has ended."""
+        """In the consumer, after everything has ended; not when `started` has raised.
+
+        Race: an application may have several consumers in one process, which share its middlewares.
+        """
+
+    def claim_wait(self, queue: str) -> float | None:
+        """Return for how many seconds a claim of this queue may wait at the broker; None does not mind."""
+        return None
 
     def enqueue(
         self, submissions: Sequence[Submission], forward: Callable[[Sequence[Submission]], None]

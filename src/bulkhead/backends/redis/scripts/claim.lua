@@ -14,6 +14,9 @@ rescue(queue, t, most)
 local ids, priorities, attempts, enqueued, dues, sizes, error_sizes = {}, {}, {}, {}, {}, {}, {}
 local texts, leases = {}, {}
 local ends = t + lease
+-- Bytes of bodies after which no more jobs are taken: an answer has to fit into memory several times.
+local ENOUGH = 16 * 1024 * 1024
+local bytes = 0
 
 local function take(id, priority)
     local key = job_key(id)
@@ -29,6 +32,7 @@ local function take(id, priority)
     sizes[n], error_sizes[n] = #job[1], job[6] and #job[6] or -1
     texts[#texts + 1] = job[1]
     texts[#texts + 1] = job[6] or ''
+    bytes = bytes + #job[1] + (job[6] and #job[6] or 0)
     leases[2 * n - 1], leases[2 * n] = ends, id
 end
 
@@ -38,24 +42,20 @@ local levels = levels_of(queue)
 local kept, is_more = {}, false
 for _, level in ipairs(levels) do
     local waiting, priority, rounds = waiting_key(level, queue), tonumber(level), 0
-    local found
     repeat
         -- One more than is wanted shows whether somebody else has to be woken.
-        found = call('ZRANGEBYSCORE', waiting, '-inf', t, 'LIMIT', 0, most - #ids + 1)
-        if #found > most - #ids then
-            found[#found] = nil
-            is_more = true
-        else
-            is_more = false
+        local want, seen = most - #ids, {}
+        local found = call('ZRANGEBYSCORE', waiting, '-inf', t, 'LIMIT', 0, want + 1)
+        while #seen < #found and #ids < most and bytes < ENOUGH do
+            seen[#seen + 1] = found[#seen + 1]
+            take(seen[#seen], priority)
         end
-        if #found > 0 then
-            call('ZREM', waiting, unpack(found))
-            for _, id in ipairs(found) do
-                take(id, priority)
-            end
+        if #seen > 0 then
+            call('ZREM', waiting, unpack(seen))
         end
+        is_more = #seen < #found or #found > want
         rounds = rounds + 1
-    until not is_more or #ids == most or rounds == ROUNDS
+    until #found <= want or #ids == most or bytes >= ENOUGH or rounds == ROUNDS
     if is_more then
         break
     end

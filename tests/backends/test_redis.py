@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import trustme
@@ -29,6 +31,8 @@ from bulkhead.backends.base import (
     Standing,
 )
 from bulkhead.errors import BadMessage, BrokerUnavailable, ConfigError, MessageTooLarge
+
+T = TypeVar("T")
 
 LEASE = 60.0
 SHORT = 0.1
@@ -167,6 +171,15 @@ def test_a_claim_skips_jobs_whose_hash_was_deleted_and_counts_are_right_then(
     assert _claimed(backend, 10) == [str(i) for i in range(1, 21, 2)]
     assert _claimed(backend, 300) == [str(i) for i in range(21, 300, 2)]
     assert _counts(backend) == (0, 0, 150, 0)
+
+
+def test_a_claim_takes_no_more_than_fits_into_memory_and_leaves_the_rest(backend: Backend) -> None:
+    body = bytes(6 * 1024 * 1024)
+    assert all(backend.broker.enqueue_many([Message(str(n), "mail", body) for n in range(5)]))
+    assert _claimed(backend, 10) == ["0", "1", "2"]
+    assert _counts(backend) == (2, 0, 3, 0)
+    assert _claimed(backend, 10) == ["3", "4"]
+    assert backend.broker.cancel(["0"]) == [CancelAnswer.REQUESTED]
 
 
 def test_when_all_hashes_were_deleted_nothing_is_claimed_and_nothing_is_left(
@@ -450,6 +463,48 @@ def test_tls_with_a_certificate_that_is_checked(tmp_path: Path) -> None:
         with pytest.raises(BrokerUnavailable, match="certificate"):
             backends.connect(f"rediss://127.0.0.1:{port}")
         backends.connect(f"rediss://127.0.0.1:{port}?verify=no").close()
+
+
+def test_jobs_outlast_a_server_that_is_killed_again_and_again(own: RedisServer, owned: Backend) -> None:
+    ids = [str(n) for n in range(600)]
+    done: list[str] = []
+
+    def persistently(call: Callable[[], list[T]]) -> list[T]:
+        while True:
+            try:
+                return call()
+            except BrokerUnavailable:
+                time.sleep(0.01)
+
+    def produce() -> None:
+        for start in range(0, len(ids), 20):
+            part = [Message(name, "mail", b"") for name in ids[start : start + 20]]
+            persistently(lambda part=part: owned.broker.enqueue_many(part))
+
+    def consume() -> None:
+        while not is_over.is_set():
+            claims = persistently(lambda: owned.broker.claim("mail", 5, 0.5, wait=0.1))
+            holds = [claim.hold for claim in claims]
+            answers = persistently(lambda holds=holds: owned.broker.ack(holds))
+            done.extend(claim.id for claim, is_done in zip(claims, answers, strict=True) if is_done)
+
+    is_over = threading.Event()
+    with ThreadPoolExecutor(4) as threads:
+        running = [threads.submit(produce), *(threads.submit(consume) for _ in range(3))]
+        try:
+            for goal in (50, 200, 400):
+                wait_until(lambda goal=goal: len(done) >= goal, f"{goal} jobs are done")
+                own.kill()
+                own.start()
+            running[0].result()
+            wait_until(lambda: persistently(lambda: [owned.broker.counts()]) == [{}], "all jobs are done")
+        finally:
+            is_over.set()
+        for each in running:
+            each.result()
+    # A job whose ack was carried out and not answered is done, too, and asking again says that the claim is lost.
+    assert len(done) == len(set(done)) >= 550
+    assert owned.broker.find(ids) == [None] * len(ids)
 
 
 # Waiting.
