@@ -347,7 +347,8 @@ def test_user_and_password_or_token_of_the_url_are_given(tmp_path: Path) -> None
 
 
 def test_the_permissions_that_the_documentation_names_are_enough(tmp_path: Path) -> None:
-    allowed = 'publish: ["here.>", "$KV.here-results.>", "$KV.here-registry.>", "$JS.API.>", "$JS.ACK.>"], subscribe: ["here.bell.*", "_INBOX.>"]'
+    publish = '"here.>", "$KV.here-results.>", "$KV.here-registry.>", "$JS.API.>", "$JS.ACK.>"'
+    allowed = f'publish: [{publish}], subscribe: ["here.bell.*", "_INBOX.>"]'
     config = f"authorization {{ users: [{{ user: me, password: pw, permissions: {{ {allowed} }} }}] }}"
     with (
         NatsServer(tmp_path, config=config) as server,

@@ -29,6 +29,10 @@ The URL: `nats://[user:password@|token@]host[:4222][,host…]`, or `tls://`; opt
 (file, memory), `timeout` (seconds until a silent server counts as gone, default 4), `creds_file` and
 `ca_file`.
 
+Files, from the top: `link` (the contracts, a process's connection), `jobs` (the broker's steps), `claiming`, `looking`,
+`queues`, `tickets`, `bells`, `results`, `registry`; `cells` (a stream as a table), `pulling`, `clock`, `layout`,
+`session` (questions and answers), `looping`; values: `job`, `packing`, `names`, `options`.
+
 Written for server 2.9 and later; tested with 2.9.10.
 """
 
