@@ -16,6 +16,12 @@ from jobs import lines, note
 
 from bulkhead import App, Backoff, Snooze, Unrecoverable, current_job
 
+
+def no_licence() -> None:
+    """An initializer without which no worker comes up."""
+    raise ValueError("no licence")
+
+
 URL = "memory://"
 OPTIONS: dict[str, Any] = {}
 CONCURRENCY = 2

@@ -51,7 +51,7 @@ _PULSE = 1.0
 _BATCH_PULSE = 0.1
 
 # When the grace is over, the broker has so long to learn what is given back (seconds).
-_LAST_WORDS = 10.0
+_LAST_WORDS = 5.0
 
 
 class Consumer:
@@ -98,6 +98,7 @@ class Consumer:
                 job_id = consumer.take_one()
                 while not consumer.wait_idle(0.5):
                     self._raise_failure()
+                self._raise_failure()
             except BaseException:
                 self._leave(0.0)
                 raise
@@ -221,8 +222,8 @@ class Consumer:
                     one.let_middlewares_know()
 
     def _renew(self, interval: float) -> None:
-        # Why not all: what was claimed in this interval has most of its lease left, and mostly ends before the next.
-        latest = self._leases.sure_until(time.monotonic() - interval)
+        # Why not all: what was claimed a moment ago has most of its lease left, and mostly ends before the next.
+        latest = self._leases.sure_until(time.monotonic() - interval / 2)
         jobs = [held for one in self._consumers for held in one.jobs() if held.sure_until <= latest]
         try:
             self._leases.renew(jobs)

@@ -312,7 +312,9 @@ class QueueConsumer:
         held = HeldJob(claim, envelope, task, msgspec.msgpack.encode(envelope))
         if exhausted(envelope, claim.attempt):
             n = claim.attempt - 1
-            held.verdict = Bury(f"its worker died or lost the lease in each of {n} attempts", claim.error)
+            held.verdict = Bury(
+                f"{n} attempts, in the last of which its worker died or lost the lease", claim.error
+            )
         return held
 
     def _admit(self, jobs: Sequence[HeldJob]) -> None:
