@@ -16,7 +16,7 @@ $(shell test -x "$(BIN)/python" || rm -f "$(VENV)"/.installed*)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all coverage lint format types bench browser clean
+.PHONY: help demo test test-all coverage lint format types bench bench-queue browser servers clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,7 +24,7 @@ help: ## list the tasks
 demo: $(VENV)/.installed ## survey the standard library's sources with two pools (needs psutil alone)
 	$(BIN)/bulkhead demo $(ARGS)
 
-test: $(VENV)/.installed-dev browser ## run the tests, without those marked slow
+test: $(VENV)/.installed-dev browser servers ## run the tests, without those marked slow
 ifeq ($(strip $(ARGS)),)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not alone"
 	$(BIN)/python -m pytest -m "not slow and alone"
@@ -32,10 +32,10 @@ else
 	$(BIN)/python -m pytest $(ARGS)
 endif
 
-test-all: $(VENV)/.installed-dev browser ## run all tests, the slow ones too
+test-all: $(VENV)/.installed-dev browser servers ## run all tests, the slow ones too
 	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
 
-coverage: $(VENV)/.installed-dev browser ## run the tests and list the lines that none reached, workers included
+coverage: $(VENV)/.installed-dev browser servers ## run the tests and list the lines that none reached, workers included
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest $(ARGS)
 	$(BIN)/python -m coverage combine -q
@@ -56,9 +56,15 @@ types: $(VENV)/.installed-dev ## check the types of src with mypy --strict
 bench: $(VENV)/.installed-bench ## compare with other process pools: a table, and the same as JSON and as a chart
 	$(BIN)/python benchmarks/bench.py $(or $(ARGS),--json benchmarks/figures.json --png benchmarks/chart.png)
 
-# Quick where there is one. Tests find it on the path.
+bench-queue: $(VENV)/.installed-bench-queue ## compare the durable queue with others, on a Redis of its own
+	$(BIN)/python benchmarks/bench_queue.py $(or $(ARGS),--json benchmarks/queue_figures.json)
+
+# Quick where they are. Tests find them on the path.
 browser:
 	@sh tools/browser.sh
+
+servers:
+	@sh tools/servers.sh
 
 clean: ## remove .venv, caches and build output
 	test ! -f "$(VENV)/pyvenv.cfg" || rm -rf "$(VENV)"
@@ -83,3 +89,8 @@ $(VENV)/.installed-bench: pyproject.toml | $(BIN)/python
 	@echo "installing bulkhead and the pools it is compared with into $(VENV)"
 	@$(PIP) -e ".[bench,closures]"
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-bench-queue: pyproject.toml | $(BIN)/python
+	@echo "installing bulkhead and the queues it is compared with into $(VENV)"
+	@$(PIP) -e ".[queue,redis,bench-queue]"
+	@touch $@

@@ -1,13 +1,26 @@
-"""For every test: nothing may be left behind; and the start methods of worker processes as a parameter."""
+"""For every test: nothing may be left behind; the start methods of worker processes as a parameter; the servers."""
 
 import gc
+import os
+import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from gates import Gate
-from traces import Traces
+
+# Why: where bytecode is not written (containers often say so), each launcher and each spawned worker compiles the
+# package anew, which takes half the time of all tests. Before the package is imported, so that this process writes it.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+from gates import Gate  # noqa: E402
+from servers import NatsServer, RedisCluster, RedisServer  # noqa: E402
+from traces import Traces  # noqa: E402
+
+# Why here: whichever test imports it first, its assertions tell what they compared.
+pytest.register_assert_rewrite("bulkhead.testing.conformance")
 
 # Seconds that processes which were told to end, and descriptors of garbage, may take to go.
 PATIENCE = 5.0
@@ -16,8 +29,9 @@ PATIENCE = 5.0
 # Files and folders whose tests need the machine for themselves.
 ALONE = (
     "isolation",
-    "chaos",
-    "test_map_faults.py",
+    "test_kills_in_transfer.py",
+    "test_queue_storm.py",
+    "test_random_interrupts.py",
     "test_priorities.py",
     "test_delays.py",
     "test_long_waits.py",
@@ -52,6 +66,15 @@ def start_method(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(
+    scope="module",
+    params=["forkserver", *(pytest.param(method, marks=pytest.mark.slow) for method in ("fork", "spawn"))],
+)
+def usual_start_method(request: pytest.FixtureRequest) -> str:
+    """As `start_method`, for what is the same code under each; only the default is not slow."""
+    return request.param
+
+
 @pytest.fixture
 def gate(tmp_path: Path) -> Iterator[Gate]:
     """Jobs that run until the test lets them end."""
@@ -60,3 +83,31 @@ def gate(tmp_path: Path) -> Iterator[Gate]:
     made = Gate(folder)
     yield made
     made.open()
+
+
+# Why of the session: they are started once, and before the test's traces are counted.
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis that tests share, each with its `namespace`."""
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    """A Redis Cluster of three nodes that tests share, each with its `namespace`."""
+    with RedisCluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def nats_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
+    """A NATS server with JetStream that tests share, each with its `namespace`."""
+    with NatsServer(tmp_path_factory.mktemp("nats")) as server:
+        yield server
+
+
+@pytest.fixture
+def namespace() -> str:
+    """The name of a place on a shared server that no other test uses."""
+    return f"test-{uuid.uuid4().hex[:12]}"

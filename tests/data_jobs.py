@@ -20,7 +20,7 @@ from faulty_jobs import KillsItsReader
 from jobs import note
 
 from bulkhead import Dispatcher
-from bulkhead.engines.processes import segments
+from bulkhead.engines.processes import segments, worker_main
 
 MEGABYTE = 1 << 20
 
@@ -133,6 +133,11 @@ def give_back(*disps: Dispatcher) -> None:
 
 
 # Jobs
+
+
+def keep_shared_briefly() -> None:
+    """As an initializer: have the worker give shared objects back soon after a job."""
+    worker_main._KEEP_SHARED_FOR = 0.02
 
 
 def filled(value: int, size: int) -> np.ndarray:

@@ -5,6 +5,7 @@ disp.dispatch(job)     # job.priority picks the pool; blocks until a worker ther
 disp.barrier()         # phase over
 """
 
+import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -15,18 +16,23 @@ from bulkhead.config import Pool
 from bulkhead.dispatcher import Dispatcher
 from bulkhead.engines.processes.sharing import Shared
 from bulkhead.errors import (
+    BadMessage,
     BarrierTimeout,
+    BrokerUnavailable,
     BulkheadError,
     ConfigError,
     ConfigTypeError,
     DispatcherFinalized,
     DuplicateJobId,
     JobCancelled,
+    JobDiscarded,
     JobNotFound,
     JobNotPicklable,
     JobsFailed,
     JobTimeout,
     MemoryLimitExceeded,
+    MessageTooLarge,
+    MissingExtra,
     MissingMainGuard,
     NestedDispatch,
     NoSharedMemory,
@@ -34,15 +40,20 @@ from bulkhead.errors import (
     PoolBroken,
     PoolFull,
     RemoteError,
+    ResultNotFound,
+    ScheduleNotFound,
+    Snooze,
     StartDeadlineExceeded,
     UnknownPriority,
+    UnknownQueue,
+    UnknownTask,
     Unrecoverable,
     WaitTimeout,
     WorkerCrashed,
 )
 from bulkhead.job import Job
 from bulkhead.prepared import worker_state
-from bulkhead.retry import RetryPolicy
+from bulkhead.retry import Backoff, RetryPolicy
 from bulkhead.stats import (
     BarrierReport,
     DispatcherStats,
@@ -55,10 +66,17 @@ from bulkhead.tracker import JobStatus, Tracker
 
 if TYPE_CHECKING:
     from bulkhead.process_pool_executor import ProcessPoolExecutor as ProcessPoolExecutor
+    from bulkhead.service.app import App as App
+    from bulkhead.service.context import current_job as current_job
+    from bulkhead.service.middleware.base import Middleware as Middleware
 
 __all__ = [
+    "App",
+    "Backoff",
+    "BadMessage",
     "BarrierReport",
     "BarrierTimeout",
+    "BrokerUnavailable",
     "BulkheadError",
     "ChainTracker",
     "CompositeStatus",
@@ -71,6 +89,7 @@ __all__ = [
     "GroupTracker",
     "Job",
     "JobCancelled",
+    "JobDiscarded",
     "JobNotFound",
     "JobNotPicklable",
     "JobState",
@@ -79,6 +98,9 @@ __all__ = [
     "JobsFailed",
     "MapProgress",
     "MemoryLimitExceeded",
+    "MessageTooLarge",
+    "Middleware",
+    "MissingExtra",
     "MissingMainGuard",
     "NestedDispatch",
     "NoSharedMemory",
@@ -91,15 +113,21 @@ __all__ = [
     "ProcessPoolExecutor",
     "Progress",
     "RemoteError",
+    "ResultNotFound",
     "RetryPolicy",
+    "ScheduleNotFound",
     "Shared",
+    "Snooze",
     "StartDeadlineExceeded",
     "Tracker",
     "UnknownPriority",
+    "UnknownQueue",
+    "UnknownTask",
     "Unrecoverable",
     "WaitTimeout",
     "WorkerCrashed",
     "chain",
+    "current_job",
     "group",
     "worker_state",
 ]
@@ -110,11 +138,26 @@ __version__ = "0.1.0"
 logging.getLogger("bulkhead").addHandler(logging.NullHandler())
 
 
-def __getattr__(name: str) -> Any:
-    # Why not above: it imports concurrent.futures.process, and every worker imports this.
-    if name == "ProcessPoolExecutor":
-        from bulkhead.process_pool_executor import ProcessPoolExecutor
+# Why not above: they import concurrent.futures.process, or what the extra queue brings, and every worker imports this.
+_LATER = {
+    "App": "bulkhead.service.app",
+    "Middleware": "bulkhead.service.middleware.base",
+    "ProcessPoolExecutor": "bulkhead.process_pool_executor",
+    "current_job": "bulkhead.service.context",
+}
 
-        globals()[name] = ProcessPoolExecutor
-        return ProcessPoolExecutor
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        found = getattr(importlib.import_module(_LATER[name]), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("bulkhead"):
+            raise
+        raise MissingExtra(
+            f"bulkhead.{name} needs the package {error.name}, which is missing: pip install 'bulkhead-pool[queue]'",
+            name=error.name,
+        ) from error
+    globals()[name] = found
+    return found

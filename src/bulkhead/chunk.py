@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bulkhead._kernel.lifecycle import JobState
-from bulkhead.errors import JobTimeout, WorkerCrashed
+from bulkhead.errors import JobTimeout, WorkerCrashed, is_of
 from bulkhead.retry import RetryPolicy
 from bulkhead.tracker import JobHome, Tracker
 
@@ -133,7 +133,7 @@ class Chunk(Tracker):
             return
         self._errors[index] = error
         self._failed_now.append(index)
-        if not isinstance(error, (JobTimeout, WorkerCrashed)):  # these name the item
+        if not is_of(error, JobTimeout, WorkerCrashed):  # these name the item
             _note(error, f"while running item {self.first + index} of a map")
 
     def reject(self, error: BaseException) -> None:
@@ -324,6 +324,6 @@ class Outcomes(Iterator[Any]):
         self._at += 1
         if error is None:
             return value
-        if isinstance(error, StopIteration):
+        if is_of(error, StopIteration):
             raise RuntimeError("an item of the map raised StopIteration") from error  # as a generator does
         raise error

@@ -12,7 +12,7 @@ from bulkhead import validate
 from bulkhead.errors import ConfigError, ConfigTypeError
 from bulkhead.retry import RetryPolicy
 
-__all__ = ["CaptureMode", "Pool", "StartMethod", "niceness_step", "pools_from"]
+__all__ = ["MOST_WORKERS", "CaptureMode", "Pool", "StartMethod", "niceness_step", "pools_from"]
 
 StartMethod = Literal["fork", "forkserver", "spawn"]
 
@@ -21,6 +21,10 @@ _START_METHODS = ("fork", "forkserver", "spawn")
 CaptureMode = Literal["tagged", "plain", "silent"]
 
 _CAPTURE_MODES = ("tagged", "plain", "silent")
+
+# Workers of one pool at most. Each is a process with some six descriptors in the caller; beyond this it is a mistake,
+# and better told than tried.
+MOST_WORKERS = 10_000
 
 # Niceness between two neighbouring ranks. Why 5: the scheduler weighs each step by about 1.25, so 5 steps give the
 # more urgent pool three times the CPU share, and four ranks fit into the scale.
@@ -34,7 +38,7 @@ class Pool:
 
     Args:
         priority: Picks the pool for a job; a larger one is more urgent. Any int.
-        n_workers: Number of processes, and so of jobs that run at once; at least 1.
+        n_workers: Number of processes, and so of jobs that run at once; 1 to 10,000.
         backlog: How many accepted jobs may wait beyond the workers before `dispatch` blocks. None is unbounded: then
             the caller's memory is the bound.
         name: For messages and statistics; "pool <priority>" by default.
@@ -82,7 +86,8 @@ class Pool:
     def __post_init__(self) -> None:
         put = object.__setattr__
         put(self, "priority", validate.whole_number("priority", self.priority))
-        put(self, "n_workers", validate.whole_number("n_workers", self.n_workers, at_least=1))
+        n_workers = validate.whole_number("n_workers", self.n_workers, at_least=1, at_most=MOST_WORKERS)
+        put(self, "n_workers", n_workers)
         if self.backlog is not None:
             put(self, "backlog", validate.whole_number("backlog", self.backlog, at_least=0))
         if self.name is not None and not isinstance(self.name, str):

@@ -38,10 +38,22 @@ from bulkhead.errors import (
     PoolFull,
     RemoteError,
     UnknownPriority,
+    is_of,
 )
 from bulkhead.feeding import Feeder
 from bulkhead.history import History
-from bulkhead.job import Composition, Job, Options, call_of, name_of, options_of, times_of
+from bulkhead.job import (
+    FOLLOW_UPS,
+    Composition,
+    Job,
+    Options,
+    call_of,
+    name_of,
+    name_of_job,
+    options_of,
+    times_of,
+)
+from bulkhead.journal import NOT_RECORDED, Journal, Journaled
 from bulkhead.mapping import MapOptions, Results
 from bulkhead.planning import Nowhere, Plan
 from bulkhead.spans import BarrierMark
@@ -81,6 +93,9 @@ class Dispatcher:
         max_history: How many settled jobs can be found by their id; fewer when their results take more than 64 MiB. A
             tracker that you hold keeps its result however old it is.
         max_timeline: How many attempts of each pool `timeline` shows, the last ones; 100,000 take some 20 MB. 0: none.
+        journal: A file in which successes of jobs with ids of their own are recorded, for as long as it exists. A job
+            that is recorded there is not run again: its tracker has succeeded with the recorded result. See
+            journal.py for what a kill can cost.
         progress: True draws a bar for each pool on standard error, or prints a line now and then where that is no
             terminal (needs the extra "cli"). A function is called with a `Progress` five times a second, in a thread
             of its own.
@@ -104,6 +119,7 @@ class Dispatcher:
         job_expiry: float = 300.0,
         max_history: int = 10_000,
         max_timeline: int = 100_000,
+        journal: str | os.PathLike[str] | None = None,
         progress: bool | Callable[[Progress], object] = False,
     ) -> None:
         refuse_while_importing()
@@ -114,6 +130,7 @@ class Dispatcher:
         self._displays: list[Displays] = []  # none or one: made when it is needed
         if progress is not False:
             _check_progress(progress)
+        self._journal = None if journal is None else Journal(journal)
         self._epoch = time.monotonic(), time.time()
         self._barriers: deque[BarrierMark] = deque(maxlen=_MAX_BARRIERS)
         self._pid = os.getpid()
@@ -139,10 +156,10 @@ class Dispatcher:
             # For jobs that name no priority.
             self._default_pool = self._pools.get(0) if len(self._pools) > 1 else pool
         except BaseException:
-            _end(list(self._pools.values()), self._displays, cancel=True, deadline=None)
+            self._end(cancel=True, deadline=None)
             raise
         self._finalizer = weakref.finalize(
-            self, _dropped, list(self._pools.values()), self._displays, self._pid
+            self, _dropped, list(self._pools.values()), self._displays, self._journal, self._pid
         )
         self._finalizer.atexit = False
         _not_finalized.add(self)
@@ -177,6 +194,10 @@ class Dispatcher:
         deadline = None
         if timeout is not None:
             deadline = time.monotonic() + validate.seconds("timeout", timeout, zero=True)
+        if self._journal is not None:
+            found = self._recalled(job)
+            if found is not None:
+                return found
         pool, tracker = self._prepared(job)
         if pool is None:
             pool = self._first_pool(tracker.plan)
@@ -213,6 +234,10 @@ class Dispatcher:
         Raises:
             What `dispatch` raises, but PoolFull.
         """
+        if self._journal is not None:
+            found = self._recalled(job)
+            if found is not None:
+                return found
         pool, tracker = self._prepared(job)
         if pool is None:
             pool = self._first_pool(tracker.plan)
@@ -426,7 +451,7 @@ class Dispatcher:
         deadline = None
         if timeout is not None:
             deadline = time.monotonic() + validate.seconds("timeout", timeout, zero=True)
-        _end(list(self._pools.values()), self._displays, cancel=cancel, deadline=deadline)
+        self._end(cancel=cancel, deadline=deadline)
         self._finalizer.detach()
         _not_finalized.discard(self)
 
@@ -503,27 +528,55 @@ class Dispatcher:
         """
         if self._depth != forks.depth:
             self._refuse_elsewhere()
+        if self._journal is not None:
+            job = self._journal.with_stand_ins(job)
         if type(job) is Job:
             # Why here too: it is on the way of every job.
             (fn, args, kwargs), options = job.call, job.checked
             name = fn.__qualname__ if type(fn) is FunctionType else name_of(fn)
         elif isinstance(job, Composition):
-            return None, Plan(job, self._route, self._history).head
+            return None, Plan(job, self._route, self._history, self._journal).head
         else:
             (fn, args, kwargs), options = call_of(job), options_of(job)
             name = name_of(fn, args)
         if options and ("on_success" in options or "on_failure" in options):
-            return None, Plan(job, self._route, self._history).head
+            return None, Plan(job, self._route, self._history, self._journal).head
         pool = self._pool_of(options["priority"]) if "priority" in options else self._default_pool
         if pool is None:
             pool = self._pool_of(None)
         config = pool.config
         payload = pool.pack(fn, args, kwargs, pool.segments)
-        tracker = Tracker(pool, payload, config.priority, config.timeout, config.retry)
+        if self._journal is None or "id" not in options:
+            tracker = Tracker(pool, payload, config.priority, config.timeout, config.retry)
+        else:
+            rest = config.priority, config.timeout, config.retry
+            tracker = Journaled(self._journal, pool, payload, *rest)
         tracker.function = name
         if options:
             self._apply(options, tracker)
         return pool, tracker
+
+    def _recalled(self, job: Any) -> Tracker | None:
+        """Return the tracker of a job that has succeeded before, or None."""
+        assert self._journal is not None
+        if type(job) is not Job or "id" not in job.checked or not job.checked.keys().isdisjoint(FOLLOW_UPS):
+            return None
+        if self._depth != forks.depth:
+            self._refuse_elsewhere()
+        pool = self._route(job.checked)
+        pool.check_open()
+        value = self._journal.recall(job.checked["id"])
+        if value is NOT_RECORDED:
+            return None
+        tracker = Tracker(pool, None, pool.config.priority)
+        tracker.function = name_of_job(job)
+        tracker.state, tracker.value, tracker.finished_at = JobState.SUCCEEDED, value, time.time()
+        self._history.recall(job.checked["id"], tracker)
+        return tracker
+
+    def _end(self, *, cancel: bool, deadline: float | None) -> None:
+        pools = list(self._pools.values())
+        _end(pools, self._displays, self._journal, cancel=cancel, deadline=deadline)
 
     def _first_pool(self, plan: Plan) -> ProcessPool:
         return plan.links[0].pool if plan.links else cast(ProcessPool, self._nowhere)
@@ -608,7 +661,14 @@ def _check_progress(option: object) -> None:
     checked(option)
 
 
-def _end(pools: list[ProcessPool], displays: list[Displays], *, cancel: bool, deadline: float | None) -> None:
+def _end(
+    pools: list[ProcessPool],
+    displays: list[Displays],
+    journal: Journal | None,
+    *,
+    cancel: bool,
+    deadline: float | None,
+) -> None:
     """Tear pools down; an interrupt on the way cancels what is left and is raised when everything is down."""
     try:
         _end_pools(pools, cancel=cancel, deadline=deadline)
@@ -616,6 +676,8 @@ def _end(pools: list[ProcessPool], displays: list[Displays], *, cancel: bool, de
         with calm():
             for display in displays:
                 display.end()
+            if journal is not None:
+                journal.close()
 
 
 def _end_pools(pools: list[ProcessPool], *, cancel: bool, deadline: float | None) -> None:
@@ -645,14 +707,14 @@ def _tear_down(pools: list[ProcessPool], *, cancel: bool, deadline: float | None
         pool.stop(deadline)
 
 
-def _dropped(pools: list[ProcessPool], displays: list[Displays], pid: int) -> None:
+def _dropped(pools: list[ProcessPool], displays: list[Displays], journal: Journal | None, pid: int) -> None:
     """Tear down a dispatcher that nobody refers to any more: accepted jobs end, then the processes."""
     if os.getpid() == pid:
         # Why a thread: the garbage collector may call this anywhere, under a pool's lock as well. Not a daemon, so that
         # the interpreter waits for it.
         threading.Thread(
             target=_end,
-            args=(pools, displays),
+            args=(pools, displays, journal),
             kwargs={"cancel": False, "deadline": None},
             name="bulkhead-dropped",
         ).start()
@@ -719,7 +781,9 @@ def _raise_failures(report: BarrierReport) -> NoReturn:
 
 def _groupable(job: Tracker) -> Exception:
     error = job.error
-    if isinstance(error, Exception):
+    assert error is not None
+    if is_of(error, Exception):
+        assert isinstance(error, Exception)
         return error
     return RemoteError(
         f"{type(error).__qualname__}: {error}"

@@ -7,22 +7,27 @@ the message is the only positional argument, every other fact is an attribute.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 __all__ = [
+    "BadMessage",
     "BarrierTimeout",
+    "BrokerUnavailable",
     "BulkheadError",
     "ConfigError",
     "ConfigTypeError",
     "DispatcherFinalized",
     "DuplicateJobId",
     "JobCancelled",
+    "JobDiscarded",
     "JobNotFound",
     "JobNotPicklable",
     "JobTimeout",
     "JobsFailed",
     "MemoryLimitExceeded",
+    "MessageTooLarge",
+    "MissingExtra",
     "MissingMainGuard",
     "NestedDispatch",
     "NoSharedMemory",
@@ -31,12 +36,21 @@ __all__ = [
     "PoolFull",
     "RemoteError",
     "RemoteTraceback",
+    "ResultNotFound",
+    "ScheduleNotFound",
+    "Snooze",
     "StartDeadlineExceeded",
     "UnknownPriority",
+    "UnknownQueue",
+    "UnknownTask",
     "Unrecoverable",
     "WaitTimeout",
     "WorkerCrashed",
 ]
+
+
+# Why not the attribute: a metaclass of the user's may have one of its own.
+_qualname_of: Callable[[type], str] = vars(type)["__qualname__"].__get__
 
 
 class BulkheadError(Exception):
@@ -209,6 +223,72 @@ class Unrecoverable(BulkheadError):
     """Raise this in a job (or derive from it) to say that trying again is useless: no retry policy applies."""
 
 
+class Snooze(BulkheadError):
+    """Raise this in a task to have its job put back, to run again after `delay` seconds; that is no failed attempt.
+
+    Attributes:
+        delay: Seconds, at least 0.
+    """
+
+    delay: float = 0.0
+
+    def __init__(self, delay: float | str = 0.0, **facts: Any) -> None:
+        if not isinstance(delay, str):  # a text is the message, as pickling gives it back
+            facts["delay"] = _delay(delay)
+            delay = f"snoozed for {facts['delay']:g} s"
+        super().__init__(delay, **facts)
+
+
+class JobDiscarded(BulkheadError):
+    """Raise this in a task, or in `handle` of a middleware, to drop its job: no attempt follows, and no dead letter.
+
+    The job has failed then, with the message as the reason.
+    """
+
+
+class BrokerUnavailable(BulkheadError, ConnectionError):
+    """The server or file that keeps the jobs cannot be reached. What was asked for may or may not have been done.
+
+    Asking again is safe: a job that has an id is not doubled.
+    """
+
+
+class MessageTooLarge(BulkheadError, ValueError):
+    """A job's arguments, or a result, are larger than the server takes. Nothing was kept.
+
+    Attributes:
+        size_bytes: How large it is.
+        limit_bytes: How large it may be.
+    """
+
+    size_bytes: int = 0
+    limit_bytes: int = 0
+
+
+class BadMessage(BulkheadError, ValueError):
+    """What lies in the queue is no job of this application: it cannot be decoded, or its signature is wrong."""
+
+
+class MissingExtra(BulkheadError, ImportError):
+    """A package that this needs is not installed; the message has the command that installs it."""
+
+
+class UnknownTask(BulkheadError, LookupError):
+    """The application has no task of this name. Nothing was enqueued."""
+
+
+class UnknownQueue(BulkheadError, LookupError):
+    """The application has no queue of this name. Nothing was changed."""
+
+
+class ResultNotFound(BulkheadError, LookupError):
+    """The job is known, but there is no result: it has not ended, or it left none, or that was deleted."""
+
+
+class ScheduleNotFound(BulkheadError, LookupError):
+    """There is no schedule of this name."""
+
+
 class RemoteTraceback(Exception):
     """The `__cause__` of an exception that came from a job: prints the worker's traceback.
 
@@ -256,7 +336,28 @@ class JobsFailed(BulkheadError, ExceptionGroup[Exception]):
         return JobsFailed(self.message, excs, job_ids=found, total=len(excs))
 
 
+def _delay(value: float) -> float:
+    if type(value) not in (int, float) or not 0 <= value < float("inf"):
+        raise ConfigError(f"delay must be a finite number of seconds, at least 0, not {value!r}")
+    return float(value)
+
+
+def is_of(error: BaseException, *kinds: type[BaseException]) -> bool:
+    """Tell whether `except kinds` would catch the error. Runs no code of the error's class, as `isinstance` may."""
+    return any(type.__subclasscheck__(kind, type(error)) for kind in kinds)
+
+
+def type_name_of(error: BaseException) -> str:
+    """Return the qualified name of an error's type, or of the type that a RemoteError stands for. As `is_of`."""
+    if is_of(error, RemoteError):
+        assert isinstance(error, RemoteError)
+        if error.type_name:
+            return error.type_name
+    return _qualname_of(type(error))
+
+
 def _leaves(error: BaseException) -> list[BaseException]:
-    if not isinstance(error, BaseExceptionGroup):
+    if not is_of(error, BaseExceptionGroup):
         return [error]
+    assert isinstance(error, BaseExceptionGroup)
     return [leaf for part in error.exceptions for leaf in _leaves(part)]

@@ -22,6 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, InvalidStateError
+from concurrent.futures._base import CANCELLED_AND_NOTIFIED
 from functools import partial
 from typing import Any, NoReturn
 
@@ -316,9 +317,10 @@ class _Book:
 class _Delivery:
     """Settles a future when the pool tells that its job has settled."""
 
-    __slots__ = ("_book", "_future", "_job")
+    __slots__ = ("_book", "_future", "_has_begun", "_job")
 
     def __init__(self, future: JobFuture, job: Tracker, book: _Book) -> None:
+        self._has_begun = False
         self._future = future
         self._job = job
         self._book = book
@@ -326,19 +328,38 @@ class _Delivery:
     def fire(self) -> None:
         """The job has settled. Under the pool's lock."""
         future, job = self._future, self._job
+        is_again, self._has_begun = self._has_begun, True
+        if is_again and future.done():
+            _tell_again(future)
+        else:
+            self._settle(future, job)
+        future._job = None
+        self._book.strike(future)
+
+    def _settle(self, future: JobFuture, job: Tracker) -> None:
         try:
             if job.state is JobState.SUCCEEDED:
                 future.set_result(job.value)
             elif job.state is JobState.CANCELLED:
-                Future.cancel(future)
-                future.set_running_or_notify_cancel()
+                if not future.done() and Future.cancel(future):
+                    future.set_running_or_notify_cancel()
             else:
                 assert job.error is not None
                 future.set_exception(as_executors_raise(job.error))
         except InvalidStateError:
             pass  # somebody has settled the future in his own way
-        future._job = None
-        self._book.strike(future)
+
+
+def _tell_again(future: JobFuture) -> None:
+    """Finish what an exception has broken off that struck while the future was being settled."""
+    with future._condition:
+        if future.cancelled():
+            future._state = CANCELLED_AND_NOTIFIED
+        for waiter in future._waiters:  # those of wait() and as_completed()
+            if future not in waiter.finished_futures:
+                waiter.add_result(future)
+        future._condition.notify_all()
+    future._invoke_callbacks()  # type: ignore[attr-defined]  # each runs once, see `add_done_callback`
 
 
 def _packed(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from concurrent.futures.process import BrokenProcessPool
 
-from bulkhead.errors import BulkheadError, PoolBroken, RemoteError, WorkerCrashed
+from bulkhead.errors import BulkheadError, PoolBroken, RemoteError, WorkerCrashed, is_of
 
 __all__ = ["BrokenPool", "CrashedWorker", "Unreadable", "as_executors_raise"]
 
@@ -33,7 +33,8 @@ def as_executors_raise(error: BaseException) -> BaseException:
         return _as(CrashedWorker, error)
     if kind is PoolBroken:
         return _as(BrokenPool, error)
-    if isinstance(error, RemoteError):
+    if is_of(error, RemoteError):
+        assert isinstance(error, RemoteError)
         if error.is_unreadable:
             return _as(Unreadable, error)
         if error.original is not None:

@@ -95,6 +95,16 @@ class History:
             else:
                 job.id = number
 
+    def recall(self, job_id: Hashable, job: Tracker) -> None:
+        """Note a job that has succeeded before this dispatcher was made.
+
+        Raises:
+            DuplicateJobId: A live job has its id.
+        """
+        self.reserve(job_id, job)
+        self.enter(job)
+        self.settle(job)
+
     def settle(self, job: Any) -> None:
         """Note that a job has settled, and drop what is too old or too much."""
         if not job.is_kept:
@@ -149,9 +159,9 @@ class History:
         return iter(list(self._jobs.values()))
 
     def live(self, priority: int) -> list[Tracker]:
-        """Return the jobs of a pool that are accepted and not settled."""
-        known = list(self._jobs.values())
-        return [job for job in known if job.priority == priority and job.state not in (*SETTLED, None)]
+        """Return the jobs of a pool that are accepted and not settled, or settled while somebody waits to be told."""
+        known = [job for job in list(self._jobs.values()) if job.priority == priority]
+        return [job for job in known if job.state not in (*SETTLED, None) or job.waiters is not None]
 
     def _drop_first(self) -> None:
         try:

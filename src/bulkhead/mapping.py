@@ -439,8 +439,9 @@ class _News:
         self.bell = Bell()
 
     def settle(self, chunk: Chunk) -> None:
-        """A chunk has settled."""
-        self.settled.append(chunk)
+        """A chunk has settled. May be said twice in a row, when an exception has struck here."""
+        if not self.settled or self.settled[-1] is not chunk:
+            self.settled.append(chunk)
         for tally in self._tallies:
             tally.count(chunk)
 
@@ -452,17 +453,21 @@ class _Watch:
         self._news = news
         self._chunk = chunk
 
-    def fire(self) -> None:
-        """Something has happened to the chunk: accepted, refused or settled. Called under the pool's lock."""
+    def fire(self) -> bool:
+        """Something has happened to the chunk: accepted, refused or settled. Called under the pool's lock.
+
+        Returns:
+            Whether its end is still to come.
+        """
         chunk, news = self._chunk, self._news
         if chunk.state in SETTLED:
             news.settle(chunk)
         elif chunk.state is None:
             news.is_refused = True
         else:
-            chunk.waiters = [self]
-            return
+            return True
         news.bell.ring()
+        return False
 
 
 class _Input:

@@ -8,13 +8,13 @@
 Accepted as a whole: dispatch waits for room for the first job, as for any; when it is accepted, so is all the rest,
 which from then on waits in its pools as delayed jobs do, needing no room. If it is not, nothing has happened.
 
-Two things may be asked for twice, and do harm in neither case: `begin` (by the dispatching thread, by the pool that
-accepts a waiting offer, by the end of the first job: a Ctrl-C may keep the first from it) and to retract promises (by
-the dispatching thread, by the pool that refuses).
+What may be asked for twice, and does no harm then: `begin` (by the dispatching thread, by the pool that accepts a
+waiting offer, by the end of the first job: a Ctrl-C may keep the first from it), to retract promises (by the
+dispatching thread, by the pool that refuses), and what follows the end of a job (see settling.py).
 
-What happens when a job ends: its waiters are fired under its pool's lock, where they do no more than count; the last
-one hands an errand to the thread of the pool that is next (links.py). An errand takes no lock but its own pool's: what
-concerns another it hands on to that one's thread.
+What happens when a job ends: its waiters are fired under its pool's lock, where they do no more than strike the job off
+a list; the last one hands an errand to the thread of the pool that is next (links.py). An errand takes no lock but its
+own pool's: what concerns another it hands on to that one's thread.
 
 Nothing can follow itself: groups, chains and Jobs are made of what exists already, and cannot be changed.
 """
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import count, pairwise
+from itertools import pairwise
 from typing import Any
 
 from bulkhead._kernel.lifecycle import SETTLED, JobState
@@ -41,7 +41,7 @@ from bulkhead.composition import (
 from bulkhead.engines.processes.later import Later, run_later
 from bulkhead.engines.processes.payload import cannot
 from bulkhead.engines.processes.pool import ProcessPool
-from bulkhead.errors import JobCancelled
+from bulkhead.errors import ConfigError, JobCancelled, is_of
 from bulkhead.history import History
 from bulkhead.job import FOLLOW_UPS, Options, call_of, fed_call_of, name_of_job, options_of, times_of
 from bulkhead.tracker import Tracker
@@ -50,6 +50,10 @@ from bulkhead.validate import shown
 __all__ = ["Link", "Nowhere", "Plan"]
 
 _NOTHING = object()  # what the first job of all is fed
+
+# How many groups, chains and follow-ups may be inside one another. Why: each level costs frames of Python's stack here
+# and in whatever looks at the handle, and more levels than a person writes are better made flat.
+_DEEPEST = 100
 
 Route = Callable[[Options], ProcessPool]
 
@@ -61,14 +65,17 @@ class Link(Tracker):
         pool: Where it runs.
         job, options: What the caller wrote.
         call: Its call, pickled, until it is fed.
+        journal: Where its success is recorded, or None.
         on_success, on_failure: What follows it by its options.
         is_extra: It is (a part of) a follow-up by options: it is accepted only when it is known to run.
         plan: Of the whole, for its first job.
     """
 
-    __slots__ = ("call", "is_extra", "job", "on_failure", "on_success", "options", "plan", "pool")
+    __slots__ = ("call", "is_extra", "job", "journal", "on_failure", "on_success", "options", "plan", "pool")
 
-    def __init__(self, pool: ProcessPool, job: Any, options: Options, *, is_extra: bool) -> None:
+    def __init__(
+        self, pool: ProcessPool, job: Any, options: Options, *, is_extra: bool, journal: Any = None
+    ) -> None:
         config = pool.config
         timeout = options.get("timeout", config.timeout)
         super().__init__(pool, None, config.priority, timeout, options.get("retry", config.retry))
@@ -80,6 +87,7 @@ class Link(Tracker):
         self.is_extra = is_extra
         self.call: Later | None = None
         self.plan: Plan | None = None
+        self.journal = journal if "id" in options else None
         self.on_success: Part | None = None
         self.on_failure: Part | None = None
 
@@ -137,6 +145,7 @@ class Plan:
         history: Where ids are reserved.
 
     Raises:
+        ConfigError: More than 100 groups, chains and follow-ups are inside one another.
         ConfigError, UnknownPriority, JobNotPicklable: A job cannot be run as it is.
 
     Attributes:
@@ -144,10 +153,11 @@ class Plan:
         links: All its jobs in order, follow-ups included.
     """
 
-    def __init__(self, job: Any, route: Route, history: History) -> None:
+    def __init__(self, job: Any, route: Route, history: History, journal: Any = None) -> None:
         self._history = history
+        self._journal = journal
         self.links: list[Link] = []
-        self._whole = self._built(job, route, is_extra=False)
+        self._whole = self._built(job, route, 0, is_extra=False)
         self._starters = list(_starters(self._whole, _NOTHING))
         for link, previous in self._starters:
             link.pack_now(previous)
@@ -161,17 +171,26 @@ class Plan:
 
     # Building
 
-    def _built(self, job: Any, route: Route, *, is_extra: bool) -> Part:
+    def _built(self, job: Any, route: Route, depth: int, *, is_extra: bool) -> Part:
+        if depth > _DEEPEST:
+            raise ConfigError(
+                f"groups, chains and follow-ups may be at most {_DEEPEST} deep inside one another; a chain of chains "
+                "can be written as one chain, and a follow-up of a follow-up as a chain that follows"
+            )
         if isinstance(job, Group):
-            return GroupTracker([self._built(part, route, is_extra=is_extra) for part in job.parts])
+            return GroupTracker(
+                [self._built(part, route, depth + 1, is_extra=is_extra) for part in job.parts]
+            )
         if isinstance(job, Chain):
-            return ChainTracker([self._built(part, route, is_extra=is_extra) for part in job.parts])
+            return ChainTracker(
+                [self._built(part, route, depth + 1, is_extra=is_extra) for part in job.parts]
+            )
         call_of(job)  # raises for what is no job
         options = options_of(job)
-        link = Link(route(options), job, options, is_extra=is_extra)
+        link = Link(route(options), job, options, is_extra=is_extra, journal=self._journal)
         self.links.append(link)
         link.on_success, link.on_failure = (
-            self._built(options[name], route, is_extra=True) if name in options else None
+            self._built(options[name], route, depth + 1, is_extra=True) if name in options else None
             for name in FOLLOW_UPS
         )
         return link
@@ -373,25 +392,25 @@ class _End:
         self._job = job
         self._then = then
 
-    def fire(self) -> None:
-        job = self._job
-        if job.state in SETTLED:
+    def fire(self) -> bool:
+        if self._job.state in SETTLED:
             self._then()
-        elif job.state is not None:  # it was offered and is accepted; its end is still to come
-            job.waiters = [*(job.waiters or ()), self]
+            return False
+        return self._job.state is not None  # it was offered and is accepted: its end is still to come
 
 
 def _when_settled(leaves: Sequence[Tracker], then: Callable[[], None]) -> None:
-    """Have `then` called, under the lock of some pool, when the last of these jobs has settled."""
-    # Why a count object: its step is atomic, and the jobs may be those of several pools.
-    ended, number = count(1), len(leaves)
+    """Have `then` called, under the lock of some pool, when the last of these jobs has settled; perhaps twice."""
+    # Why a set: its steps are atomic, the jobs may be those of several pools, and one may be told of twice.
+    left = {id(leaf) for leaf in leaves}
 
-    def one_has_ended() -> None:
-        if next(ended) == number:
+    def one_has_ended(leaf: Tracker) -> None:
+        left.discard(id(leaf))
+        if not left:
             then()
 
     for leaf in leaves:
-        leaf.waiters = [*(leaf.waiters or ()), _End(leaf, one_has_ended)]
+        leaf.waiters = [*(leaf.waiters or ()), _End(leaf, partial(one_has_ended, leaf))]
 
 
 def _starters(part: Part, previous: Any) -> Iterator[tuple[Link, Any]]:
@@ -420,10 +439,11 @@ def _send(previous: Any, link: Link) -> None:
 
 def _call_off(before: Part, error: BaseException, link: Link) -> None:
     what = f"job {shown(before.id)}" if isinstance(before, Tracker) else f"a job of {shown(before.id)}"
-    how = "was cancelled" if isinstance(error, JobCancelled) else "has failed"
+    is_cancelled = is_of(error, JobCancelled)
+    how = "was cancelled" if is_cancelled else "has failed"
     cancelled = JobCancelled(f"job {shown(link.id)} was cancelled, as {what} before it {how}")
     # Why the first cause: in a long chain each would be the cause of the next.
-    first = error.__cause__ if isinstance(error, JobCancelled) else None
+    first = error.__cause__ if is_cancelled else None
     cancelled.__cause__ = error if first is None else first
     link.pool.links.call_off(link, cancelled)
 

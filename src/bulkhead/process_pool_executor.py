@@ -17,7 +17,7 @@ from multiprocessing.context import BaseContext
 from typing import Any
 
 from bulkhead import validate
-from bulkhead.config import Pool, StartMethod
+from bulkhead.config import MOST_WORKERS, Pool, StartMethod
 from bulkhead.dispatcher import Dispatcher
 from bulkhead.errors import ConfigError, ConfigTypeError
 from bulkhead.executor import PoolExecutor
@@ -58,7 +58,9 @@ class ProcessPoolExecutor(PoolExecutor):
         *,
         max_tasks_per_child: int | None = None,
     ) -> None:
-        n_workers = _usable_cpus() if max_workers is None else _checked("max_workers", max_workers)
+        n_workers = (
+            _usable_cpus() if max_workers is None else _checked("max_workers", max_workers, MOST_WORKERS)
+        )
         method = _start_method(mp_context, max_tasks_per_child)
         if initializer is not None:
             validate.function("initializer", initializer)
@@ -151,10 +153,10 @@ def _start_method(context: BaseContext | None, max_tasks: int | None) -> StartMe
     return method  # type: ignore[no-any-return]
 
 
-def _checked(name: str, value: int) -> int:
-    number = validate.whole_number(name, value)
+def _checked(name: str, value: int, at_most: int | None = None) -> int:
+    number = validate.whole_number(name, value, at_most=at_most)
     if number <= 0:
-        raise ConfigError(f"{name} must be greater than 0, not {number}")
+        raise ConfigError(f"{name} must be greater than 0, not {validate.shown(number)}")
     return number
 
 

@@ -5,43 +5,33 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 
 from bulkhead import validate
-from bulkhead.errors import ConfigError, ConfigTypeError, Unrecoverable
+from bulkhead.errors import ConfigError, ConfigTypeError, Unrecoverable, is_of
 
-__all__ = ["RetryPolicy"]
+__all__ = ["Backoff", "RetryPolicy"]
 
 
 @dataclass(frozen=True, slots=True)
-class RetryPolicy:
-    """Try a failed job again, with exponential backoff and jitter; its slot is free meanwhile.
+class Backoff:
+    """Pauses between attempts: exponential, with jitter.
 
     Args:
-        max_attempts: Runs in all, the first included; at least 1.
         initial: Seconds before the second attempt, at least 0.
         factor: The pause grows by this from attempt to attempt; at least 1.
         jitter: Each pause is drawn evenly from ± this share of it, 0 to 1.
         maximum: Longest pause in seconds.
-        retry_on: Exception types worth another attempt. A crash is a `WorkerCrashed`, a timeout a `JobTimeout`: name
-            the types to retry some kinds of failure and not others. `Unrecoverable` is never retried.
-
-    Example:
-        >>> RetryPolicy(3, initial=1.0, jitter=0.0).pause(attempt=2, draw=0.5)
-        1.6
 
     Source: the defaults are those of taylorchu/work and Bifrost's kin; backoff with jitter as in AWS' "Exponential
     Backoff And Jitter" (Brooker, 2015).
     """
 
-    max_attempts: int
     _: KW_ONLY
     initial: float = 1.0
     factor: float = 1.6
     jitter: float = 0.2
     maximum: float = 3600.0
-    retry_on: tuple[type[BaseException], ...] = (Exception,)
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        put(self, "max_attempts", validate.whole_number("max_attempts", self.max_attempts, at_least=1))
         put(self, "initial", validate.seconds("initial", self.initial, zero=True))
         put(self, "factor", validate.seconds("factor", self.factor))
         put(self, "jitter", validate.seconds("jitter", self.jitter, zero=True))
@@ -50,7 +40,6 @@ class RetryPolicy:
             raise ConfigError(f"factor must be at least 1, not {self.factor}")
         if self.jitter > 1:
             raise ConfigError(f"jitter must be at most 1, not {self.jitter}")
-        put(self, "retry_on", _exception_types(self.retry_on))
 
     def pause(self, attempt: int, draw: float) -> float:
         """Return the seconds between a failed attempt and the next.
@@ -65,12 +54,38 @@ class RetryPolicy:
             pause = self.maximum if self.initial else 0.0
         return min(pause * (1 + self.jitter * (2 * draw - 1)), self.maximum)
 
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy(Backoff):
+    """Try a failed job again, with exponential backoff and jitter; its slot is free meanwhile.
+
+    Args:
+        max_attempts: Runs in all, the first included; at least 1.
+        initial, factor, jitter, maximum: See `Backoff`.
+        retry_on: Exception types worth another attempt, matched as `except` does it. A crash is a `WorkerCrashed`, a
+            timeout a `JobTimeout`: name the types to retry some kinds of failure and not others. `Unrecoverable` is
+            never retried.
+
+    Example:
+        >>> RetryPolicy(3, initial=1.0, jitter=0.0).pause(attempt=2, draw=0.5)
+        1.6
+    """
+
+    max_attempts: int
+    _: KW_ONLY
+    retry_on: tuple[type[BaseException], ...] = (Exception,)
+
+    def __post_init__(self) -> None:
+        # Why not super(): a dataclass with slots is another class than the one that super() would look in.
+        Backoff.__post_init__(self)
+        put = object.__setattr__
+        put(self, "max_attempts", validate.whole_number("max_attempts", self.max_attempts, at_least=1))
+        put(self, "retry_on", _exception_types(self.retry_on))
+
     def allows(self, attempt: int, error: BaseException) -> bool:
         """Tell whether another attempt may follow `attempt`, which failed with `error`."""
         return (
-            attempt < self.max_attempts
-            and not isinstance(error, Unrecoverable)
-            and isinstance(error, self.retry_on)
+            attempt < self.max_attempts and not is_of(error, Unrecoverable) and is_of(error, *self.retry_on)
         )
 
 

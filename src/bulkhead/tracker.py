@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -16,10 +16,11 @@ from bulkhead._kernel.records import JobRecord
 from bulkhead.errors import (
     JobTimeout,
     NestedDispatch,
-    RemoteError,
     RemoteTraceback,
     WaitTimeout,
     WorkerCrashed,
+    is_of,
+    type_name_of,
 )
 from bulkhead.retry import RetryPolicy
 from bulkhead.validate import shown
@@ -76,6 +77,7 @@ class JobHome(Protocol):
     def add_waiter(self, job: JobRecord, waiter: Any) -> bool: ...
     def add_callback(self, job: JobRecord, callback: Callable[[Any], object]) -> None: ...
     def cancel(self, job: JobRecord) -> bool: ...
+    def cancel_waiting(self, jobs: Iterable[JobRecord]) -> None: ...
     def has_begun(self, job: JobRecord) -> bool: ...
     @property
     def lock(self) -> Any: ...
@@ -185,6 +187,10 @@ class Tracker(JobRecord):
         """
         return self._home.cancel(self)
 
+    def withdraw(self) -> None:
+        """Cancel the job if it waits; one that was sent to a worker goes on. For the service."""
+        self._home.cancel_waiting([self])
+
     def add_done_callback(self, fn: Callable[[Tracker], object]) -> None:
         """Have `fn(tracker)` called in this process when the job has settled, at once if it has.
 
@@ -248,11 +254,11 @@ def _described(error: BaseException | None) -> tuple[str | None, str | None, str
     if error is None:
         return None, None, None
     cause = error.__cause__
-    trace = cause.text if isinstance(cause, RemoteTraceback) else None
-    if isinstance(error, (JobTimeout, WorkerCrashed)):
+    trace = cause.text if type(cause) is RemoteTraceback else None
+    if is_of(error, JobTimeout, WorkerCrashed):
+        assert isinstance(error, (JobTimeout, WorkerCrashed))
         trace = error.stack or None
-    name = error.type_name if isinstance(error, RemoteError) and error.type_name else type(error).__qualname__
-    return name, _text(error), trace
+    return type_name_of(error), _text(error), trace
 
 
 def _text(error: BaseException) -> str:

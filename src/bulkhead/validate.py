@@ -22,9 +22,9 @@ def whole_number(option: str, value: Any, *, at_least: int | None = None, at_mos
             f"{option} must be a whole number, not {value!r} of type {type(value).__name__}"
         ) from None
     if at_least is not None and number < at_least:
-        raise ConfigError(f"{option} must be at least {at_least}, not {number}")
+        raise ConfigError(f"{option} must be at least {at_least}, not {shown(number)}")
     if at_most is not None and number > at_most:
-        raise ConfigError(f"{option} must be at most {at_most}, not {number}")
+        raise ConfigError(f"{option} must be at most {at_most}, not {shown(number)}")
     return number
 
 

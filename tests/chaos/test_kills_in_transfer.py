@@ -250,7 +250,7 @@ def timed(disp: Dispatcher, size: int) -> float:
 
 
 def test_every_round_trip_is_right_while_workers_are_killed_at_random(size: int) -> None:
-    kill_at_random(8, size, seed=size)
+    kill_at_random(4, size, seed=size)
 
 
 @pytest.mark.slow

@@ -133,8 +133,8 @@ def assert_settled_once(trackers: list[Tracker], results: list[int]) -> None:
     assert {tracker.status().state for tracker in trackers} == {JobState.SUCCEEDED}
 
 
-def test_2000_jobs_and_20_killed_workers_settle_once_each(start_method: str) -> None:
-    run_under_fire(2_000, 20, start_method, workers_of, seed=1)
+def test_2000_jobs_and_20_killed_workers_settle_once_each(usual_start_method: str) -> None:
+    run_under_fire(2_000, 20, usual_start_method, workers_of, seed=1)
 
 
 def test_2000_jobs_and_20_killed_workers_or_launchers_settle_once_each() -> None:

@@ -4,6 +4,8 @@ Each ```python block of README.md, CONTRIBUTING.md and docs/ becomes a script, w
 to write nothing to stderr. There is no way to leave a block out. A fragment that goes on from the block before it
 has the comment `<!-- continues -->` on the line above its fence (empty lines may come between); the two are one script.
 
+A block that needs a Redis finds its URL in the environment: REDIS_URL.
+
 Blocks in other languages (console, text, toml) are not run. A fence that this file cannot read is an error rather
 than a block nobody ran.
 """
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from servers import NatsServer, RedisServer
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -120,7 +123,14 @@ def test_a_block_of_the_documentation_runs(
     script: Script,
     tmp_path: Path,
     run_script: Callable[[Path], subprocess.CompletedProcess[str]],
+    redis_server: RedisServer,
+    nats_server: NatsServer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # A database that is empty: the blocks say what they print.
+    redis_server.cli("flushall")
+    monkeypatch.setenv("REDIS_URL", redis_server.url)
+    monkeypatch.setenv("NATS_URL", nats_server.url)
     file = tmp_path / f"{page.stem.lower()}_line_{script.line}.py"
     file.write_text(script.source, encoding="utf-8")
 

@@ -30,8 +30,8 @@ def output_of(run_script: Callable[..., subprocess.CompletedProcess[str]]) -> Ou
     return output
 
 
-def test_there_are_two_examples() -> None:
-    assert SCRIPTS == ["class_jobs.py", "function_jobs.py"]
+def test_there_are_three_examples() -> None:
+    assert SCRIPTS == ["class_jobs.py", "durable_archive.py", "function_jobs.py"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -53,6 +53,16 @@ def test_the_class_jobs_write_what_a_plain_loop_writes(output_of: OutputOf) -> N
     assert sums["bytes"] == sum(map(len, contents))
     assert sums["compressed"] == sum(len(zlib.compress(content, level=9)) for content in contents)
     assert sums["archive"] > sums["compressed"]
+
+
+def test_the_durable_archive_is_whole_though_two_workers_are_killed(output_of: OutputOf) -> None:
+    lines = output_of("durable_archive.py").splitlines()
+    n_files = len(list(STDLIB.glob("*.py")))
+
+    assert lines[0] == f"enqueued {n_files} files"
+    assert [line.split(" after")[0] for line in lines[1:3]] == ["worker 1 killed", "worker 2 killed"]
+    assert lines[3].startswith(f"all {n_files} files compressed, to ")
+    assert lines[3].endswith(f"; {n_files} succeeded")
 
 
 def test_the_function_jobs_count_what_a_sieve_counts(output_of: OutputOf) -> None:

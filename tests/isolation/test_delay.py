@@ -19,9 +19,9 @@ from bulkhead import BulkheadError, Dispatcher, Job, Pool
 
 # The promise: the median time from the call of dispatch to the start of the job in its worker (seconds).
 PROMISE = 0.050
-DISPATCHES = 50
+DISPATCHES = 30
 
-# Between two dispatches, so that fifty of them see more than one moment of the other pool (seconds).
+# Between two dispatches, so that thirty of them see more than one moment of the other pool (seconds).
 PAUSE = 0.01
 
 LARGE = 500 * faulty_jobs.MEGABYTE
@@ -68,7 +68,7 @@ def repeating(step: Callable[[], object]) -> Iterator[list[object]]:
 
 
 def delays(disp: Dispatcher, priority: int, until: Callable[[], bool] = lambda: True) -> list[float]:
-    """Measure fifty dispatches, and go on until `until()`."""
+    """Measure thirty dispatches, and go on until `until()`."""
     job = Job(faulty_jobs.instant_of_start).options(priority=priority)
     found: list[float] = []
     while len(found) < DISPATCHES or not until():

@@ -59,6 +59,16 @@ def test_a_backlog_of_none_is_unbounded_and_says_so(gate: Gate) -> None:
         assert all(tracker.done() for tracker in trackers)
 
 
+def test_a_backlog_may_be_any_number() -> None:
+    with Dispatcher([Pool(0, 1, backlog=10**5000)]) as disp:
+        assert [one.result() for one in disp.dispatch_all(Job(abs, -number) for number in range(4))] == [
+            0,
+            1,
+            2,
+            3,
+        ]
+
+
 @pytest.mark.parametrize("backlog", [0, 7, None])
 def test_jobs_of_a_pool_start_in_the_order_of_their_dispatch(backlog: int | None, tmp_path: Path) -> None:
     with Dispatcher([Pool(0, 1, backlog=backlog)]) as disp:

@@ -95,6 +95,8 @@ def refuse(make: Make, error: type[BaseException], *words: str) -> BaseException
         ([[0, 1]], ConfigTypeError, ["pools", "[0, 1]"]),
         ([(0, 0)], ConfigError, ["n_workers", "at least 1", "0"]),
         ([(1, 4), (0, -3)], ConfigError, ["n_workers", "at least 1", "-3"]),
+        ([(0, 10_001)], ConfigError, ["n_workers", "at most 10000", "10001"]),
+        ([(0, 10**30)], ConfigError, ["n_workers", "at most 10000"]),
         ([(0, 1.5)], ConfigTypeError, ["n_workers", "1.5", "float"]),
         ([("high", 1)], ConfigTypeError, ["priority", "'high'", "str"]),
         ([(None, 1)], ConfigTypeError, ["priority", "None"]),

@@ -25,13 +25,22 @@ from watching import (
 )
 
 from bulkhead import Dispatcher, Job, JobTimeout, Pool, PoolBroken, RemoteError, WorkerCrashed
+from bulkhead.engines.processes import pool, staff
 from bulkhead.engines.processes.segments import SegmentPool
 
 LARGE = 100 * faulty_jobs.MEGABYTE
 
 
 @pytest.fixture
-def disp(start_method: str) -> Iterator[Dispatcher]:
+def disp(usual_start_method: str) -> Iterator[Dispatcher]:
+    """Two workers, and room for jobs that wait behind the one that crashes."""
+    disp = Dispatcher([Pool(0, 2, backlog=None, start_method=usual_start_method)])
+    yield disp
+    disp.finalize(cancel=True)
+
+
+@pytest.fixture
+def disp_everywhere(start_method: str) -> Iterator[Dispatcher]:
     """Two workers, and room for jobs that wait behind the one that crashes."""
     disp = Dispatcher([Pool(0, 2, backlog=None, start_method=start_method)])
     yield disp
@@ -84,17 +93,17 @@ def test_a_worker_that_dies_while_it_runs_a_job_fails_that_job_alone_and_says_ho
     assert str(error.pid) in str(error)
 
 
-def test_an_idle_worker_that_is_killed_costs_no_job_and_is_replaced(disp: Dispatcher) -> None:
-    wait_until_whole(disp)
-    before = worker_pids(disp)
+def test_an_idle_worker_that_is_killed_costs_no_job_and_is_replaced(disp_everywhere: Dispatcher) -> None:
+    wait_until_whole(disp_everywhere)
+    before = worker_pids(disp_everywhere)
     for pid in before:
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not alive(before))
-    trackers = [disp.dispatch(Job(faulty_jobs.own_pid), timeout=PATIENCE) for _ in range(6)]
+    trackers = [disp_everywhere.dispatch(Job(faulty_jobs.own_pid), timeout=PATIENCE) for _ in range(6)]
     assert not {tracker.result(PATIENCE) for tracker in trackers} & set(before)
-    assert disp.barrier(timeout=PATIENCE).failed_count == 0
-    assert_whole(disp)
-    assert disp.stats()[0].restarts == 2
+    assert disp_everywhere.barrier(timeout=PATIENCE).failed_count == 0
+    assert_whole(disp_everywhere)
+    assert disp_everywhere.stats()[0].restarts == 2
 
 
 def test_a_job_that_was_sent_to_a_worker_which_died_before_reading_it_runs_elsewhere(
@@ -123,8 +132,10 @@ def test_a_kill_and_a_dispatch_at_the_same_time_end_in_a_result_or_a_crash(singl
     assert single.barrier(timeout=PATIENCE, check=False).failed_count + single.stats()[0].succeeded == 10
 
 
-def test_an_argument_that_kills_its_reader_fails_its_job_alone(disp: Dispatcher) -> None:
-    error = assert_only_this_fails(disp, Job(faulty_jobs.take, faulty_jobs.KillsItsReader()), WorkerCrashed)
+def test_an_argument_that_kills_its_reader_fails_its_job_alone(disp_everywhere: Dispatcher) -> None:
+    error = assert_only_this_fails(
+        disp_everywhere, Job(faulty_jobs.take, faulty_jobs.KillsItsReader()), WorkerCrashed
+    )
     assert isinstance(error, WorkerCrashed)
     assert error.signal == "SIGKILL"
 
@@ -249,7 +260,8 @@ def test_finalize_ends_a_worker_that_is_stopped_while_idle() -> None:
     assert not alive(pids)
 
 
-def test_finalize_ends_the_workers_of_a_launcher_that_is_stopped() -> None:
+def test_finalize_ends_the_workers_of_a_launcher_that_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_STOP", 0.3)  # which it waits for twice
     disp = Dispatcher([Pool(0, 2)])
     wait_until_whole(disp)
     pids = [*worker_pids(disp), launcher_pid(disp)]
@@ -258,7 +270,10 @@ def test_finalize_ends_the_workers_of_a_launcher_that_is_stopped() -> None:
     wait_until(lambda: not alive(pids), within=2)
 
 
-def test_a_crash_and_a_timeout_are_told_though_the_launcher_is_stopped() -> None:
+def test_a_crash_and_a_timeout_are_told_though_the_launcher_is_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(staff, "_REPORT", 0.3)  # which it waits for again and again
     with Dispatcher([Pool(0, 2, backlog=None)]) as disp:
         wait_until_whole(disp)
         os.kill(launcher_pid(disp), signal.SIGSTOP)
@@ -406,6 +421,7 @@ def test_what_a_job_printed_is_out_when_its_result_is_there(capfd: pytest.Captur
         assert capfd.readouterr().out == "hello from a job\n"
 
 
+@pytest.mark.alone  # the kernel counts whom it ends for want of memory for all processes together
 def test_a_crash_tells_the_largest_memory_and_does_not_blame_it_without_cause(disp: Dispatcher) -> None:
     size = 300 * faulty_jobs.MEGABYTE
     error = disp.dispatch(Job(faulty_jobs.hold_memory_and_die, size)).exception(PATIENCE)

@@ -197,8 +197,8 @@ STAYS = """
 """
 
 
-def test_workers_that_died_are_no_zombies_while_the_script_runs(start_method: str) -> None:
-    with running(script_of(STAYS, start_method), STRICT) as script:
+def test_workers_that_died_are_no_zombies_while_the_script_runs(usual_start_method: str) -> None:
+    with running(script_of(STAYS, usual_start_method), STRICT) as script:
         wait_until(lambda: script.is_stopped() or not script.is_running(), within=PATIENCE)
         assert script.is_running(), script.errors()
         assert script.zombies() == []

@@ -97,8 +97,8 @@ def test_leak_takes_memory_that_stays_taken_and_slow_takes_time(disp: Dispatcher
 # Faults in functions
 
 
-def test_only_the_chosen_calls_suffer(start_method: str) -> None:
-    with Dispatcher([Pool(0, 2, backlog=None, start_method=start_method)]) as disp:
+def test_only_the_chosen_calls_suffer(usual_start_method: str) -> None:
+    with Dispatcher([Pool(0, 2, backlog=None, start_method=usual_start_method)]) as disp:
         with inject("jobs.echo", testing.fail, ValueError("injected"), calls={2, 5}) as injection:
             trackers = [disp.dispatch(Job(jobs.echo, number)) for number in range(8)]
             disp.barrier(timeout=PATIENCE, check=False)

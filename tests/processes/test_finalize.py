@@ -32,7 +32,18 @@ from bulkhead import (
 
 
 @pytest.fixture
-def disp(start_method: str) -> Iterator[Dispatcher]:
+def disp(usual_start_method: str) -> Iterator[Dispatcher]:
+    pools = [
+        Pool(0, 2, backlog=None, start_method=usual_start_method),
+        Pool(1, 1, start_method=usual_start_method),
+    ]
+    with staffed(Dispatcher(pools)) as disp:
+        yield disp
+        disp.finalize(cancel=True)
+
+
+@pytest.fixture
+def disp_everywhere(start_method: str) -> Iterator[Dispatcher]:
     pools = [Pool(0, 2, backlog=None, start_method=start_method), Pool(1, 1, start_method=start_method)]
     with staffed(Dispatcher(pools)) as disp:
         yield disp
@@ -44,17 +55,17 @@ def pids_of(disp: Dispatcher) -> list[int]:
 
 
 def test_accepted_jobs_end_then_all_processes_and_threads(
-    disp: Dispatcher, gate: Gate, tmp_path: Path
+    disp_everywhere: Dispatcher, gate: Gate, tmp_path: Path
 ) -> None:
     policy = RetryPolicy(3, initial=0.02)
-    trackers = [disp.dispatch(gate.job()) for _ in range(5)]
+    trackers = [disp_everywhere.dispatch(gate.job()) for _ in range(5)]
     trackers += [
-        disp.dispatch(Job(echo, 1).options(delay=0.1)),
-        disp.dispatch(Job(fail_at_first, tmp_path / "attempts", 2).options(retry=policy)),
-        disp.dispatch(gate.job(priority=1)),
+        disp_everywhere.dispatch(Job(echo, 1).options(delay=0.1)),
+        disp_everywhere.dispatch(Job(fail_at_first, tmp_path / "attempts", 2).options(retry=policy)),
+        disp_everywhere.dispatch(gate.job(priority=1)),
     ]
-    pids = pids_of(disp)
-    closer = Call(disp.finalize)
+    pids = pids_of(disp_everywhere)
+    closer = Call(disp_everywhere.finalize)
     gate.wait_begun(3)
     assert not closer.has_returned
 

@@ -38,9 +38,9 @@ def test_each_worker_is_prepared_once_before_its_first_job(start_method: str, tm
     assert "colour" not in _settings
 
 
-def test_a_worker_that_takes_anothers_place_is_prepared_too(start_method: str, tmp_path: Path) -> None:
+def test_a_worker_that_takes_anothers_place_is_prepared_too(usual_start_method: str, tmp_path: Path) -> None:
     ran = tmp_path / "ran"
-    pool = Pool(0, 1, initializer=prepare_with, initargs=(str(ran), "red"), start_method=start_method)
+    pool = Pool(0, 1, initializer=prepare_with, initargs=(str(ran), "red"), start_method=usual_start_method)
     with staffed(Dispatcher([pool])) as disp:
         first = disp.dispatch(Job(pid)).result()
         os.kill(first, signal.SIGKILL)
@@ -61,8 +61,8 @@ def enter(entry: str) -> tuple[int, list[str]]:
     return os.getpid(), list(worker_state())
 
 
-def test_jobs_get_what_the_initializer_of_their_worker_has_returned(start_method: str) -> None:
-    pool = Pool(0, 2, initializer=make_ledger, initargs=("made",), start_method=start_method)
+def test_jobs_get_what_the_initializer_of_their_worker_has_returned(usual_start_method: str) -> None:
+    pool = Pool(0, 2, initializer=make_ledger, initargs=("made",), start_method=usual_start_method)
     with staffed(Dispatcher([pool])) as disp:
         states: dict[int, list[str]] = {}
         for entry in map(str, range(12)):

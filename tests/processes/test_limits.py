@@ -120,12 +120,12 @@ def test_failing_items_of_a_map_are_retried_across_generations(tmp_path: Path) -
 
 
 def test_eight_threads_that_dispatch_lose_and_double_nothing_while_workers_are_replaced(
-    start_method: str, tmp_path: Path
+    usual_start_method: str, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
-    each = 20 if start_method == "spawn" else 60
+    each = 20 if usual_start_method == "spawn" else 60
 
-    with Dispatcher([Pool(0, 2, max_jobs_per_worker=7, start_method=start_method)]) as disp:
+    with Dispatcher([Pool(0, 2, max_jobs_per_worker=7, start_method=usual_start_method)]) as disp:
 
         def dispatch(thread: int) -> list[Any]:
             numbers = range(thread * each, (thread + 1) * each)
@@ -189,9 +189,11 @@ def test_a_worker_that_does_not_leave_when_it_is_sent_home_is_ended(monkeypatch:
 
 
 @pytest.mark.parametrize("cancel", [False, True], ids=["in peace", "cancelling"])
-def test_finalize_ends_a_pool_whose_workers_are_being_replaced(start_method: str, cancel: bool) -> None:
+def test_finalize_ends_a_pool_whose_workers_are_being_replaced(usual_start_method: str, cancel: bool) -> None:
     for n_done in (1, 4):
-        with Dispatcher([Pool(0, 2, max_jobs_per_worker=1, backlog=None, start_method=start_method)]) as disp:
+        with Dispatcher(
+            [Pool(0, 2, max_jobs_per_worker=1, backlog=None, start_method=usual_start_method)]
+        ) as disp:
             trackers = [disp.dispatch(Job(echo, number)) for number in range(6)]
             for tracker in trackers[:n_done]:
                 tracker.wait(PATIENCE)
@@ -510,10 +512,10 @@ def _sleeps_of_threads() -> dict[int, str]:
 @pytest.mark.skipif(
     not hasattr(os, "sched_setaffinity"), reason="the CPUs of a process cannot be chosen here"
 )
-def test_cpus_pins_the_workers_of_a_pool_and_what_they_start_and_nobody_else(start_method: str) -> None:
+def test_cpus_pins_the_workers_of_a_pool_and_what_they_start_and_nobody_else(usual_start_method: str) -> None:
     mine = os.sched_getaffinity(0)
     chosen = {min(mine)}
-    pools = [Pool(0, 2, cpus=chosen, max_jobs_per_worker=1, start_method=start_method), Pool(1, 1)]
+    pools = [Pool(0, 2, cpus=chosen, max_jobs_per_worker=1, start_method=usual_start_method), Pool(1, 1)]
     with staffed(Dispatcher(pools)) as disp:
         for _ in range(3):  # also in the workers that take the place of others
             assert disp.dispatch(Job(leaking_jobs.allowed_cpus).options(priority=0)).result(20) == (

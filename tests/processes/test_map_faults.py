@@ -55,16 +55,21 @@ from bulkhead import (
     WorkerCrashed,
 )
 
-# Of the module's dispatcher: two workers, one worker, one worker that tries items again, one with a time limit.
-PAIR, ONE, RETRYING, LIMITED = range(4)
+# Of the module's dispatcher: two workers, one worker, one worker that tries items again.
+PAIR, ONE, RETRYING = range(3)
 
 
 @pytest.fixture(scope="module")
 def disp() -> Iterator[Dispatcher]:
     retry = RetryPolicy(3, initial=0.001)
-    with Dispatcher(
-        [Pool(PAIR, 2), Pool(ONE, 1), Pool(RETRYING, 1, retry=retry), Pool(LIMITED, 1, timeout=0.4)]
-    ) as disp:
+    with Dispatcher([Pool(PAIR, 2), Pool(ONE, 1), Pool(RETRYING, 1, retry=retry)]) as disp:
+        yield staffed(disp)
+
+
+@pytest.fixture
+def limited() -> Iterator[Dispatcher]:
+    """Its one pool has a time limit."""
+    with Dispatcher([Pool(0, 1, timeout=0.4)]) as disp:
         yield staffed(disp)
 
 
@@ -72,7 +77,7 @@ def disp() -> Iterator[Dispatcher]:
 def _the_pools_are_whole_afterwards(disp: Dispatcher, tmp_path: Path) -> Iterator[None]:
     yield
     (tmp_path / "go").touch()
-    for priority in (PAIR, ONE, RETRYING, LIMITED):
+    for priority in (PAIR, ONE, RETRYING):
         assert_whole(disp, priority)
 
 
@@ -166,6 +171,7 @@ def test_an_item_that_kills_its_reader_fails_alone(disp: Dispatcher, chunksize: 
     assert "item" in str(found[7])
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("chunksize", [1, 5])
 def test_an_item_that_takes_too_long_to_be_rebuilt_fails_alone(disp: Dispatcher, chunksize: Any) -> None:
     items: list[Any] = list(range(10))
@@ -439,11 +445,13 @@ def test_an_item_that_damages_its_worker_costs_itself_at_most(disp: Dispatcher, 
 # Time limits
 
 
-def test_a_time_limit_counts_for_each_item_of_a_chunk(disp: Dispatcher) -> None:
+@pytest.mark.alone
+def test_a_time_limit_counts_for_each_item_of_a_chunk(disp: Dispatcher, limited: Dispatcher) -> None:
     assert len(list(disp.map(where, [0.1] * 8, chunksize=8, timeout=0.6))) == 8
-    assert len(list(disp.map(where, [0.1] * 6, chunksize=6, priority=LIMITED))) == 6
+    assert len(list(limited.map(where, [0.1] * 6, chunksize=6))) == 6
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("chunksize", [1, 10, "auto"])
 def test_an_item_that_takes_too_long_fails_alone_and_is_named(disp: Dispatcher, chunksize: Any) -> None:
     found = run(disp, whats_of(20, hang=[4]), chunksize=chunksize, timeout=0.3)
@@ -452,23 +460,27 @@ def test_an_item_that_takes_too_long_fails_alone_and_is_named(disp: Dispatcher, 
     assert "in do" in found[4].stack
 
 
+@pytest.mark.alone
 def test_several_items_that_take_too_long_fail_alone(disp: Dispatcher) -> None:
     whats = whats_of(20, hang=[0, 4], SIGKILL=[5], ValueError=[6], **{"ignore SIGTERM": [9]})
     found = run(disp, whats, chunksize=10, timeout=0.3)
     assert_only(found, {0: JobTimeout, 4: JobTimeout, 5: WorkerCrashed, 6: ValueError, 9: JobTimeout})
 
 
+@pytest.mark.alone
 def test_an_item_that_answers_the_signal_of_its_time_limit_leaves_the_others_alone(disp: Dispatcher) -> None:
     found = run(disp, whats_of(20, overrun=[4]), timeout=0.3)
     assert found[4] == "too late" or type(found[4]) is JobTimeout
     assert_only([4 if n == 4 else one for n, one in enumerate(found)], {})
 
 
-def test_the_pools_time_limit_counts_where_the_map_names_none(disp: Dispatcher) -> None:
-    assert_only(run(disp, whats_of(6, hang=[2]), LIMITED, chunksize=3), {2: JobTimeout})
-    assert len(list(disp.map(where, [0.6], priority=LIMITED, timeout=20))) == 1
+@pytest.mark.alone
+def test_the_pools_time_limit_counts_where_the_map_names_none(limited: Dispatcher) -> None:
+    assert_only(run(limited, whats_of(6, hang=[2]), chunksize=3), {2: JobTimeout})
+    assert len(list(limited.map(where, [0.6], timeout=20))) == 1
 
 
+@pytest.mark.alone
 def test_no_item_runs_twice_when_one_takes_too_long(disp: Dispatcher, tmp_path: Path) -> None:
     found = outcomes(
         disp.map(
@@ -483,6 +495,7 @@ def test_no_item_runs_twice_when_one_takes_too_long(disp: Dispatcher, tmp_path: 
 # Trying again
 
 
+@pytest.mark.alone
 def test_each_item_is_tried_again_as_often_as_the_pools_policy_allows(
     disp: Dispatcher, tmp_path: Path
 ) -> None:

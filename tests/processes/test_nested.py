@@ -93,8 +93,8 @@ def test_a_job_that_inherits_a_tracker_by_fork_gets_an_error_and_never_waits(nam
         outer.finalize(cancel=True)
 
 
-def test_a_dispatcher_cannot_be_an_argument_of_its_own_job(start_method: str) -> None:
-    with Dispatcher([Pool(0, 1, start_method=start_method)]) as disp:
+def test_a_dispatcher_cannot_be_an_argument_of_its_own_job(usual_start_method: str) -> None:
+    with Dispatcher([Pool(0, 1, start_method=usual_start_method)]) as disp:
         with pytest.raises(BulkheadError, match="a Dispatcher cannot be sent to a job"):
             disp.dispatch(Job(faulty_jobs.take, disp))
         with pytest.raises(BulkheadError, match="a Dispatcher cannot be sent to a job"):

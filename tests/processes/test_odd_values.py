@@ -17,6 +17,7 @@ from bulkhead import (
     Job,
     JobCancelled,
     JobsFailed,
+    JobState,
     JobTimeout,
     Pool,
     RetryPolicy,
@@ -127,3 +128,66 @@ def test_an_error_that_is_not_true_is_one(kind: type[Exception], retry: RetryPol
         cancelled = tracker.trackers[1].exception(PATIENCE)
         assert isinstance(cancelled, JobCancelled)
         assert isinstance(cancelled.__cause__, kind)
+
+
+class Masked(Exception):
+    """Raises when it is asked what it is, as `isinstance` does."""
+
+    @property
+    def __class__(self) -> Any:
+        raise RuntimeError("masked")
+
+
+class Meta(type):
+    def __instancecheck__(cls, instance: object) -> bool:
+        raise RuntimeError("not to be asked")
+
+
+class Strange(Exception, metaclass=Meta):
+    pass
+
+
+@pytest.mark.parametrize("retry", [None, RetryPolicy(2, initial=0.01, retry_on=(Strange, Masked))])
+@pytest.mark.parametrize("kind", [Masked, Strange])
+def test_an_error_that_may_not_be_asked_for_its_class_fails_its_job_alone(
+    kind: type[Exception], retry: RetryPolicy | None
+) -> None:
+    with Dispatcher([Pool(0, 1, retry=retry)]) as disp:
+        tracker = disp.dispatch(Job(fail_at_one, kind, 1))
+        assert type(tracker.exception(PATIENCE)) is kind
+        status = tracker.status()
+        assert (status.state, status.attempt) == (JobState.FAILED, 1 if retry is None else 2)
+        assert status.error_type == kind.__name__
+        assert disp.timeline().spans[-1].error == f"{kind.__name__}: none"
+        with pytest.raises(JobsFailed) as raised:
+            disp.barrier(timeout=PATIENCE)
+        assert [type(error) for error in raised.value.exceptions] == [kind]
+
+        results = disp.map(partial(fail_at_one, kind), range(3), chunksize=3)
+        assert next(results) == 0
+        assert type(raised_by(lambda: next(results))) is kind  # pytest.raises would ask it
+        assert next(results) == 2
+
+        linked = disp.dispatch(chain([Job(fail_at_one, kind, 1), Job(jobs.echo)]))
+        assert type(linked.exception(PATIENCE)) is kind
+        assert isinstance(linked.trackers[1].exception(PATIENCE), JobCancelled)
+
+        future = disp.executor().submit(fail_at_one, kind, 1)
+        assert type(future.exception(PATIENCE)) is kind
+        assert disp.dispatch(Job(jobs.echo, 1)).result(PATIENCE) == 1
+
+
+def test_a_policy_whose_error_type_may_not_be_asked_costs_nobody_else_anything() -> None:
+    with Dispatcher([Pool(0, 1, retry=RetryPolicy(2, initial=0.01, retry_on=(Strange,)))]) as disp:
+        tracker = disp.dispatch(Job(jobs.fail))
+        assert type(tracker.exception(PATIENCE)) is ValueError
+        assert tracker.status().attempt == 1
+        assert disp.dispatch(Job(jobs.echo, 1)).result(PATIENCE) == 1
+
+
+def raised_by(call: Callable[[], object]) -> Exception | None:
+    try:
+        call()
+    except Exception as error:
+        return error
+    return None

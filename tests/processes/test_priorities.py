@@ -58,10 +58,10 @@ def test_a_job_that_names_no_priority_goes_to_the_only_pool_else_to_pool_0() -> 
         disp.dispatch(Job(nothing))
 
 
-def test_pools_are_niced_by_rank_the_most_urgent_not_at_all(start_method: str) -> None:
+def test_pools_are_niced_by_rank_the_most_urgent_not_at_all(usual_start_method: str) -> None:
     mine = os.nice(0)
     priorities = [50, 3, 2, 0, -10, -11]
-    pools = [Pool(priority, 1, start_method=start_method) for priority in reversed(priorities)]
+    pools = [Pool(priority, 1, start_method=usual_start_method) for priority in reversed(priorities)]
     with staffed(Dispatcher(pools)) as disp:
         found = [psutil.Process(pid).nice() for p in priorities for pid in worker_pids(disp, p)]
     assert found == [min(mine + step, 19) for step in (0, 5, 10, 15, 19, 19)]

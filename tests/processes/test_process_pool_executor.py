@@ -61,6 +61,7 @@ def test_by_default_there_is_a_worker_for_each_cpu_that_may_be_used() -> None:
     [
         ({"max_workers": 0}, ConfigError, "max_workers must be greater than 0"),
         ({"max_workers": -1}, ConfigError, "max_workers must be greater than 0"),
+        ({"max_workers": 10**30}, ConfigError, "max_workers must be at most 10000"),
         ({"max_workers": "2"}, ConfigTypeError, "max_workers"),
         ({"max_workers": 1, "mp_context": "spawn"}, ConfigTypeError, "mp_context"),
         ({"max_workers": 1, "initializer": 3}, ConfigTypeError, "initializer"),
@@ -179,8 +180,8 @@ def test_an_initializer_that_cannot_be_sent_is_refused_and_its_descriptors_are_c
     receiver.close()
 
 
-def test_a_failing_initializer_breaks_the_executor(start_method: str) -> None:
-    with ProcessPoolExecutor(2, context(start_method), fail, ("not ready",)) as executor:
+def test_a_failing_initializer_breaks_the_executor(usual_start_method: str) -> None:
+    with ProcessPoolExecutor(2, context(usual_start_method), fail, ("not ready",)) as executor:
         error = executor.submit(nothing).exception(PATIENCE)
         assert isinstance(error, BrokenProcessPool)
         assert isinstance(error, PoolBroken)
@@ -191,8 +192,8 @@ def test_a_failing_initializer_breaks_the_executor(start_method: str) -> None:
 # Ends
 
 
-def test_shutdown_ends_the_processes(start_method: str) -> None:
-    executor = ProcessPoolExecutor(3, context(start_method))
+def test_shutdown_ends_the_processes(usual_start_method: str) -> None:
+    executor = ProcessPoolExecutor(3, context(usual_start_method))
     workers = workers_of(executor)
     futures = [executor.submit(nap, 0.02) for _ in range(10)]
     executor.shutdown()

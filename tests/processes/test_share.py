@@ -47,7 +47,10 @@ LARGE = 2 * MEGABYTE
 
 @pytest.fixture(scope="module")
 def disp() -> Iterator[Dispatcher]:
-    with Dispatcher([Pool(0, 2), Pool(1, 1, backlog=5)], max_history=0) as disp:
+    # Why: a worker keeps for half a second what the last job was given, and each test waits until it is given back.
+    brief = data_jobs.keep_shared_briefly
+    pools = [Pool(0, 2, initializer=brief), Pool(1, 1, backlog=5, initializer=brief)]
+    with Dispatcher(pools, max_history=0) as disp:
         yield staffed(disp)
 
 

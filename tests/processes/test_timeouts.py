@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import faulty_jobs
@@ -23,85 +23,127 @@ from watching import (
 )
 
 from bulkhead import Dispatcher, Job, JobState, JobTimeout, Pool
+from bulkhead.engines.processes import blackbox
 
 # A timeout that no good job of these tests comes near (seconds), and how long the ladder may take beyond a timeout.
 BRIEF = 0.2
 LADDER = 2.0
 
 
-@pytest.fixture
-def disp(start_method: str) -> Iterator[Dispatcher]:
-    disp = Dispatcher([Pool(0, 2, backlog=None, start_method=start_method)])
+def assert_all_are_ended_at_their_timeout(disp: Dispatcher, hangs: list[Callable[..., object]]) -> None:
+    """Let all hang at once, beside a good job; the pool has a worker for each."""
     wait_until_whole(disp)
-    yield disp
-    disp.finalize(cancel=True)
-
-
-def assert_ended_at_its_timeout(disp: Dispatcher, job: Job, function: str) -> None:
     before = worker_pids(disp)
     began = time.monotonic()
-    tracker = disp.dispatch(job.options(timeout=BRIEF))
+    trackers = [disp.dispatch(Job(hang).options(timeout=BRIEF)) for hang in hangs]
     other = disp.dispatch(Job(faulty_jobs.double, 4))
-    error = tracker.exception(PATIENCE)
-    elapsed = time.monotonic() - began
-    pid = tracker.status().pid
-    assert pid is not None
-    assert not is_alive(pid)
-    assert pid in before
-    assert isinstance(error, JobTimeout)
-    assert (error.pid, error.timeout) == (pid, BRIEF)
-    assert BRIEF <= elapsed < BRIEF + LADDER
-    for text in (error.stack, str(error), tracker.status().traceback or ""):
-        assert f"in {function}" in text
-    assert tracker.status().state is JobState.FAILED
+    for hang, tracker in zip(hangs, trackers, strict=True):
+        error = tracker.exception(PATIENCE)
+        status = tracker.status()
+        assert status.pid in before
+        assert not is_alive(status.pid)
+        assert isinstance(error, JobTimeout)
+        assert (error.pid, error.timeout) == (status.pid, BRIEF)
+        assert (status.finished_at - status.started_at).total_seconds() >= BRIEF
+        assert time.monotonic() - began < BRIEF + LADDER, hang
+        for text in (error.stack, str(error), status.traceback or ""):
+            assert f"in {hang.__name__}" in text
+        assert status.state is JobState.FAILED
     assert other.result(PATIENCE) == 8
     assert_whole(disp)
-    assert pid not in worker_pids(disp)
+    assert not {tracker.status().pid for tracker in trackers} & {*worker_pids(disp)}
 
 
-@pytest.mark.parametrize("hang", [faulty_jobs.loop, faulty_jobs.ignore_sigterm])
-def test_a_job_that_hangs_is_ended_at_its_timeout_and_a_fresh_worker_takes_over(
-    disp: Dispatcher, hang: Callable[..., object]
+def test_jobs_that_hang_are_ended_at_their_timeout_and_fresh_workers_take_over(
+    usual_start_method: str,
 ) -> None:
-    assert_ended_at_its_timeout(disp, Job(hang), hang.__name__)
-
-
-@pytest.mark.parametrize(
-    "hang",
-    [
-        faulty_jobs.sleep_in_c,
-        faulty_jobs.sleep_with_gil,
-        faulty_jobs.sum_with_gil,
-        faulty_jobs.block_sigterm,
-        faulty_jobs.catch_sigterm,
-        faulty_jobs.answer_sigterm,
-        faulty_jobs.leave_group,
-    ],
-)
-def test_whatever_a_job_does_it_is_ended_at_its_timeout_and_its_stack_is_told(
-    hang: Callable[..., object],
-) -> None:
-    disp = Dispatcher([Pool(0, 2, backlog=None)])
-    wait_until_whole(disp)
+    disp = Dispatcher([Pool(0, 3, backlog=None, start_method=usual_start_method)])
     try:
-        assert_ended_at_its_timeout(disp, Job(hang), hang.__name__)
+        assert_all_are_ended_at_their_timeout(disp, [faulty_jobs.loop, faulty_jobs.ignore_sigterm])
     finally:
         disp.finalize(cancel=True)
 
 
-@pytest.mark.parametrize("new_session", [False, True], ids=["same group", "own session"])
-@pytest.mark.parametrize("stubborn", [False, True], ids=["child", "child that ignores SIGTERM"])
-def test_a_process_that_a_job_has_started_is_gone_when_the_timeout_is_told(
-    tmp_path: Path, stubborn: bool, new_session: bool
+@pytest.mark.parametrize(
+    "hangs",
+    [
+        # Why apart: each uses a CPU, and all have to run before their time is up.
+        [faulty_jobs.sleep_with_gil, faulty_jobs.sum_with_gil, faulty_jobs.leave_group],
+        [
+            faulty_jobs.sleep_in_c,
+            faulty_jobs.block_sigterm,
+            faulty_jobs.catch_sigterm,
+            faulty_jobs.answer_sigterm,
+        ],
+    ],
+    ids=["in C", "against SIGTERM"],
+)
+def test_whatever_jobs_do_they_are_ended_at_their_timeout_and_their_stacks_are_told(
+    hangs: list[Callable[..., object]],
 ) -> None:
+    disp = Dispatcher([Pool(0, len(hangs) + 1, backlog=None)])
+    try:
+        assert_all_are_ended_at_their_timeout(disp, hangs)
+    finally:
+        disp.finalize(cancel=True)
+
+
+def test_the_stack_of_a_job_whose_worker_gets_no_cpu_for_a_while_is_waited_for(tmp_path: Path) -> None:
     with Dispatcher([Pool(0, 1)]) as disp:
-        job = Job(faulty_jobs.hang_with_child, tmp_path / "pids", stubborn=stubborn, new_session=new_session)
+        job = Job(faulty_jobs.note_and_call, tmp_path / "log", faulty_jobs.sleep_in_c)
         tracker = disp.dispatch(job.options(timeout=2 * BRIEF))
-        (child,) = read_pids(tmp_path / "pids")
+        wait_until((tmp_path / "log").exists)
+        (worker,) = worker_pids(disp)
+        os.kill(worker, signal.SIGSTOP)
+        wait_until(lambda: is_pending(worker, blackbox.DUMP), "the worker is asked for its stacks")
+        # Not for a result: for longer than what an idle machine needs, and less than what the launcher gives it.
+        time.sleep(0.2)
+        assert not is_pending(worker, signal.SIGTERM)
+        os.kill(worker, signal.SIGCONT)
         error = tracker.exception(PATIENCE)
-        left = alive([child, tracker.status().pid or 0])
         assert isinstance(error, JobTimeout)
-        assert left == []
+        assert "in sleep_in_c" in error.stack
+
+
+def test_a_worker_that_stays_stopped_is_ended_within_the_grace_and_half_of_it() -> None:
+    with Dispatcher([Pool(0, 1)]) as disp:
+        wait_until_whole(disp)
+        tracker = disp.dispatch(Job(faulty_jobs.sleep_in_c).options(timeout=BRIEF))
+        (worker,) = worker_pids(disp)
+        os.kill(worker, signal.SIGSTOP)
+        assert isinstance(tracker.exception(BRIEF + LADDER), JobTimeout)
+        assert not is_alive(worker)
+
+
+def is_pending(pid: int, number: int | None) -> bool:
+    """Tell whether a signal waits to be taken by the process."""
+    assert number is not None
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    pending = next(int(line.split()[1], 16) for line in lines if line.startswith("ShdPnd:"))
+    return bool(pending >> (number - 1) & 1)
+
+
+def test_a_process_that_a_job_has_started_is_gone_when_the_timeout_is_told(tmp_path: Path) -> None:
+    kinds = [(stubborn, is_apart) for stubborn in (False, True) for is_apart in (False, True)]
+    with Dispatcher([Pool(0, len(kinds))]) as disp:
+        wait_until_whole(disp)
+        trackers = [
+            disp.dispatch(
+                Job(
+                    faulty_jobs.hang_with_child,
+                    tmp_path / str(number),
+                    stubborn=stubborn,
+                    new_session=is_apart,
+                ).options(timeout=5 * BRIEF)
+            )
+            for number, (stubborn, is_apart) in enumerate(kinds)
+        ]
+        children = [read_pids(tmp_path / str(number))[0] for number in range(len(kinds))]
+        for kind, child, tracker in zip(kinds, children, trackers, strict=True):
+            error = tracker.exception(PATIENCE)
+            left = alive([child, tracker.status().pid or 0])
+            assert isinstance(error, JobTimeout)
+            assert left == [], kind
         assert_whole(disp)
 
 
@@ -120,7 +162,7 @@ def test_a_daemon_that_a_job_has_started_is_gone_when_the_timeout_is_told(tmp_pa
 
 def test_a_job_that_runs_a_dispatcher_of_its_own_is_ended_with_it(tmp_path: Path) -> None:
     with Dispatcher([Pool(0, 1)]) as disp:
-        tracker = disp.dispatch(Job(run_inner_dispatcher, tmp_path / "pids").options(timeout=2.5))
+        tracker = disp.dispatch(Job(run_inner_dispatcher, tmp_path / "pids").options(timeout=1.5))
         inner = read_pids(tmp_path / "pids", 2)
         assert isinstance(tracker.exception(PATIENCE), JobTimeout)
         wait_until(lambda: not alive(inner), within=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -655,10 +656,22 @@ class KernelAgainstModel(RuleBasedStateMachine):
         return not any(job.is_waited_for and job.phase <= barrier.until for job in self.model.jobs)
 
 
-KernelAgainstModel.TestCase.settings = settings(
-    max_examples=400,
-    stateful_step_count=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
-)
+class KernelAgainstModelAtLength(KernelAgainstModel):
+    """The same, with many more examples."""
+
+
+def examples(n: int) -> settings:
+    return settings(
+        max_examples=n,
+        stateful_step_count=60,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+    )
+
+
+KernelAgainstModel.TestCase.settings = examples(200)
+KernelAgainstModelAtLength.TestCase.settings = examples(4_000)
 TestKernelAgainstModel = KernelAgainstModel.TestCase
+TestKernelAgainstModelAtLength = pytest.mark.slow(
+    pytest.mark.timeout(900)(KernelAgainstModelAtLength.TestCase)
+)

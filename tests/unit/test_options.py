@@ -150,6 +150,11 @@ def test_a_pool_refuses_a_value_that_cannot_work(option: str, value: Any, kind: 
     assert_names(caught.value, option, value, kind)
 
 
+def test_a_number_of_workers_of_too_many_digits_to_show_is_refused() -> None:
+    with pytest.raises(ConfigError, match="n_workers must be at most 10000"):
+        Pool(0, 10**5000)
+
+
 def test_a_pool_takes_every_value_that_can_work() -> None:
     retry = RetryPolicy(2)
     pool = Pool(

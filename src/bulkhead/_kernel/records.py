@@ -58,6 +58,7 @@ class JobRecord:
     """
 
     is_kept = True  # Whether it can be found by its id after it has settled.
+    journal: Any = None  # Where its success is recorded. Owner: the dispatcher.
     plan: Any = None  # Of what follows it, for the first job of a composition. Owner: the dispatcher.
     goes_ahead = False  # Whether it may be sent to a worker that is still busy with another such job.
 

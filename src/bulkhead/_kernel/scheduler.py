@@ -476,9 +476,7 @@ class Scheduler:
             was decided and perhaps not told.
         """
         self.broken = error if self.broken is None else self.broken
-        ahead = [slot.ahead for slot in self.slots if slot.ahead is not None]
-        untold = [job for job in [*self._offers, *ahead] if job.state is None]
-        untold += [one.job for one in self.instructions if isinstance(one, (SettleJob, RefuseOffer))]
+        untold = self.untold()
         for phase in self.phases.unreported:
             phase.unsettled = 0
         self._idle.clear()
@@ -494,6 +492,12 @@ class Scheduler:
         return untold
 
     # Answers
+
+    def untold(self) -> list[JobRecord]:
+        """Return the jobs that are offered, and those whose end is decided and was perhaps not told."""
+        ahead = [slot.ahead for slot in self.slots if slot.ahead is not None]
+        offered = [job for job in [*self._offers, *ahead] if job.state is None]
+        return offered + [one.job for one in self.instructions if isinstance(one, (SettleJob, RefuseOffer))]
 
     @property
     def next_deadline(self) -> float | None:

@@ -20,7 +20,7 @@ class Ledger(Protocol):
         """Note that a job has settled."""
 
     def live(self, priority: int) -> Iterable[JobRecord]:
-        """Return the jobs of a pool that are accepted and not settled."""
+        """Return the jobs of a pool that are accepted and not settled, or settled while somebody waits to be told."""
 
     def next_sweep(self) -> float | None:
         """Return when `sweep` should be called, in monotonic seconds; None for never."""

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
-from pathlib import Path
 from typing import Any, Protocol
 
+from bulkhead.instrumentation.files import write_whole
 from bulkhead.spans import BarrierMark, Outcome, Span, TimelinePool, WorkerLife
 from bulkhead.validate import shown
 
@@ -124,14 +124,14 @@ class Timeline:
         """Write a page that shows the timeline in any browser, without a network or another file.
 
         Args:
-            path: Where to; an existing file is replaced.
+            path: Where to; an existing file is replaced when the new one is complete.
             title: The page's.
         """
         page = resources.files("bulkhead.instrumentation").joinpath("timeline.html").read_text("utf-8")
         before, _, after = page.partition(_DATA)
         # Why: "</script>" inside a string would end the script element.
         data = json.dumps(self._page_data(title), separators=(",", ":")).replace("<", "\\u003c")
-        Path(path).write_text(before + data + after, encoding="utf-8")
+        write_whole(path, before + data + after)
 
     def save_chrome_trace(self, path: str | os.PathLike[str]) -> None:
         """Write a trace in Chrome's trace event format, for https://ui.perfetto.dev or chrome://tracing.
@@ -140,7 +140,7 @@ class Timeline:
         instants.
 
         Args:
-            path: Where to; an existing file is replaced.
+            path: Where to; an existing file is replaced when the new one is complete.
         """
         events = [*self._metadata(), *map(self._trace_span, self.spans), *self._instants()]
         trace = {
@@ -148,7 +148,7 @@ class Timeline:
             "displayTimeUnit": "ms",
             "otherData": {"started_at": _rfc3339(self.started_at)},
         }
-        Path(path).write_text(json.dumps(trace), encoding="utf-8")
+        write_whole(path, json.dumps(trace))
 
     # The page
 

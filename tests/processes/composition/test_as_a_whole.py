@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +255,42 @@ def test_ctrl_c_while_a_chain_waits_for_room_leaves_nothing_of_it(disp: Dispatch
     assert disp._history._reserved == {}
     gate.open()
     assert all(one.result(PATIENCE) for one in held)
+
+
+class TestDepth:
+    @pytest.mark.parametrize(
+        "wrap", [lambda job: group([job]), lambda job: chain([job])], ids=["group", "chain"]
+    )
+    def test_a_hundred_levels_run_and_can_be_looked_at(
+        self, disp: Dispatcher, wrap: Callable[[Any], Any]
+    ) -> None:
+        handle = disp.dispatch(nested(Job(echo, 1), wrap, 100))
+        found = handle.result(PATIENCE)
+        while isinstance(found, list):
+            (found,) = found
+        assert found == 1
+        assert handle.status().to_json().count("succeeded") == 101
+
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            lambda job: group([job]),
+            lambda job: chain([job]),
+            lambda job: Job(echo).options(on_success=job),
+        ],
+        ids=["group", "chain", "follow-up"],
+    )
+    @pytest.mark.parametrize("depth", [101, 5_000])
+    def test_more_are_refused_before_anything_starts(
+        self, disp: Dispatcher, wrap: Callable[[Any], Any], depth: int
+    ) -> None:
+        before = accepted(disp)
+        with pytest.raises(ConfigError, match="at most 100 deep"):
+            disp.dispatch(nested(Job(echo, 1), wrap, depth))
+        assert accepted(disp) == before
+
+
+def nested(job: Any, wrap: Callable[[Any], Any], depth: int) -> Any:
+    for _ in range(depth):
+        job = wrap(job)
+    return job

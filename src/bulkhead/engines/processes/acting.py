@@ -46,6 +46,7 @@ from bulkhead.engines.processes.tidying import Tidying
 from bulkhead.engines.processes.worker import Worker
 from bulkhead.engines.processes.worker_main import Kind
 from bulkhead.errors import PoolBroken
+from bulkhead.validate import shown
 
 __all__ = ["Acting"]
 
@@ -54,6 +55,9 @@ _TICK = 0.001
 
 # An answer that came within this time (seconds) after its job lets expect the next one soon (arbitrary).
 _SOON = 100e-6
+
+# How often it is tried to give a pool up while exceptions strike, out of a signal handler that raises again and again.
+_RUIN_TRIES = 20
 
 # Why: a class's attribute is looked up at each use, on the way of every job.
 _JOB = Kind.JOB
@@ -106,6 +110,7 @@ class Acting:
         # Owner of the rest: the lock.
         self.guard = _Guard(self.ruin)
         self._ruin: PoolBroken | None = None
+        self._is_given_up = False
         self._tick_at = 0.0  # when to look at deadlines again
         self._last_took = 0.0  # from the last answered job to its answer, seconds
         self._dropped: deque[Chunk] = deque()  # whose consumer is gone. Why a deque: see `drop`
@@ -307,14 +312,22 @@ class Acting:
 
     def ruin(self, error: BaseException) -> None:
         """Give everything up after `error` came out of the middle of a change. Under the lock; does no harm twice."""
-        if self._ruin is not None:
+        if self._is_given_up:
             return
-        self._ruin = PoolBroken(
-            f"{self._label} was hit by {error!r} in the middle of a change and is given up"
-        )
-        self._ruin.__cause__ = error
-        self.staff.give_up()
-        self._settling.fail_rest(self._ruin)
+        if self._ruin is None:
+            self._ruin = PoolBroken(
+                f"{self._label} was hit by {shown(error)} in the middle of a change and is given up"
+            )
+            self._ruin.__cause__ = error
+            self.staff.give_up()
+        for tries_left in reversed(range(_RUIN_TRIES)):
+            try:
+                self._settling.fail_rest(self._ruin)
+                break
+            except BaseException:  # Race: a second one has struck, and the first is the caller's already
+                if not tries_left:
+                    raise
+        self._is_given_up = True
         self.driving.wake()
 
 

@@ -20,7 +20,7 @@ from bulkhead.engines.processes.payload import NONE, message_of, text_of, unpack
 from bulkhead.engines.processes.progress import ERROR, VALUES, Progress, Record, records_in
 from bulkhead.engines.processes.worker import Worker
 from bulkhead.engines.processes.worker_main import Kind
-from bulkhead.errors import RemoteError
+from bulkhead.errors import RemoteError, type_name_of
 
 __all__ = ["Answer", "decoded", "recorded", "tell"]
 
@@ -64,7 +64,7 @@ def recorded(worker: Worker) -> list[Answer]:
     return [*answers, (worker, Kind.PART, ahead, size, Parts(outcomes, None), None)]
 
 
-def tell(
+def tell(  # noqa: C901 - on the way of every job
     scheduler: Scheduler,
     worker: Worker,
     kind: int,
@@ -97,16 +97,22 @@ def tell(
     worker.busy_seconds += took
     assert job is not None
     due = job.due
-    is_plain = error is None and due is None
     ahead = None
     if isinstance(job, Chunk):
-        is_plain = False
         error = chunks.ended(job, error)
         ahead = worker.end_chunk()
+        is_plain = False
     else:
         job.value = value
         job.size = size
-    scheduler.attempt_ended(slot, error, now, None if scheduler.wear is None else worker.usage())
+        # Invariant: a success that is to be recorded is, before anybody can see it.
+        if error is None and job.journal is not None:
+            error = job.journal.record(job)
+        is_plain = error is None and due is None
+    if scheduler.wear is None:
+        scheduler.attempt_ended(slot, error, now)
+    else:
+        scheduler.attempt_ended(slot, error, now, worker.usage())
     if is_plain and took < SHORT and now < worker.gather_until and job.function is worker.gathers:
         worker.ended = now
     else:
@@ -187,7 +193,7 @@ def _value(body: Body, buffers: list[memoryview] | tuple[()] = ()) -> tuple[Any,
 
 
 def _unreadable(error: BaseException) -> RemoteError:
-    name = type(error).__qualname__
+    name = type_name_of(error)
     text = f"the job's result could not be unpickled in the caller: {name}: {message_of(error)}"
     trace = text_of(error, error.__traceback__)
     # Why as text: an error may be kept for long, and the frames would keep the black box or a segment mapped.

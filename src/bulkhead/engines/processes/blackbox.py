@@ -29,6 +29,7 @@ __all__ = [
     "ReadMark",
     "Recovered",
     "create",
+    "has_stack",
     "recover",
 ]
 
@@ -190,6 +191,11 @@ def create() -> int:
     fd = create_file("bulkhead-blackbox")
     os.ftruncate(fd, PROGRESS_AT + HALVES * PROGRESS_SIZE)
     return fd
+
+
+def has_stack(fd: int) -> bool:
+    """Tell whether there are stacks in a box, at least the beginning."""
+    return os.pread(fd, 1, _STACK_AT) not in (b"", b"\0")
 
 
 def recover(fd: int) -> Recovered:

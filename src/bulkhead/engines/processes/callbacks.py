@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["CallbackThread", "DoneCallback"]
+__all__ = ["CallbackThread", "DoneCallback", "once"]
 
 _log = logging.getLogger("bulkhead")
 
@@ -86,14 +86,25 @@ class CallbackThread:
             _log.exception("%s of job %r raised", self._what, getattr(subject, "id", subject))
 
 
+def once(callback: Callable[[Any], object]) -> Callable[[Any], None]:
+    """Return a function that calls `callback` the first time that it is called, and then forgets it."""
+    left = [callback]
+
+    def call(subject: Any) -> None:
+        if left:
+            left.pop()(subject)
+
+    return call
+
+
 class DoneCallback:
-    """A callback in a job's list of waiters."""
+    """A callback in a job's list of waiters. It runs once, however often it is fired."""
 
     __slots__ = ("_callback", "_job", "_thread")
 
     def __init__(self, thread: CallbackThread, callback: Callable[[Any], object], job: Any) -> None:
         self._thread = thread
-        self._callback = callback
+        self._callback = once(callback)
         self._job = job
 
     def fire(self) -> None:

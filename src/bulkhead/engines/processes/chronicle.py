@@ -24,7 +24,7 @@ from bulkhead._kernel.records import JobRecord, Slot, Verdict
 from bulkhead.chunk import Chunk
 from bulkhead.config import Pool
 from bulkhead.engines.processes.worker import Worker
-from bulkhead.errors import JobTimeout, RemoteError, WorkerCrashed
+from bulkhead.errors import JobTimeout, WorkerCrashed, is_of, type_name_of
 from bulkhead.spans import Outcome, Span, TimelinePool, WorkerLife
 from bulkhead.validate import shown
 
@@ -252,14 +252,14 @@ def _outcome(job: JobRecord, error: BaseException | None) -> str:
         return Outcome.RETRIED
     if error is None:
         return Outcome.SUCCEEDED
-    if isinstance(error, JobTimeout):
+    if is_of(error, JobTimeout):
         return Outcome.TIMED_OUT
-    return Outcome.CRASHED if isinstance(error, WorkerCrashed) else Outcome.FAILED
+    return Outcome.CRASHED if is_of(error, WorkerCrashed) else Outcome.FAILED
 
 
 def _in_short(error: BaseException) -> str:
     # Why neither str() nor the attribute: they may run the user's code, and this is under the lock.
-    name = error.type_name if isinstance(error, RemoteError) and error.type_name else type(error).__qualname__
+    name = type_name_of(error)
     args: tuple[Any, ...] = vars(BaseException)["args"].__get__(error)
     first = args[0] if args else ""
     if type(first) is not str:

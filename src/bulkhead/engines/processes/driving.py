@@ -90,9 +90,11 @@ class Waiter:
 
     def wake(self) -> None:
         """Let the sleeping thread look again."""
-        if self._bed is not None:
-            bed, self._bed = self._bed, None
-            bed.release()
+        bed = self._bed
+        if bed is not None:
+            if bed.locked():  # Race: an exception may strike after each step, and this is done again then
+                bed.release()
+            self._bed = None
 
     def make_bed(self) -> threading.Lock:
         """Return the lock whose release ends the sleep."""
@@ -104,7 +106,8 @@ class Waiter:
 def fire(waiters: list[Any]) -> None:
     """Wake everybody on the list, under the lock, and empty it."""
     while waiters:
-        waiters.pop().fire()
+        waiters[-1].fire()
+        waiters.pop()  # Race: in this order, so that whom an exception strikes is woken again
 
 
 class Bell:
@@ -124,8 +127,8 @@ class Bell:
         """Wake who waits; under the lock."""
         self.is_rung = True
         if self.waiter is not None:
-            waiter, self.waiter = self.waiter, None
-            waiter.fire()
+            self.waiter.fire()
+            self.waiter = None
 
 
 class Driving:

@@ -10,7 +10,8 @@ Protocol (frames on a stream socket): start(number, names; with the worker's des
 caller; ready, unsuitable(why), started(number, pid), gone(number, Report) to it. The end of the socket, or of the
 caller's process, ends everything here at once.
 
-The kill ladder: a signal that makes the worker write down its Python stacks, SIGTERM to the worker's group and to
+The kill ladder: a signal that makes the worker write down its Python stacks, time for that (see `_WRITE_DOWN_SHARE`),
+SIGTERM to the worker's group and to
 descendants that left it, grace, SIGKILL. A worker is reported gone when its group is empty, so that nothing of an
 attempt runs on when its job is settled. What has lost its parent and left the group (a daemon) is adopted here; it ends
 with the worker if that is the only one of the pool, else, since nobody knows whose it is, with the pool.
@@ -39,7 +40,9 @@ __all__ = ["Report", "Says", "Told", "Unsuitable", "main", "run"]
 # How long the rest of a group may take to vanish after SIGKILL (seconds). Longer only in uninterruptible sleep.
 _VANISH = 1.0
 
-# How long a worker has to write down its stacks before SIGTERM (seconds).
+# How long a worker has at most to write down its stacks before SIGTERM (share of the grace after that, and at least so
+# many seconds). It takes microseconds; more only while the worker gets no CPU or is stopped.
+_WRITE_DOWN_SHARE = 0.5
 _WRITE_DOWN = 0.02
 
 # Pause between two looks at a group that should be empty soon (milliseconds).
@@ -105,6 +108,9 @@ class _Child:
         self.has_exited = False
         self.was_told = False
         self.grace = 0.0
+        self.deaf: frozenset[str] | None = (
+            None  # its threads that held off the signal for the stacks before it came
+        )
         self.rung: signal.Signals | None = None  # the last signal sent
         self.deadline: float | None = None
         self.strays: list[Any] = []  # psutil.Process: descendants in other groups
@@ -285,8 +291,9 @@ class _Launcher:
                 child.strays += self._orphans()
         child.deadline = time.monotonic()
         if blackbox.DUMP is not None and grace > 0:
+            child.deaf = _threads_that_block(child.pid, blackbox.DUMP)
             os.kill(child.pid, blackbox.DUMP)
-            child.deadline += _WRITE_DOWN
+            child.deadline += max(_WRITE_DOWN_SHARE * grace, _WRITE_DOWN)
 
     def _climb(self, child: _Child, rung: signal.Signals, patience: float) -> None:
         child.deadline = time.monotonic() + patience
@@ -320,7 +327,7 @@ class _Launcher:
         is_late = time.monotonic() >= child.deadline
         if child.has_exited and (_is_deserted(child) or (is_late and child.rung is signal.SIGKILL)):
             self._bury(child)
-        elif is_late and child.rung is None:
+        elif child.rung is None and (is_late or _has_written_down(child)):
             self._climb(child, signal.SIGTERM, child.grace)
         elif is_late and child.rung is signal.SIGTERM:
             self._climb(child, signal.SIGKILL, _VANISH)
@@ -476,6 +483,32 @@ def _has_exited(pid: int) -> bool:
         import psutil
 
         return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+
+
+def _has_written_down(child: _Child) -> bool:
+    """Tell whether the worker has written down its stacks, where the system tells (Linux).
+
+    Why not the file alone: it may be half written. The thread that writes holds the signal off as long as it does.
+    """
+    if child.deaf is None or not blackbox.has_stack(child.box):
+        return False
+    assert blackbox.DUMP is not None
+    deaf = _threads_that_block(child.pid, blackbox.DUMP)
+    return deaf is not None and deaf <= child.deaf
+
+
+def _threads_that_block(pid: int, number: int) -> frozenset[str] | None:
+    """Return those threads of a process that hold a signal off, None where the system does not tell."""
+    found = []
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/status", encoding="utf-8", errors="replace") as file:
+                blocked = next(int(line.split()[1], 16) for line in file if line.startswith("SigBlk:"))
+            if blocked >> (number - 1) & 1:
+                found.append(thread)
+    except (OSError, StopIteration):  # it has ended, or the system has no such files
+        return None
+    return frozenset(found)
 
 
 def _signal_group(pgid: int, rung: signal.Signals) -> None:

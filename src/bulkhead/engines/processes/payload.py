@@ -11,13 +11,13 @@ import struct
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import FunctionType
+from types import FunctionType, TracebackType
 from typing import Any
 
 from bulkhead.engines.processes import heritage
 from bulkhead.engines.processes.parcels import LARGE_BODY, Callback, Parcel, Token, parcel_of
 from bulkhead.engines.processes.segments import SegmentPool
-from bulkhead.errors import JobNotPicklable, RemoteError, RemoteTraceback
+from bulkhead.errors import JobNotPicklable, RemoteError, RemoteTraceback, is_of, type_name_of
 
 __all__ = [
     "NONE",
@@ -56,6 +56,9 @@ NONE = pickle.dumps(None, _PROTOCOL)
 _MAX_FUNCTIONS = 1024
 _packed: dict[Callable[..., Any], bytes] = {}
 _unpacked: dict[bytes, Callable[..., Any]] = {}
+
+# Why not the attribute: a class of the user's may have one of its own.
+_traceback_of: Callable[[BaseException], TracebackType | None] = vars(BaseException)["__traceback__"].__get__
 
 Call = tuple[Callable[..., Any], Sequence[Any], dict[str, Any]]
 
@@ -170,9 +173,9 @@ def unpack_value(body: memoryview | bytes | bytearray, buffers: Sequence[memoryv
 def pack_error(error: BaseException) -> bytes:
     """Return the bytes of what a job raised: always succeeds, with the text alone if need be."""
     # Why from the second entry: the first is the worker's own call.
-    tb = error.__traceback__
+    tb = _traceback_of(error)
     text = text_of(error, tb.tb_next if tb is not None else None)
-    facts = (type(error).__qualname__, message_of(error), text)
+    facts = (type_name_of(error), message_of(error), text)
     return pickle.dumps((*facts, _rebuildable(error)), _PROTOCOL)
 
 
@@ -182,8 +185,8 @@ def unpack_error(body: memoryview | bytes | bytearray) -> BaseException:
     original = None
     if packed is not None:
         try:
-            error = pickle.loads(packed)
-            if isinstance(error, Exception):
+            error: BaseException = pickle.loads(packed)
+            if is_of(error, Exception):
                 error.__cause__ = RemoteTraceback(text)
                 return error
             original = (
@@ -200,7 +203,7 @@ def unpack_error(body: memoryview | bytes | bytearray) -> BaseException:
 
 def cannot(what: str, error: BaseException, **facts: Any) -> RemoteError:
     """Return the error for something of the user's that could not be packed or rebuilt."""
-    name = type(error).__qualname__
+    name = type_name_of(error)
     wrapped = RemoteError(f"{what}: {name}: {message_of(error)}", type_name=name, **facts)
     wrapped.__cause__ = error
     return wrapped
@@ -287,7 +290,7 @@ def text_of(error: BaseException, tb: Any) -> str:
     try:
         return "".join(traceback.format_exception(type(error), error, tb))
     except BaseException as reason:  # a __str__ or __cause__ of the user's that raises
-        return f"{type(error).__qualname__} (its traceback could not be formatted: {type(reason).__qualname__})\n"
+        return f"{type_name_of(error)} (its traceback could not be formatted: {type_name_of(reason)})\n"
 
 
 def _rebuildable(error: BaseException) -> bytes | None:

@@ -30,7 +30,7 @@ from bulkhead.config import Pool
 from bulkhead.engines.base import Ledger
 from bulkhead.engines.processes import deaths, log_records, main_module
 from bulkhead.engines.processes.acting import Acting
-from bulkhead.engines.processes.callbacks import CallbackThread, DoneCallback
+from bulkhead.engines.processes.callbacks import CallbackThread, DoneCallback, once
 from bulkhead.engines.processes.chronicle import Chronicle, Page
 from bulkhead.engines.processes.chunks import extended
 from bulkhead.engines.processes.driving import Bell, Driving, Waiter, reentered
@@ -394,9 +394,9 @@ class ProcessPool:
             done.fire()
 
     def deferred(self, callback: Callable[[Any], object]) -> Callable[[Any], None]:
-        """Return a function that has `callback` called in the callback thread."""
+        """Return a function that has `callback` called in the callback thread, once however often it is called."""
         self._callbacks.prepare()
-        return partial(self._callbacks.submit, callback)
+        return partial(self._callbacks.submit, once(callback))
 
     def wait_for_callbacks(self) -> None:
         """Wait until the callbacks of what has settled have run; not in a callback."""

@@ -1,5 +1,9 @@
 """Who is told when a job has settled: whoever waits for it, for its phase, or for the pool to run dry.
 
+Nobody is forgotten, wherever an exception strikes (out of a signal handler of the user's): who is to be told stays on
+the list until told, and then the pool is given up (`fail_rest`), which tells all who are on a list. So a waiter may be
+told twice, and each kind of waiter bears that.
+
 Owner: the pool's lock, for all of this.
 """
 
@@ -61,16 +65,22 @@ class Settling:
             fire(self.drained)
 
     def fail_rest(self, error: PoolBroken) -> None:
-        """Settle what has not settled, whatever state it is in, and wake everybody; the kernel forgets all."""
+        """Settle what has not settled, whatever state it is in, and wake everybody; the kernel forgets all.
+
+        Invariant: what an exception breaks off here is found again when this is called again.
+        """
         phases = list(self._scheduler.phases.unreported)
+        for job in self._scheduler.untold():
+            if job.state in lifecycle.SETTLED:
+                self.settle(job, False)
+            else:
+                fire_waiters(job)
         for job in self._ledger.live(self._priority):
             if job.state not in lifecycle.SETTLED:
                 job.state = JobState.FAILED
                 job.error = error
-                self.settle(job, False)
-        for job in self._scheduler.ruin(error):
-            if job.waiters is not None:
-                fire_waiters(job)
+            self.settle(job, False)
+        self._scheduler.ruin(error)
         for phase in phases:
             if phase.waiters is not None:
                 fire(phase.waiters)
@@ -78,7 +88,13 @@ class Settling:
 
 
 def fire_waiters(job: JobRecord) -> None:
-    """Wake everybody who waits for the job."""
-    waiters, job.waiters = job.waiters, None
-    for waiter in waiters or ():
-        waiter.fire()
+    """Tell everybody who waits for the job, and forget them, but for those who ask to be told again."""
+    waiters = job.waiters
+    if waiters is None:
+        return
+    # Race: an exception may strike after each step; whoever is on the list then is told (again) by `fail_rest`.
+    for waiter in tuple(waiters):
+        if not waiter.fire():
+            waiters.remove(waiter)
+    if not waiters:
+        job.waiters = None

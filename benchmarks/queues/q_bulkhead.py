@@ -1,0 +1,41 @@
+"""bulkhead."""
+
+import time
+from pathlib import Path
+
+from bulkhead import App
+from bulkhead.backends.base import OutcomeState
+from queues.place import PROCESSES, PYTHON, URL, note_latency
+
+SUCCEEDED = OutcomeState.SUCCEEDED
+SELF = "queues.q_bulkhead"
+app = App(URL)
+
+
+@app.task(concurrency=PROCESSES)
+def noop(a, b):
+    return a + b
+
+
+@app.task
+def late(sent):
+    note_latency(sent)
+
+
+def workers(module):
+    return [[str(Path(PYTHON).with_name("bulkhead")), "worker", f"{module}:app", "--log-level", "warning"]]
+
+
+WORKERS = workers(SELF)
+
+
+def enqueue(n):
+    app.enqueue_many(noop.call(number, 1) for number in range(n))
+
+
+def enqueue_late():
+    late.enqueue(time.time())
+
+
+def n_left(n):
+    return n - app.backend.results.counts().get(SUCCEEDED, 0)

@@ -1,0 +1,114 @@
+"""The result store on Redis: one string for each outcome, which expires, and sorted lists by state and queue.
+
+Lists do not expire entry by entry. A sorted set of all entries by expiry is swept in small steps: by each call that
+saves, and before lists and counts are read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+
+import msgspec
+
+from bulkhead.backends.base import Outcome, OutcomeState, ResultStore
+from bulkhead.backends.redis.link import Link
+from bulkhead.backends.redis.script import script
+from bulkhead.backends.redis.wire import batches, check_size, micros, millis, packed, text
+
+__all__ = ["RedisResults"]
+
+# Expired entries that are taken out of the lists in one go.
+_SWEEP = 1000
+
+_SAVE = script("save", "results_common")
+_DISCARD = script("discard", "results_common")
+_OUTCOMES = script("outcomes", "results_common")
+_COUNTS = script("results_counts", "results_common")
+_SWEEPING = script("sweep", "results_common")
+
+# What is packed behind the place: queue, task, state, value, error, attempt, enqueued, started, finished, keep.
+_Fields = tuple[str, str, str, bytes | None, bytes | None, int, float, float, float, float]
+_fields = msgspec.msgpack.Decoder(_Fields).decode
+_facts = attrgetter("attempt", "enqueued_at", "started_at", "finished_at", "keep")
+
+
+class RedisResults(ResultStore):
+    """Outcomes in a Redis.
+
+    Args:
+        link: Where they are. Closed with the store.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    def save_many(self, outcomes: Sequence[Outcome]) -> None:
+        """See `ResultStore`."""
+        check_size([len(outcome.value or b"") + len(outcome.error or b"") for outcome in outcomes])
+        # The last one of an id counts.
+        kept = list({outcome.id: outcome for outcome in outcomes}.values())
+        for part in batches(kept):
+            columns = (
+                [outcome.id for outcome in part],
+                [_place(outcome) for outcome in part],
+                [micros(outcome.finished_at) for outcome in part],
+                [millis(outcome.keep) for outcome in part],
+                [text(_encoded(outcome)) for outcome in part],
+            )
+            self._link.run(_SAVE, (), [packed(columns)], is_repeatable=True)
+
+    def get_many(self, ids: Sequence[str]) -> list[Outcome | None]:
+        """See `ResultStore`."""
+        found: list[Outcome | None] = []
+        for part in batches(ids):
+            texts = self._link.command("MGET", *(self._link.key(f"result:{id}") for id in part))
+            found += [text and _decoded(id, text) for id, text in zip(part, texts, strict=True)]
+        return found
+
+    def delete(self, ids: Sequence[str]) -> list[bool]:
+        """See `ResultStore`."""
+        answers = b"".join(self._link.run(_DISCARD, (), [packed(part)]) for part in batches(ids))
+        return [answer == ord("1") for answer in answers]
+
+    def outcomes(
+        self, state: OutcomeState, *, queue: str | None = None, offset: int = 0, limit: int = 100
+    ) -> list[Outcome]:
+        """See `ResultStore`."""
+        self._sweep()
+        chosen = () if queue is None else (queue,)
+        arguments = (state.value, offset, limit, *chosen)
+        rows = self._link.run(_OUTCOMES, (), arguments, is_repeatable=True)
+        return [_decoded(id.decode(), text) for id, text in rows]
+
+    def counts(self) -> Mapping[OutcomeState, int]:
+        """See `ResultStore`."""
+        self._sweep()
+        totals: Counter[OutcomeState] = Counter()
+        for name, length in self._link.run(_COUNTS, is_repeatable=True):
+            totals[OutcomeState(name.partition(b":")[0].decode())] += length
+        return totals
+
+    def close(self) -> None:
+        """End the connections."""
+        self._link.close()
+
+    def _sweep(self) -> None:
+        while self._link.run(_SWEEPING, (), [_SWEEP], is_repeatable=True) == _SWEEP:
+            pass
+
+
+def _place(outcome: Outcome) -> str:
+    return f"{outcome.state.value}:{len(outcome.queue.encode())}:{outcome.queue}:"
+
+
+def _encoded(outcome: Outcome) -> bytes:
+    what = (outcome.queue, outcome.task, outcome.state.value, outcome.value, outcome.error)
+    return packed((*what, *_facts(outcome)))
+
+
+def _decoded(id: str, text: bytes) -> Outcome:
+    _, size, rest = text.split(b":", 2)
+    queue, task, state, *facts = _fields(memoryview(rest)[int(size) + 1 :])
+    return Outcome(id, queue, task, OutcomeState(state), *facts)

@@ -1,0 +1,179 @@
+-- What each script begins with.
+--
+-- KEYS[1] is {namespace}:queues. Keys that depend on what is found (of jobs, of a queue's priorities) are built from it, so
+-- that all keys of a namespace have one hash tag and lie on one node. Instants are microseconds by this server's clock.
+--
+-- Invariant: a job that is alive has a hash with the field "body", and is in exactly one of the sorted sets: that of its queue
+-- and priority (waiting), of its queue's running jobs, or of its queue's dead letters. An id in a sorted set whose hash is
+-- gone is dropped by whoever meets it.
+
+local P = string.sub(KEYS[1], 1, -7)
+local SECOND = 1000000
+local call = redis.call
+
+-- A number as an argument has all its digits, but newer servers write a large round one as 1e+12, which is no integer to them;
+-- and Lua's own conversion keeps 14 digits. Scores and instants may be written either way.
+local function integer(number)
+    return string.format('%.0f', number)
+end
+
+local function now()
+    local clock = call('TIME')
+    return clock[1] * SECOND + clock[2]
+end
+
+local function job_key(id)
+    return P .. 'job:' .. id
+end
+
+local function waiting_key(priority, queue)
+    return P .. 'queue:' .. (priority or '0') .. ':' .. queue
+end
+
+local function running_key(queue)
+    return P .. 'running:' .. queue
+end
+
+local function dead_key(queue)
+    return P .. 'dead:' .. queue
+end
+
+-- The priorities that a queue may have jobs of, the most urgent first.
+local function levels_of(queue)
+    local levels = {}
+    for level in string.gmatch(call('HGET', KEYS[1], queue) or '', '[^,]+') do
+        levels[#levels + 1] = level
+    end
+    return levels
+end
+
+-- Remember that the queue may have jobs of this priority.
+local function note(queue, priority)
+    local levels = levels_of(queue)
+    local place = 1
+    for _, level in ipairs(levels) do
+        if tonumber(level) == tonumber(priority) then
+            return
+        end
+        if tonumber(level) > tonumber(priority) then
+            place = place + 1
+        end
+    end
+    table.insert(levels, place, priority)
+    call('HSET', KEYS[1], queue, table.concat(levels, ','))
+end
+
+-- Wake one of those who wait for this queue, or the next that is going to wait. One ring is enough: who is woken and leaves
+-- work behind rings again (claim.lua).
+local function ring(queue)
+    local bell = P .. 'bell:' .. queue
+    if call('LLEN', bell) == 0 then
+        call('RPUSH', bell, 1)
+    end
+end
+
+-- Why only soon: who waits looks again each second.
+local function ring_if_soon(queue, due, t)
+    if due < t + SECOND then
+        ring(queue)
+    end
+end
+
+-- Put jobs whose lease has run out back to those that wait. Their token stays: as long as nobody else claims such a job, its
+-- late consumer may still settle it.
+local function rescue(queue, t, limit)
+    local running = running_key(queue)
+    local ids = call('ZRANGEBYSCORE', running, '-inf', t, 'LIMIT', 0, limit)
+    if #ids == 0 then
+        return
+    end
+    for _, id in ipairs(ids) do
+        local job = call('HMGET', job_key(id), 'queue', 'token', 'due', 'priority')
+        if job[1] == queue and job[2] and job[3] then
+            note(queue, job[4] or '0')
+            call('ZADD', waiting_key(job[4], queue), job[3], id)
+        end
+    end
+    call('ZREM', running, unpack(ids))
+end
+
+-- Take a job that is claimed, or was until its lease ran out, out of its sorted set.
+local function withdraw(id, queue, priority)
+    if call('ZREM', running_key(queue), id) == 0 then
+        call('ZREM', waiting_key(priority, queue), id)
+    end
+end
+
+-- Whoever has lost a job helps to drop it where its hash is gone, or nobody holds it.
+local function drop_unless_held(id, queue, token)
+    if not token then
+        call('ZREM', running_key(queue), id)
+    end
+end
+
+-- Forget a job; its id stays taken for `remember` milliseconds.
+local function forget(id, remember)
+    local key = job_key(id)
+    call('DEL', key)
+    if remember then
+        call('HSET', key, 'taken', 1)
+        call('PEXPIRE', key, remember)
+    end
+end
+
+-- When the lease of a job ends that is running at `t`, else nil.
+local function leased_until(id, queue, token, t)
+    local ends = token and call('ZSCORE', running_key(queue), id)
+    if ends and tonumber(ends) > t then
+        return ends
+    end
+    return nil
+end
+
+-- What is known of a job as find and records return it, or false.
+local function record(id, t)
+    local job = call('HMGET', job_key(id), 'body', 'queue', 'due', 'enqueued', 'priority', 'attempt', 'token', 'buried',
+        'reason', 'error', 'cancelled')
+    if not (job[1] and job[2] and job[3]) then
+        return false
+    end
+    local place, ends = 'dead', false
+    if not job[8] then
+        ends = leased_until(id, job[2], job[7], t) or false
+        place = ends and 'running' or (tonumber(job[3]) <= t and 'ready' or 'scheduled')
+    end
+    return { id, place, job[2], job[5] or '0', job[6] or '0', job[4] or job[3], job[8] or job[3], ends, job[9] or '',
+        job[11] or '0', job[1], job[10] }
+end
+
+-- A part of several sorted sets merged by score: pairs of a set's key and a member.
+local function page(sets, low, high, is_reversed, offset, limit)
+    local found = {}
+    local skip = integer(#sets == 1 and offset or 0)
+    local most = integer(#sets == 1 and limit or offset + limit)
+    for _, key in ipairs(sets) do
+        local members
+        if is_reversed then
+            members = call('ZREVRANGEBYSCORE', key, high, low, 'WITHSCORES', 'LIMIT', skip, most)
+        else
+            members = call('ZRANGEBYSCORE', key, low, high, 'WITHSCORES', 'LIMIT', skip, most)
+        end
+        for i = 1, #members, 2 do
+            found[#found + 1] = { key, members[i], tonumber(members[i + 1]), #found }
+        end
+    end
+    if #sets == 1 then
+        return found
+    end
+    table.sort(found, function(a, b)
+        if a[3] ~= b[3] then
+            return (a[3] < b[3]) ~= is_reversed
+        end
+        return a[4] < b[4]
+    end)
+    local part = {}
+    for i = offset + 1, math.min(#found, offset + limit) do
+        part[#part + 1] = found[i]
+    end
+    return part
+end

@@ -1,0 +1,115 @@
+"""The result store in a file."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bulkhead.backends.base import Outcome, OutcomeState, ResultStore
+from bulkhead.backends.sqlite.file import File
+from bulkhead.backends.sqlite.sizes import check_size
+
+__all__ = ["SqliteResultStore"]
+
+_COLUMNS = "id, queue, task, state, value, error, attempt, enqueued, started, finished, keep"
+
+_SAVE = f"""
+INSERT OR REPLACE INTO outcomes (namespace, until, {_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+
+_GET = f"SELECT {_COLUMNS} FROM outcomes WHERE namespace = ? AND id = ? AND until > ?"
+
+_DELETE = "DELETE FROM outcomes WHERE namespace = ? AND id = ? AND until > ?"
+
+_COUNT = "SELECT state, COUNT(*) FROM outcomes WHERE namespace = ? AND until > ? GROUP BY state"
+
+
+class SqliteResultStore(ResultStore):
+    """Outcomes in a table of a file."""
+
+    def __init__(self, file: File, namespace: str) -> None:
+        self._file = file
+        self._namespace = namespace
+
+    def save_many(self, outcomes: Sequence[Outcome]) -> None:
+        """See `ResultStore`."""
+        for outcome in outcomes:
+            check_size("the result of a job", outcome.value, outcome.error)
+
+        def save(connection: sqlite3.Connection, part: Sequence[Outcome]) -> list[None]:
+            now = time.time()
+            connection.executemany(_SAVE, [self._row(outcome, now) for outcome in part])
+            return []
+
+        self._file.change_many(outcomes, save)
+
+    def get_many(self, ids: Sequence[str]) -> list[Outcome | None]:
+        """See `ResultStore`."""
+
+        def get(connection: sqlite3.Connection) -> list[Outcome | None]:
+            now = time.time()
+            rows = [connection.execute(_GET, (self._namespace, id, now)).fetchone() for id in ids]
+            return [None if row is None else _outcome(row) for row in rows]
+
+        return self._file.look(get)
+
+    def delete(self, ids: Sequence[str]) -> list[bool]:
+        """See `ResultStore`."""
+
+        def delete(connection: sqlite3.Connection, part: Sequence[str]) -> list[bool]:
+            now = time.time()
+            return [connection.execute(_DELETE, (self._namespace, id, now)).rowcount == 1 for id in part]
+
+        return self._file.change_many(ids, delete)
+
+    def outcomes(
+        self, state: OutcomeState, *, queue: str | None = None, offset: int = 0, limit: int = 100
+    ) -> list[Outcome]:
+        """See `ResultStore`."""
+        named = "" if queue is None else "AND queue = :queue"
+        query = f"""
+            SELECT {_COLUMNS} FROM outcomes
+            WHERE namespace = :namespace AND state = :state AND until > :now {named}
+            ORDER BY finished DESC, seq DESC LIMIT :limit OFFSET :offset
+        """
+        values = {
+            "namespace": self._namespace,
+            "state": state.value,
+            "now": time.time(),
+            "queue": queue,
+            "limit": limit,
+            "offset": offset,
+        }
+        return self._file.look(
+            lambda connection: [_outcome(row) for row in connection.execute(query, values)]
+        )
+
+    def counts(self) -> Mapping[OutcomeState, int]:
+        """See `ResultStore`."""
+        values = (self._namespace, time.time())
+        rows = self._file.look(lambda connection: connection.execute(_COUNT, values).fetchall())
+        return {OutcomeState(state): n for state, n in rows}
+
+    def _row(self, outcome: Outcome, now: float) -> tuple[object, ...]:
+        return (
+            self._namespace,
+            now + outcome.keep,
+            outcome.id,
+            outcome.queue,
+            outcome.task,
+            outcome.state.value,
+            outcome.value,
+            outcome.error,
+            outcome.attempt,
+            outcome.enqueued_at,
+            outcome.started_at,
+            outcome.finished_at,
+            outcome.keep,
+        )
+
+
+def _outcome(row: tuple[Any, ...]) -> Outcome:
+    id, queue, task, state, *rest = row
+    return Outcome(id, queue, task, OutcomeState(state), *rest)

@@ -1,0 +1,177 @@
+"""Jobs that a consumer holds, those that travel to a worker together, and the marks by which both know how far it is.
+
+Short jobs travel together: one message to the pool for many of them. The worker marks in a shared file which one it
+runs, so that whatever happens in the middle is put down to that one alone:
+
+- the worker dies, or is ended: the marked job has failed; those before it (their answers died with the worker) and
+  those behind it run again;
+- the marked job takes long: the worker begins nothing further of the batch (running.py), so those behind it are taken
+  back and run elsewhere. Race: that is certain once a mark has stood for longer than a batch may take, as the worker
+  marks a job before it looks at the clock a last time.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bulkhead.backends.base import Claim
+from bulkhead.service.envelope import Envelope
+
+if TYPE_CHECKING:
+    from bulkhead.service.task import Task
+    from bulkhead.tracker import Tracker
+
+__all__ = ["NO_MARK", "SLOTS", "Batch", "HeldJob", "Marks"]
+
+# Batches that may be on their way at once. Arbitrary, above any sensible number of workers times two.
+SLOTS = 2048
+
+NO_MARK = 0xFFFF
+
+
+class Marks:
+    """A number for each batch on its way: which of its jobs the worker runs. Both sides map the same file."""
+
+    def __init__(self, path: str, *, create: bool = False) -> None:
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
+        descriptor = os.open(path, flags, 0o600)
+        try:
+            if create:
+                os.ftruncate(descriptor, 2 * SLOTS)
+            self._map = mmap.mmap(descriptor, 2 * SLOTS)
+        finally:
+            os.close(descriptor)
+        self.slots = memoryview(self._map).cast("H")
+
+    def close(self) -> None:
+        """Unmap it."""
+        self.slots.release()
+        self._map.close()
+
+
+_marks: dict[tuple[int, str], Marks] = {}
+
+
+def marks_beside(address: str) -> memoryview:
+    """Return the marks of the consumer with this address, in the worker."""
+    key = os.getpid(), address
+    if key not in _marks:
+        _marks.clear()
+        _marks[key] = Marks(marks_path(address))
+    return _marks[key].slots
+
+
+def marks_path(address: str) -> str:
+    """Return where a consumer's marks are."""
+    return str(Path(address).with_name("marks"))
+
+
+@dataclass(slots=True, eq=False)
+class HeldJob:
+    """A claimed job. Owner: the thread that fetches until it is dispatched, then the thread that settles.
+
+    Attributes:
+        verdict: Set by a middleware in `dequeue` to keep the job from being run: what is to become of it.
+        is_returned: It is given back if it does not end by itself: the consumer stops.
+        is_lost: Its lease is lost: whatever it does, nothing is told to the broker.
+        is_cancelled: Somebody has asked for it to be cancelled; since `cancelled_at`, monotonic seconds.
+        asked_at: When it last asked whether it is, monotonic seconds.
+        sure_until: Until when its lease holds for certain, monotonic seconds; see leases.py.
+        is_settling: Its end is being told.
+        has_reported: It has told how far it is.
+        seconds: How long the attempt took.
+        notes: For middlewares, which need not be serialised.
+    """
+
+    claim: Claim
+    envelope: Envelope
+    task: Task[..., Any]
+    packed: bytes
+    verdict: Any = None
+    batch: Batch | None = None
+    is_returned: bool = False
+    is_lost: bool = False
+    is_cancelled: bool = False
+    cancelled_at: float = 0.0
+    asked_at: float | None = None
+    sure_until: float = 0.0
+    is_settling: bool = False
+    has_reported: bool = False
+    seconds: float = 0.0
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """The job's id."""
+        return self.claim.hold.id
+
+
+class Batch:
+    """Jobs that go to a worker in one message.
+
+    Owner: `n_kept` is the holdings'; `overtime` and the standing are the pulse thread's; the rest is of the thread that
+    sends it.
+
+    Attributes:
+        slot: Where it is marked which of its jobs runs; None for a single one, and for jobs that are not run.
+        tracker: Of its run; None when it is not run.
+        refusal: Why the pool has not taken it.
+        n_kept: How many of its jobs are still its own; those behind are taken back.
+        overtime: Number of the job that has had its time.
+        is_withdrawn: It was to be taken out of the pool's line if it still stood there.
+        made_at: Monotonic seconds.
+    """
+
+    def __init__(self, jobs: list[HeldJob], slot: int | None, marks: memoryview) -> None:
+        self.jobs = jobs
+        self.slot = slot
+        self.tracker: Tracker | None = None
+        self.refusal: Exception | None = None
+        self.n_kept = len(jobs)
+        self.overtime: int | None = None
+        self.is_withdrawn = False
+        self.made_at = time.monotonic()
+        self._marks = marks
+        self._last_mark: int | None = None
+        self._since = self.made_at
+        self._is_ended = False
+
+    @property
+    def mark(self) -> int | None:
+        """Which of its jobs runs, or None: none has begun, or it is a single one, whose tracker says so."""
+        if self.slot is None:
+            return None
+        mark = self._marks[self.slot]
+        return None if mark == NO_MARK else mark
+
+    def has_begun(self) -> bool:
+        """Tell whether a worker runs it."""
+        if self.slot is not None:
+            return self.mark is not None
+        return self.tracker is not None and self.tracker.status().state == "running"
+
+    def standing(self) -> tuple[int | None, float]:
+        """Return the mark, and for how many seconds it is known to have stood."""
+        # Race: the clock is read before the mark and, of a new one, after it, so that never more is told than is true.
+        now = time.monotonic()
+        mark = self.mark
+        if mark != self._last_mark:
+            self._last_mark, self._since = mark, time.monotonic()
+        return mark, max(0.0, now - self._since)
+
+    def end(self) -> None:
+        """Have its run ended, or take it out of the pool's line; it comes back as any other. Again does nothing."""
+        if self.tracker is not None and not self._is_ended:
+            self._is_ended = True
+            self.tracker.cancel()
+
+    def withdraw(self) -> None:
+        """Take it out of the pool's line; it goes on if it has been sent to a worker."""
+        self.is_withdrawn = True
+        if self.tracker is not None:
+            self.tracker.withdraw()

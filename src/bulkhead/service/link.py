@@ -1,0 +1,264 @@
+"""The way from a running job to the consumer that gave it out: results saved early, progress, "am I cancelled?".
+
+    worker process ── Line ──▶ Unix socket ──▶ Link (one thread of the consumer) ──▶ broker's registry, result store
+
+Why not from the worker to the server: a worker would need a connection of its own, and `memory://` has no server. A
+question and its answer are one message each, in MessagePack behind four bytes of length; a report of progress is not
+answered, so that it holds up no job. A job that never asks anything costs no connection.
+
+Race: a worker is killed in the middle of a message: its connection ends, the rest of the message is dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import selectors
+import shutil
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import msgspec
+
+from bulkhead.errors import BrokerUnavailable, BulkheadError, MessageTooLarge
+
+__all__ = ["Line", "Link", "Listener", "line_to"]
+
+_log = logging.getLogger("bulkhead")
+
+# Seconds that a job waits for an answer: the consumer may be waiting for its server.
+_ANSWER_SECONDS = 30.0
+
+# A result that a job saves early may be so large (bytes). Arbitrary; a bound for what the consumer holds.
+_LARGEST = 256 << 20
+
+# A Unix socket's name has at most 107 bytes on Linux (103 elsewhere); ours adds 25 to the folder for temporary files.
+_LONGEST_FOLDER = 75
+
+# What is told and not asked.
+_UNANSWERED = frozenset({"report"})
+
+# What is raised in the job when its question is refused; anything else is a BulkheadError.
+_REFUSALS: dict[str, type[BulkheadError]] = {
+    "BrokerUnavailable": BrokerUnavailable,
+    "MessageTooLarge": MessageTooLarge,
+}
+
+_pack = msgspec.msgpack.Encoder().encode
+_unpack = msgspec.msgpack.Decoder().decode
+
+
+class Listener(Protocol):
+    """What the consumer does with what jobs tell it. Concurrency: called in the link's thread."""
+
+    def job_saves(self, job_id: str, value: bytes) -> None:
+        """Keep a result before the job's end."""
+
+    def job_reports(self, job_id: str, progress: bytes) -> None:
+        """Keep how far a job is."""
+
+    def is_job_cancelled(self, job_id: str) -> bool:
+        """Tell a job whether it was cancelled."""
+
+
+class Line:
+    """A worker's end. Concurrency: any thread of the job."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._socket: socket.socket | None = None
+        self._lock = threading.Lock()  # guards the socket: one question at a time
+
+    def save(self, job_id: str, value: bytes) -> None:
+        """Have a result kept; returns when it is."""
+        self._ask("save", job_id, value)
+
+    def report(self, job_id: str, progress: bytes) -> None:
+        """Tell how far the job is. Nobody knows whether that arrives."""
+        with self._lock, self._answered():
+            _send(self._connected(), ("report", job_id, progress))
+
+    def is_cancelled(self, job_id: str) -> bool:
+        """Tell whether somebody has asked for the job to be cancelled."""
+        return bool(self._ask("is_cancelled", job_id, b""))
+
+    def _ask(self, what: str, job_id: str, data: bytes) -> Any:
+        with self._lock, self._answered():
+            connection = self._connected()
+            _send(connection, (what, job_id, data))
+            answer = _receive(connection)
+            if answer is None:
+                raise ConnectionError("it has ended")
+        refusal, value = answer
+        if refusal is not None:
+            kind, text = refusal
+            raise _REFUSALS.get(kind, BulkheadError)(text)
+        return value
+
+    @contextlib.contextmanager
+    def _answered(self) -> Iterator[None]:
+        # Race: a job that is interrupted between question and answer must not take it for the next one's.
+        try:
+            yield
+        except OSError as error:
+            self._drop()
+            raise BrokerUnavailable(f"the consumer does not answer its job: {error}") from error
+        except BaseException:
+            self._drop()
+            raise
+
+    def _connected(self) -> socket.socket:
+        if self._socket is None:
+            self._socket = _connected(self._address)
+        return self._socket
+
+    def _drop(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+
+_lines: dict[tuple[int, str], Line] = {}
+
+
+def line_to(address: str) -> Line:
+    """Return this process's line to a consumer."""
+    key = os.getpid(), address
+    if key not in _lines:
+        _lines.clear()
+        _lines[key] = Line(address)
+    return _lines[key]
+
+
+class Link:
+    """The consumer's end: a socket in a folder of its own, and the thread that answers. `close` removes both.
+
+    Args:
+        listener: Answers.
+        thread: Makes the thread.
+    """
+
+    def __init__(
+        self, listener: Listener, thread: Callable[[str, Callable[[], None]], threading.Thread]
+    ) -> None:
+        self._answers: dict[str, Callable[[str, bytes], Any]] = {
+            "save": listener.job_saves,
+            "report": listener.job_reports,
+            "is_cancelled": lambda job_id, _: listener.is_job_cancelled(job_id),
+        }
+        self._folder = tempfile.mkdtemp(prefix="bulkhead-", dir=_place())
+        self.address = f"{self._folder}/link"
+        self._selector = selectors.DefaultSelector()
+        self._ear = socket.socket(socket.AF_UNIX)
+        self._ear.bind(self.address)
+        self._ear.listen(128)
+        self._ear.setblocking(False)
+        self._wake, self._woken = socket.socketpair()
+        self._selector.register(self._ear, selectors.EVENT_READ, None)
+        self._selector.register(self._woken, selectors.EVENT_READ, None)
+        self._thread = thread("link", self._run)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End it. Blocking: until an answer that is being made is done."""
+        self._wake.close()
+        self._thread.join()
+        for key in list(self._selector.get_map().values()):
+            key.fileobj.close()  # type: ignore[union-attr]
+        self._selector.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _run(self) -> None:
+        while True:
+            for key, _ in self._selector.select():
+                if key.fileobj is self._woken:
+                    return
+                if key.fileobj is self._ear:
+                    self._accept()
+                else:
+                    self._read(key.fileobj, key.data)  # type: ignore[arg-type]
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            accepted, _ = self._ear.accept()
+            accepted.setblocking(False)
+            self._selector.register(accepted, selectors.EVENT_READ, bytearray())
+
+    def _read(self, connection: socket.socket, held: bytearray) -> None:
+        try:
+            data = connection.recv(1 << 20)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        held += data
+        if not data or len(held) > _LARGEST:
+            self._selector.unregister(connection)
+            connection.close()
+            return
+        while (message := _taken(held)) is not None:
+            self._answer(connection, message)
+
+    def _answer(self, connection: socket.socket, message: Any) -> None:
+        what, job_id, data = message
+        try:
+            answer: tuple[tuple[str, str] | None, Any] = None, self._answers[what](job_id, data)
+        except BulkheadError as error:
+            answer = (type(error).__name__, str(error)), None
+        except Exception as error:
+            _log.exception("a message of job %s to its consumer could not be answered", job_id)
+            answer = (type(error).__name__, f"{type(error).__name__}: {error}"), None
+        if what in _UNANSWERED:
+            return
+        # Why no waiting: an answer is a few bytes, and a worker asks one thing at a time.
+        with contextlib.suppress(OSError):
+            connection.sendall(_framed(answer))
+
+
+def _place() -> str | None:
+    """Return where to make the folder: None for the usual place, unless its name is too long for a socket's."""
+    return None if len(os.fsencode(tempfile.gettempdir())) <= _LONGEST_FOLDER else "/tmp"
+
+
+def _connected(address: str) -> socket.socket:
+    made = socket.socket(socket.AF_UNIX)
+    try:
+        made.settimeout(_ANSWER_SECONDS)
+        made.connect(address)
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+def _framed(message: Any) -> bytes:
+    data = _pack(message)
+    return len(data).to_bytes(4, "big") + data
+
+
+def _send(connection: socket.socket, message: Any) -> None:
+    connection.sendall(_framed(message))
+
+
+def _receive(connection: socket.socket) -> Any:
+    held = bytearray()
+    while (message := _taken(held)) is None:
+        data = connection.recv(1 << 16)
+        if not data:
+            return None
+        held += data
+    return message
+
+
+def _taken(held: bytearray) -> Any:
+    """Take a whole message off the front of what has come; None if there is none yet."""
+    size = int.from_bytes(held[:4], "big")
+    if len(held) < 4 or len(held) < 4 + size:
+        return None
+    message = _unpack(bytes(held[4 : 4 + size]))
+    del held[: 4 + size]
+    return message

@@ -1,0 +1,251 @@
+"""`Unique`: a job is not enqueued while another one stands for it.
+
+    unique/<name>/<digest of the key>      which job has the lock; changed by compare-and-set
+
+The way of a lock: the producer takes it for some seconds, enqueues the job, and then confirms it for long. The consumer
+releases it when the job is settled.
+
+- Two producers at once: compare-and-set lets one of them win, the other is told the winner's id.
+- A producer dies between lock and job: the lock ends by itself after `_PENDING` seconds.
+- It dies between job and confirmation: the same, so that for the rest of its life the job has no lock.
+- A consumer dies between the end of a job and the release; a job is cancelled or deleted before it runs: who finds a
+  confirmed lock looks whether its job still waits or runs, and takes the lock over if not.
+- A producer stands still between lock and job for longer than that, and another one has taken over: the first one
+  finds out when it confirms, and deletes its job again if that does not run yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from bulkhead import validate
+from bulkhead.backends.base import Entry, Place
+from bulkhead.errors import BrokerUnavailable, ConfigTypeError
+from bulkhead.service.middleware.base import Middleware, Submission
+from bulkhead.service.middleware.choosing import Chosen, be_the_only_one, digest, key_part
+from bulkhead.service.task import name as checked_name
+from bulkhead.service.verdicts import Bury, Cancel, Discard, Succeed, Verdict
+
+if TYPE_CHECKING:
+    from bulkhead.service.app import App
+    from bulkhead.service.batch import HeldJob
+
+__all__ = ["Unique", "arguments_key"]
+
+_log = logging.getLogger("bulkhead")
+
+# How long a lock holds for which there is no job yet (seconds): well above the time that enqueueing takes.
+_PENDING = 10.0
+
+# A lock that nobody has released ends so long after its job is due (seconds). Arbitrary; a bound for what is kept.
+_LONGEST = 30 * 86400.0
+
+# So many jobs are locked, enqueued and confirmed at a time: in well below `_PENDING`.
+_PART = 100
+
+# Who is faster each time has got the lock, so that more tries than these mean that something is wrong. Arbitrary.
+_TRIES = 100
+
+
+class _Holder(msgspec.Struct, array_like=True, frozen=True):
+    """What a lock says: for which job, and whether that is known to be enqueued."""
+
+    id: str
+    is_confirmed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Lock:
+    key: str
+    version: int
+    job: Submission
+
+
+_pack = msgspec.msgpack.Encoder().encode
+_unpack = msgspec.msgpack.Decoder(_Holder).decode
+
+
+class Unique(Middleware):
+    """Enqueue no job while another one with the same key waits or runs. The caller is told which one that is.
+
+    `enqueue` raises DuplicateJobId then, with the id of the other job in `job_ids`; `enqueue_many(existing="keep")`
+    returns that id.
+
+    Args:
+        key: Gets the submission and returns what may not be twice, or None for a job that may; by default task and
+            arguments, see `arguments_key`.
+        seconds: For how long no other job is enqueued, whatever becomes of this one; None is until it is settled: has
+            succeeded, is cancelled, discarded or a dead letter.
+        queues: Jobs of these queues alone.
+        tasks: Jobs of the tasks with these names alone.
+        name: Tells several of these middlewares apart.
+
+    Raises:
+        ConfigError: A value cannot work.
+    """
+
+    def __init__(
+        self,
+        *,
+        key: Callable[[Submission], str | None] | None = None,
+        seconds: float | None = None,
+        queues: Iterable[str] | None = None,
+        tasks: Iterable[str] | None = None,
+        name: str = "default",
+    ) -> None:
+        self._key: Callable[[Submission], str | None] = (
+            arguments_key if key is None else validate.function("key", key)
+        )
+        self.seconds = None if seconds is None else validate.seconds("seconds", seconds)
+        self._chosen = Chosen(queues, tasks)
+        self.name = checked_name("name", name)
+        self._prefix = f"unique/{key_part(name)}"
+        self._header = f"unique:{name}"
+
+    def attach(self, app: App) -> None:
+        """See `Middleware`."""
+        self._app = app
+        be_the_only_one(app, self, lambda one: one.name)
+
+    def enqueue(
+        self, submissions: Sequence[Submission], forward: Callable[[Sequence[Submission]], None]
+    ) -> None:
+        """See `Middleware`."""
+        keys = [self._key_of(one) for one in submissions]
+        for at in range(0, len(submissions), _PART):
+            self._enqueue(submissions[at : at + _PART], keys[at : at + _PART], forward)
+
+    def settled(self, job: HeldJob, verdict: Verdict) -> None:
+        """See `Middleware`."""
+        key = job.envelope.headers.get(self._header)
+        if self.seconds is None and key is not None and isinstance(verdict, (Succeed, Bury, Discard, Cancel)):
+            self._release(key, job.id)
+
+    def _key_of(self, one: Submission) -> str | None:
+        if not self._chosen.has(one.queue, one.call.task.name):
+            return None
+        key = self._key(one)
+        if key is None:
+            return None
+        if not isinstance(key, str):
+            raise ConfigTypeError(f"the key function of Unique must return a str or None, not {key!r}")
+        return f"{self._prefix}/{digest(key.encode('utf-8', 'surrogatepass'))}"
+
+    def _enqueue(
+        self,
+        part: Sequence[Submission],
+        keys: Sequence[str | None],
+        forward: Callable[[Sequence[Submission]], None],
+    ) -> None:
+        locks: list[_Lock] = []
+        try:
+            for one, key in zip(part, keys, strict=True):
+                if key is not None:
+                    self._lock(key, one, locks)
+            wanted = [one for one in part if one.duplicate_of is None]
+            if wanted:
+                forward(wanted)
+        except BaseException:
+            self._withdraw(locks)
+            raise
+        for lock in locks:
+            self._confirm(lock)
+
+    def _lock(self, key: str, job: Submission, locks: list[_Lock]) -> None:
+        registry = self._app.backend.registry
+        value = _pack(_Holder(job.id))
+        expected = 0
+        for _ in range(_TRIES):
+            version = registry.put(key, value, expected=expected, keep=_PENDING)
+            if version is not None:
+                job.headers[self._header] = key
+                locks.append(_Lock(key, version, job))
+                return
+            entry = registry.get(key)
+            if entry is not None and self._stands(entry):
+                job.duplicate_of = _unpack(entry.value).id
+                return
+            expected = 0 if entry is None else entry.version
+        raise BrokerUnavailable(f"a lock changed hands at each of {_TRIES} tries to get it")
+
+    def _stands(self, entry: Entry) -> bool:
+        """Tell whether the job of a lock keeps others out."""
+        holder = _unpack(entry.value)
+        if not holder.is_confirmed or self.seconds is not None:
+            return True
+        (record,) = self._app.backend.broker.find([holder.id])
+        return record is not None and record.place is not Place.DEAD
+
+    def _confirm(self, lock: _Lock) -> None:
+        registry, job = self._app.backend.registry, lock.job
+        if job.duplicate_of is not None:  # by its own id, or by another middleware
+            registry.delete(lock.key, expected=lock.version)
+            return
+        value = _pack(_Holder(job.id, is_confirmed=True))
+        if registry.put(lock.key, value, expected=lock.version, keep=self._keep(job)) is not None:
+            return
+        # Race: the job is settled already, and the lock released. Or we were too slow, and another one has it.
+        entry = registry.get(lock.key)
+        if entry is not None and (other := _unpack(entry.value).id) != job.id:
+            if self._app.backend.broker.delete([job.id])[0]:
+                job.duplicate_of = other
+            else:
+                _log.warning(
+                    "jobs %s and %s are the same, and both are there: enqueueing took too long", job.id, other
+                )
+
+    def _keep(self, job: Submission) -> float:
+        if self.seconds is not None:
+            return self.seconds
+        call = job.call
+        delay = call.delay if call.due_at is None else max(0.0, call.due_at - time.time())
+        return delay + _LONGEST
+
+    def _withdraw(self, locks: list[_Lock]) -> None:
+        """After an error: release the locks of jobs that were not enqueued. What cannot be told ends by itself."""
+        with contextlib.suppress(BrokerUnavailable):
+            records = self._app.backend.broker.find([lock.job.id for lock in locks]) if locks else []
+            for lock, record in zip(locks, records, strict=True):
+                if record is None:
+                    self._app.backend.registry.delete(lock.key, expected=lock.version)
+                else:
+                    self._confirm(lock)
+
+    def _release(self, key: str, job_id: str) -> None:
+        registry = self._app.backend.registry
+        for _ in range(_TRIES):
+            entry = registry.get(key)
+            if entry is None or _unpack(entry.value).id != job_id:
+                return
+            # Race: its producer may confirm it between the two.
+            if registry.delete(key, expected=entry.version):
+                return
+
+
+def arguments_key(job: Submission) -> str:
+    """Return a text that is the same for two jobs of one task with equal arguments, however they are written.
+
+    `f(1)`, `f(a=1)` and, where b is 2 by default, `f(1, b=2)` are the same. With codec="pickle" what MessagePack cannot
+    write is compared by its pickled bytes, which may differ for equal objects: give a function of your own then.
+    """
+    call = job.call
+    arguments: Any
+    try:
+        bound = inspect.signature(call.task.fn).bind(*call.args, **call.kwargs)
+        bound.apply_defaults()
+        arguments = dict(bound.arguments)
+    except TypeError:  # the job will fail; that is not for us to say
+        arguments = (call.args, dict(call.kwargs))
+    try:
+        data = msgspec.msgpack.encode((call.task.name, arguments), order="deterministic")
+    except Exception:  # what only pickle can write
+        data = call.task.name.encode("utf-8", "surrogatepass") + b"\0" + job.envelope.payload
+    return digest(data)

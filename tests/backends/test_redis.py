@@ -1,0 +1,689 @@
+"""What a Redis backend does besides the contracts: its keys, a server that ends, a server that refuses, waiting."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+import trustme
+from servers import RedisCluster, RedisServer, wait_until
+
+from bulkhead import backends
+from bulkhead.backends.base import (
+    Backend,
+    Burial,
+    CancelAnswer,
+    Message,
+    Outcome,
+    OutcomeState,
+    Place,
+    QueueCounts,
+    Return,
+    Standing,
+)
+from bulkhead.errors import BadMessage, BrokerUnavailable, ConfigError, MessageTooLarge
+
+T = TypeVar("T")
+
+LEASE = 60.0
+SHORT = 0.1
+
+# Seconds within which a server that cannot be reached has to be reported; far more than it takes on a machine at rest.
+BOUND = 5.0
+
+
+@pytest.fixture
+def backend(redis_server: RedisServer, namespace: str) -> Iterator[Backend]:
+    made = backends.connect(redis_server.url, namespace)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[RedisServer]:
+    """A server that the test may end."""
+    with RedisServer(tmp_path / "redis", fsync="always") as server:
+        yield server
+
+
+@pytest.fixture
+def owned(own: RedisServer) -> Iterator[Backend]:
+    made = backends.connect(own.url)
+    yield made
+    made.close()
+
+
+def _keep(backend: Backend, *ids: str, queue: str = "mail", **rest: object) -> None:
+    messages = [Message(name, queue, b"body of " + name.encode(), **rest) for name in ids]  # type: ignore[arg-type]
+    assert backend.broker.enqueue_many(messages) == [True] * len(ids)
+
+
+def _claimed(backend: Backend, n: int = 100, lease: float = LEASE, **rest: float) -> list[str]:
+    return [claim.id for claim in backend.broker.claim("mail", n, lease, **rest)]
+
+
+def _counts(backend: Backend) -> tuple[int, int, int, int]:
+    found = backend.broker.counts().get("mail", QueueCounts())
+    return found.ready, found.scheduled, found.running, found.dead
+
+
+# The layout, as docs/how-to/backends.md tells it.
+
+
+def test_a_job_is_one_hash_and_its_id_is_in_the_sorted_set_of_its_queue(
+    redis_server: RedisServer, backend: Backend, namespace: str
+) -> None:
+    cli, tag = redis_server.cli, f"{{{namespace}}}"
+    _keep(backend, "a")
+    _keep(backend, "b", priority=7, delay=60)
+    assert cli("type", f"{tag}:job:a") == "hash\n"
+    assert cli("hget", f"{tag}:job:a", "body") == "body of a\n"
+    assert cli("hget", f"{tag}:job:a", "queue") == "mail\n"
+    assert cli("zrange", f"{tag}:queue:0:mail", "0", "-1") == "a\n"
+    assert cli("zrange", f"{tag}:queue:7:mail", "0", "-1") == "b\n"
+    assert cli("hget", f"{tag}:queues", "mail") == "7,0\n"
+    due = int(cli("zscore", f"{tag}:queue:7:mail", "b"))
+    seconds, micros = map(int, cli("time").split())
+    assert 0 < due - (seconds * 1_000_000 + micros) <= 60_000_000
+
+
+def test_a_claimed_job_is_in_the_set_of_running_ones_scored_by_the_end_of_its_lease(
+    redis_server: RedisServer, backend: Backend, namespace: str
+) -> None:
+    cli, tag = redis_server.cli, f"{{{namespace}}}"
+    _keep(backend, "a", "b")
+    [claim] = backend.broker.claim("mail", 1, LEASE)
+    assert cli("zrange", f"{tag}:queue:0:mail", "0", "-1") == "b\n"
+    assert cli("zrange", f"{tag}:running:mail", "0", "-1") == "a\n"
+    assert cli("hget", f"{tag}:job:a", "token") == f"{claim.hold.token}\n"
+    [record] = backend.broker.find(["a"])
+    assert record is not None
+    assert record.leased_until == pytest.approx(int(cli("zscore", f"{tag}:running:mail", "a")) / 1e6)
+    backend.broker.bury([Burial(claim.hold, "no use")])
+    assert cli("zrange", f"{tag}:dead:mail", "0", "-1") == "a\n"
+    assert cli("hget", f"{tag}:job:a", "reason") == "no use\n"
+    assert cli("exists", f"{tag}:running:mail") == "0\n"
+
+
+def test_every_key_of_a_namespace_has_its_hash_tag(
+    redis_server: RedisServer, backend: Backend, namespace: str
+) -> None:
+    before = set(redis_server.cli("keys", "*").split("\n"))
+    _use_everything(backend)
+    made = set(redis_server.cli("keys", "*").split("\n")) - before
+    assert len(made) > 8
+    assert {key for key in made if not key.startswith(f"{{{namespace}}}:")} == set()
+
+
+def test_of_settled_jobs_and_expired_results_nothing_stays_behind(
+    redis_server: RedisServer, backend: Backend, namespace: str
+) -> None:
+    _keep(backend, *map(str, range(50)))
+    claims = backend.broker.claim("mail", 50, LEASE)
+    assert all(backend.broker.ack([claim.hold for claim in claims]))
+    done = [Outcome(claim.id, "mail", "send", OutcomeState.SUCCEEDED, keep=0.05) for claim in claims]
+    backend.results.save_many(done)
+    backend.registry.put("here", b"", keep=0.05)
+    wait_until(lambda: backend.results.get_many(["0"]) == [None], "the results have expired")
+    wait_until(lambda: backend.registry.get("here") is None, "the entry has expired")
+    assert backend.broker.counts() == {}
+    assert backend.registry.entries("") == []
+    assert not any(backend.results.counts().values())
+    # One ring, and two counters.
+    left = {f"{{{namespace}}}:{name}" for name in ("bell:mail", "stamp", "version")}
+    assert set(redis_server.cli("keys", f"{{{namespace}}}:*").split()) == left
+
+
+def test_saving_sweeps_what_has_expired(redis_server: RedisServer, backend: Backend, namespace: str) -> None:
+    def outcome(name: str, keep: float) -> Outcome:
+        return Outcome(name, "mail", "send", OutcomeState.SUCCEEDED, keep=keep)
+
+    backend.results.save_many([outcome(str(i), 0.05) for i in range(100)])
+    wait_until(lambda: backend.results.get_many(["99"]) == [None], "the results have expired")
+    for i in range(20):
+        backend.results.save_many([outcome(f"kept {i}", 60)])
+    assert redis_server.cli("zcard", f"{{{namespace}}}:results:succeeded:mail") == "20\n"
+    assert redis_server.cli("zcard", f"{{{namespace}}}:results-end") == "20\n"
+
+
+# Hashes that somebody deletes by hand.
+
+
+def _delete_by_hand(server: RedisServer, namespace: str, *ids: str) -> None:
+    keys = [f"{{{namespace}}}:job:{name}" for name in ids]
+    assert server.cli("del", *keys) == f"{len(ids)}\n"
+
+
+def test_a_claim_skips_jobs_whose_hash_was_deleted_and_counts_are_right_then(
+    redis_server: RedisServer, backend: Backend, namespace: str
+) -> None:
+    _keep(backend, *map(str, range(300)))
+    _delete_by_hand(redis_server, namespace, *map(str, range(0, 300, 2)))
+    assert _claimed(backend, 10) == [str(i) for i in range(1, 21, 2)]
+    assert _claimed(backend, 300) == [str(i) for i in range(21, 300, 2)]
+    assert _counts(backend) == (0, 0, 150, 0)
+
+
+def test_a_claim_takes_no_more_than_fits_into_memory_and_leaves_the_rest(backend: Backend) -> None:
+    body = bytes(6 * 1024 * 1024)
+    assert all(backend.broker.enqueue_many([Message(str(n), "mail", body) for n in range(5)]))
+    assert _claimed(backend, 10) == ["0", "1", "2"]
+    assert _counts(backend) == (2, 0, 3, 0)
+    assert _claimed(backend, 10) == ["3", "4"]
+    assert backend.broker.cancel(["0"]) == [CancelAnswer.REQUESTED]
+
+
+def test_when_all_hashes_were_deleted_nothing_is_claimed_and_nothing_is_left(
+    redis_server: RedisServer, backend: Backend, namespace: str
+) -> None:
+    _keep(backend, *map(str, range(30)))
+    _delete_by_hand(redis_server, namespace, *map(str, range(30)))
+    assert _claimed(backend, 5) == []
+    assert backend.broker.counts() == {}
+
+
+def test_a_running_job_whose_hash_was_deleted_is_lost_to_its_consumer_and_gone(
+    redis_server: RedisServer, backend: Backend, namespace: str
+) -> None:
+    _keep(backend, "a", "b", "c")
+    a, b, c = (claim.hold for claim in backend.broker.claim("mail", 3, LEASE))
+    _delete_by_hand(redis_server, namespace, "a", "b", "c")
+    assert backend.broker.ack([a]) == [False]
+    assert backend.broker.renew([b], LEASE) == [Standing.LOST]
+    assert backend.broker.nack([Return(c)]) == [False]
+    assert backend.broker.counts() == {}
+
+
+def test_a_running_job_whose_hash_was_deleted_is_gone_when_its_lease_ends(
+    redis_server: RedisServer, backend: Backend, namespace: str
+) -> None:
+    _keep(backend, "a")
+    assert _claimed(backend, lease=SHORT) == ["a"]
+    _delete_by_hand(redis_server, namespace, "a")
+    wait_until(lambda: backend.broker.counts() == {}, "the lease has ended")
+    assert _claimed(backend) == []
+
+
+def test_lists_drop_jobs_whose_hash_was_deleted(
+    redis_server: RedisServer, backend: Backend, namespace: str
+) -> None:
+    _keep(backend, "dead")
+    [claim] = backend.broker.claim("mail", 1, LEASE)
+    backend.broker.bury([Burial(claim.hold, "")])
+    _keep(backend, "later", delay=60)
+    _keep(backend, "ready")
+    _delete_by_hand(redis_server, namespace, "dead", "later", "ready")
+    for place in Place:
+        assert backend.broker.records(place) == []
+    assert backend.broker.counts() == {}
+
+
+def test_an_id_whose_hash_was_deleted_can_be_enqueued_anew_for_another_queue(
+    redis_server: RedisServer, backend: Backend, namespace: str
+) -> None:
+    _keep(backend, "a", queue="old")
+    _delete_by_hand(redis_server, namespace, "a")
+    _keep(backend, "a")
+    assert backend.broker.claim("old", 1, LEASE) == []
+    assert _claimed(backend) == ["a"]
+    assert set(backend.broker.counts()) == {"mail"}
+
+
+def test_counters_deleted_by_hand_break_no_order_and_bring_no_version_back(
+    redis_server: RedisServer, backend: Backend, namespace: str
+) -> None:
+    _keep(backend, "a")
+    first = backend.registry.put("key", b"1")
+    redis_server.cli("del", f"{{{namespace}}}:stamp", f"{{{namespace}}}:version")
+    _keep(backend, "b")
+    assert _claimed(backend) == ["a", "b"]
+    second = backend.registry.put("key", b"2")
+    assert first is not None
+    assert second is not None
+    assert second > first
+
+
+# A server that ends, freezes, or forgets.
+
+
+def test_a_server_killed_between_claim_and_ack_has_lost_nothing(own: RedisServer, owned: Backend) -> None:
+    _keep(owned, "a", "b", "c")
+    a, b = owned.broker.claim("mail", 2, LEASE)
+    owned.registry.put("key", b"value")
+    owned.results.save_many([Outcome("z", "mail", "send", OutcomeState.SUCCEEDED, value=b"1")])
+    own.kill()
+    own.start()
+    assert owned.broker.ack([a.hold]) == [True]
+    assert owned.broker.renew([b.hold], LEASE) == [Standing.HELD]
+    assert _claimed(owned) == ["c"]
+    assert _counts(owned) == (0, 0, 2, 0)
+    entry, [outcome] = owned.registry.get("key"), owned.results.get_many(["z"])
+    assert entry is not None
+    assert outcome is not None
+    assert (entry.value, outcome.value) == (b"value", b"1")
+
+
+def test_a_stopped_server_is_reported_by_every_call_and_the_next_call_connects_anew(
+    own: RedisServer, owned: Backend
+) -> None:
+    _keep(owned, "a")
+    [claim] = owned.broker.claim("mail", 1, LEASE)
+    own.stop()
+    calls: list[Callable[[], object]] = [
+        lambda: owned.broker.enqueue_many([Message("b", "mail", b"")]),
+        lambda: owned.broker.claim("mail", 1, LEASE),
+        lambda: owned.broker.claim("mail", 1, LEASE, wait=30),
+        lambda: owned.broker.ack([claim.hold]),
+        lambda: owned.broker.counts(),
+        lambda: owned.registry.put("key", b"", expected=0),
+        lambda: backends.connect(own.url),
+    ]
+    start = time.monotonic()
+    for call in calls:
+        with pytest.raises(BrokerUnavailable, match=own.address):
+            call()
+    assert time.monotonic() - start < BOUND * 2
+    own.start()
+    assert owned.broker.ack([claim.hold]) == [True]
+    _keep(owned, "b")
+
+
+def test_a_frozen_server_is_reported_when_the_timeout_is_over(own: RedisServer) -> None:
+    backend = backends.connect(f"{own.url}?timeout=0.3")
+    try:
+        os.kill(own.pid, signal.SIGSTOP)
+        start = time.monotonic()
+        with pytest.raises(BrokerUnavailable):
+            backend.broker.counts()
+        assert 0.2 < time.monotonic() - start < BOUND
+        os.kill(own.pid, signal.SIGCONT)
+        assert backend.broker.counts() == {}
+    finally:
+        os.kill(own.pid, signal.SIGCONT)
+        backend.close()
+
+
+def test_who_waits_for_a_job_learns_that_the_server_ends_and_gets_the_job_after_its_restart(
+    own: RedisServer, owned: Backend
+) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        found = threads.submit(owned.broker.claim, "mail", 1, LEASE, wait=30)
+        _wait_for_listeners(own, 1)
+        own.kill()
+        assert isinstance(found.exception(BOUND), BrokerUnavailable)
+        own.start()
+        found = threads.submit(owned.broker.claim, "mail", 1, LEASE, wait=30)
+        _wait_for_listeners(own, 1)
+        _keep(owned, "a")
+        assert [claim.id for claim in found.result(BOUND)] == ["a"]
+
+
+def test_a_connection_that_the_server_has_closed_is_made_anew(own: RedisServer, owned: Backend) -> None:
+    _keep(owned, "a")
+    assert int(own.cli("client", "kill", "type", "normal", "skipme", "yes")) > 0
+    assert _claimed(owned) == ["a"]
+
+
+def test_scripts_that_the_server_has_forgotten_are_sent_again(
+    redis_server: RedisServer, backend: Backend
+) -> None:
+    _keep(backend, "a")
+    assert redis_server.cli("script", "flush") == "OK\n"
+    _keep(backend, "b")
+    assert _claimed(backend) == ["a", "b"]
+
+
+def test_closing_ends_a_wait_of_another_thread(redis_server: RedisServer, namespace: str) -> None:
+    backend = backends.connect(redis_server.url, namespace)
+    with ThreadPoolExecutor(1) as threads:
+        found = threads.submit(backend.broker.claim, "mail", 1, LEASE, wait=30)
+        wait_until(lambda: _listeners(redis_server) > 0, "it waits")
+        backend.close()
+        assert isinstance(found.exception(BOUND), BrokerUnavailable)
+    with pytest.raises(BrokerUnavailable, match="closed"):
+        backend.broker.counts()
+
+
+# A server that refuses.
+
+
+@pytest.mark.parametrize("secret", ["", ":wrong@", "nobody:secret@"])
+def test_a_wrong_password_is_an_error_of_the_url(tmp_path: Path, secret: str) -> None:
+    with RedisServer(tmp_path, password="s3 cret/%") as server:
+        with pytest.raises(ConfigError, match=f"url: Redis at {server.address} refuses") as caught:
+            backends.connect(f"redis://{secret}{server.address}")
+        assert "wrong" not in str(caught.value)
+        backend = backends.connect(f"redis://:s3%20cret%2F%25@{server.address}")
+        _keep(backend, "a")
+        backend.close()
+
+
+@pytest.mark.parametrize("secret", ["", ":wrong@"])
+def test_a_wrong_password_of_a_cluster_is_an_error_of_the_url(tmp_path: Path, secret: str) -> None:
+    with RedisServer(tmp_path, password="right", options=["--cluster-enabled", "yes"]) as server:
+        with pytest.raises(ConfigError, match=f"url: Redis at {server.address} refuses"):
+            backends.connect(f"redis+cluster://{secret}{server.address}")
+        with pytest.raises(BrokerUnavailable, match="slots"):  # it has no slots yet
+            backends.connect(f"redis+cluster://:right@{server.address}")
+
+
+def test_a_cluster_is_not_taken_for_one_server_nor_one_server_for_a_cluster(
+    redis_server: RedisServer, redis_cluster: RedisCluster, namespace: str
+) -> None:
+    with pytest.raises(ConfigError, match="is no cluster: redis:// instead of"):
+        backends.connect(f"redis+cluster://{redis_server.address}")
+    key = f"{{{namespace}}}:queues"
+    others = [node for node in redis_cluster.nodes if node.cli("exists", key).startswith("MOVED")]
+    assert len(others) == 2
+    for node in others:
+        with pytest.raises(ConfigError, match=r"redis\+cluster:// instead of redis://"):
+            backends.connect(f"redis://{node.address}", namespace)
+
+
+def test_a_key_of_another_type_is_named_as_the_trouble(
+    redis_server: RedisServer, backend: Backend, namespace: str
+) -> None:
+    redis_server.cli("set", f"{{{namespace}}}:queue:0:mail", "a text")
+    with pytest.raises(BadMessage, match=f"namespace {{{namespace}}} holds something else"):
+        _keep(backend, "a")
+
+
+def test_more_than_redis_takes_at_once_is_too_large_and_nothing_is_kept(backend: Backend) -> None:
+    huge = bytes(300 * 1024 * 1024)  # Zeros that are never touched: no memory.
+    with pytest.raises(MessageTooLarge) as caught:
+        backend.broker.enqueue_many(
+            [Message("a", "mail", b""), Message("b", "mail", huge), Message("c", "mail", huge)]
+        )
+    assert caught.value.size_bytes > caught.value.limit_bytes > 0
+    assert backend.broker.counts() == {}
+
+
+def test_more_than_the_server_is_told_to_take_is_too_large(tmp_path: Path) -> None:
+    with RedisServer(tmp_path, options=["--proto-max-bulk-len", "1mb"]) as server:
+        backend = backends.connect(server.url)
+        with pytest.raises(MessageTooLarge, match="proto-max-bulk-len"):
+            backend.broker.enqueue_many([Message("a", "mail", bytes(2_000_000))])
+        _keep(backend, "b")
+        assert _claimed(backend) == ["b"]
+        backend.close()
+
+
+def test_a_server_that_is_out_of_memory_is_unavailable(own: RedisServer, owned: Backend) -> None:
+    _keep(owned, "a")
+    own.cli("config", "set", "maxmemory", "1")
+    with pytest.raises(BrokerUnavailable, match="maxmemory"):
+        _keep(owned, "b")
+    own.cli("config", "set", "maxmemory", "0")
+    assert _claimed(owned) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("url", "names"),
+    [
+        ("redis:///0", "host"),
+        ("redis://localhost:port", "localhost:port"),
+        ("redis://localhost:70000", "localhost:70000"),
+        ("redis://localhost/one", "/one"),
+        ("redis://localhost/-1", "/-1"),
+        ("redis://localhost/0/1", "0/1"),
+        ("redis://localhost#0", "#0"),
+        ("redis://one:1,two:2", "several hosts"),
+        ("redis+cluster://localhost/1", "only 0"),
+        ("redis://localhost?tmeout=3", "'tmeout'"),
+        ("redis://localhost?timeout=soon", "timeout"),
+        ("redis://localhost?timeout=0", "timeout"),
+        ("redis://localhost?timeout=nan", "timeout"),
+        ("redis://localhost?timeout=1&timeout=2", "twice"),
+        ("redis://localhost?ca_file=x", "without TLS"),
+        ("rediss://localhost?ca_file=/no/such/file", "/no/such/file"),
+        ("rediss://localhost?verify=maybe", "verify"),
+    ],
+)
+def test_a_url_that_cannot_be_meant_is_refused_and_says_what_is_wrong(url: str, names: str) -> None:
+    with pytest.raises(ConfigError, match=names):
+        backends.connect(url)
+
+
+def test_each_database_is_a_place_of_its_own(redis_server: RedisServer, namespace: str) -> None:
+    first = backends.connect(f"redis://{redis_server.address}", namespace)
+    second = backends.connect(f"redis://{redis_server.address}/3?timeout=2.5", namespace)
+    _keep(second, "a")
+    assert first.broker.counts() == {}
+    assert set(second.broker.counts()) == {"mail"}
+    first.close()
+    second.close()
+
+
+def test_tls_with_a_certificate_that_is_checked(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    certificate.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+    certificate.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
+    files = ["--tls-cert-file", str(tmp_path / "cert.pem"), "--tls-key-file", str(tmp_path / "key.pem")]
+    trusted = ["--tls-ca-cert-file", str(tmp_path / "ca.pem"), "--tls-auth-clients", "no"]
+    with RedisServer(tmp_path / "redis") as server:
+        port = str(server.port + 10_000)
+        for name, value in zip(*[iter([*files, *trusted, "--tls-port", port])] * 2, strict=True):
+            server.cli("config", "set", name.removeprefix("--"), value)
+        backend = backends.connect(f"rediss://127.0.0.1:{port}?ca_file={tmp_path}/ca.pem")
+        _keep(backend, "a")
+        assert _claimed(backend) == ["a"]
+        backend.close()
+        with pytest.raises(BrokerUnavailable, match="certificate"):
+            backends.connect(f"rediss://127.0.0.1:{port}")
+        backends.connect(f"rediss://127.0.0.1:{port}?verify=no").close()
+
+
+def test_jobs_outlast_a_server_that_is_killed_again_and_again(own: RedisServer, owned: Backend) -> None:
+    ids = [str(n) for n in range(600)]
+    done: list[str] = []
+
+    def persistently(call: Callable[[], list[T]]) -> list[T]:
+        while True:
+            try:
+                return call()
+            except BrokerUnavailable:
+                time.sleep(0.01)
+
+    def produce() -> None:
+        for start in range(0, len(ids), 20):
+            part = [Message(name, "mail", b"") for name in ids[start : start + 20]]
+            persistently(lambda part=part: owned.broker.enqueue_many(part))
+
+    def consume() -> None:
+        while not is_over.is_set():
+            claims = persistently(lambda: owned.broker.claim("mail", 5, 0.5, wait=0.1))
+            holds = [claim.hold for claim in claims]
+            answers = persistently(lambda holds=holds: owned.broker.ack(holds))
+            done.extend(claim.id for claim, is_done in zip(claims, answers, strict=True) if is_done)
+
+    is_over = threading.Event()
+    with ThreadPoolExecutor(4) as threads:
+        running = [threads.submit(produce), *(threads.submit(consume) for _ in range(3))]
+        try:
+            for goal in (50, 200, 400):
+                wait_until(lambda goal=goal: len(done) >= goal, f"{goal} jobs are done")
+                own.kill()
+                own.start()
+            running[0].result()
+            wait_until(lambda: persistently(lambda: [owned.broker.counts()]) == [{}], "all jobs are done")
+        finally:
+            is_over.set()
+        for each in running:
+            each.result()
+    # A job whose ack was carried out and not answered is done, too, and asking again says that the claim is lost.
+    assert len(done) == len(set(done)) >= 550
+    assert owned.broker.find(ids) == [None] * len(ids)
+
+
+# Waiting.
+
+
+def _listeners(server: RedisServer) -> int:
+    return server.cli("client", "list").count("cmd=blpop")
+
+
+def _wait_for_listeners(server: RedisServer, n: int) -> None:
+    wait_until(lambda: _listeners(server) == n, f"{n} wait for jobs")
+
+
+def test_one_call_that_enqueues_wakes_as_many_claimers_as_there_are_jobs(
+    own: RedisServer, owned: Backend
+) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        found = [threads.submit(owned.broker.claim, "mail", 1, LEASE, wait=30) for _ in range(8)]
+        _wait_for_listeners(own, 8)
+        start = time.monotonic()
+        _keep(owned, *map(str, range(8)))
+        claimed = [claim.id for each in found for claim in each.result(BOUND)]
+        assert sorted(claimed) == [str(i) for i in range(8)]
+        # Far less than the second after which each would look of its own accord, times the chance to be slow.
+        assert time.monotonic() - start < 0.9
+
+
+def test_a_claimer_killed_while_it_waits_takes_no_job_and_no_ring_with_it(
+    own: RedisServer, owned: Backend
+) -> None:
+    source = (
+        f"from bulkhead import backends; backends.connect({own.url!r}).broker.claim('mail', 1, 60, wait=60)"
+    )
+    claimers = [subprocess.Popen([sys.executable, "-c", source]) for _ in range(2)]
+    try:
+        _wait_for_listeners(own, 2)
+        claimers[0].kill()
+        claimers[0].wait()
+        with ThreadPoolExecutor(1) as threads:
+            found = threads.submit(owned.broker.claim, "mail", 1, LEASE, wait=30)
+            _wait_for_listeners(own, 2)
+            _keep(owned, "a", "b")
+            assert len(found.result(BOUND)) == 1
+            claimers[1].wait(BOUND)
+    finally:
+        for claimer in claimers:
+            claimer.kill()
+            claimer.wait()
+
+
+def test_a_claimer_that_ends_its_wait_tells_another_of_a_job_that_is_due_soon(
+    own: RedisServer, owned: Backend
+) -> None:
+    _keep(owned, "a", delay=0.4)
+    own.cli("del", "{bulkhead}:bell:mail")
+    assert owned.broker.claim("mail", 1, LEASE, wait=0.05) == []
+    assert own.cli("llen", "{bulkhead}:bell:mail") == "1\n"
+
+
+def test_waiting_costs_a_look_a_second(own: RedisServer, owned: Backend) -> None:
+    _keep(owned, "later", delay=60)
+    assert _claimed(owned, wait=0.01) == []
+    own.cli("config", "resetstat")
+    assert _claimed(owned, wait=1.3) == []
+    calls = [
+        line for line in own.cli("info", "commandstats").splitlines() if line.startswith("cmdstat_evalsha:")
+    ]
+    assert int(calls[0].partition("calls=")[2].partition(",")[0]) <= 5
+
+
+def test_a_ring_that_nobody_heard_costs_the_next_claimer_one_look(own: RedisServer, owned: Backend) -> None:
+    _keep(owned, "a")
+    assert _claimed(owned) == ["a"]
+    own.cli("config", "resetstat")
+    assert _claimed(owned, wait=0.3) == []
+    assert own.cli("llen", "{bulkhead}:bell:mail") == "0\n"
+    calls = [
+        line for line in own.cli("info", "commandstats").splitlines() if line.startswith("cmdstat_evalsha:")
+    ]
+    assert int(calls[0].partition("calls=")[2].partition(",")[0]) <= 4
+
+
+# A cluster.
+
+
+def _use_everything(backend: Backend) -> None:
+    broker = backend.broker
+    _keep(backend, "a", "b", "c", "d", "e", remember=60)
+    _keep(backend, "f", priority=-3, delay=60)
+    a, b, c, d = broker.claim("mail", 4, LEASE)
+    assert broker.renew([a.hold], LEASE) == [Standing.HELD]
+    assert broker.nack([Return(b.hold, delay=0.01, error=b"why")]) == [True]
+    assert broker.bury([Burial(c.hold, "no use", b"why")]) == [True]
+    assert broker.cancel(["d", "e", "c"]) == [
+        CancelAnswer.REQUESTED,
+        CancelAnswer.REMOVED,
+        CancelAnswer.UNKNOWN,
+    ]
+    assert broker.ack([a.hold, d.hold]) == [True, True]
+    assert broker.revive(["c"]) == [True]
+    broker.pause("other")
+    assert broker.paused() == {"other"}
+    broker.resume("other")
+    broker.pause("another")
+    assert broker.claim("mail", 5, LEASE, wait=1)
+    assert broker.delete(["f"]) == [True]
+    outcome = Outcome("a", "mail", "send", OutcomeState.FAILED, error=b"why")
+    backend.results.save_many([outcome])
+    assert backend.results.outcomes(OutcomeState.FAILED) == [outcome]
+    backend.registry.put("key", b"value", keep=60)
+    assert [entry.value for entry in backend.registry.entries("k")] == [b"value"]
+
+
+def test_on_a_cluster_all_keys_of_a_namespace_are_in_one_slot_of_one_node(
+    redis_cluster: RedisCluster, namespace: str
+) -> None:
+    backend = backends.connect(redis_cluster.url, namespace)
+    _use_everything(backend)
+    keys = [node.cli("keys", f"{{{namespace}}}:*").split("\n")[:-1] for node in redis_cluster.nodes]
+    [found] = [some for some in keys if some and some != [""]]
+    assert len(found) > 8
+    assert len({redis_cluster.nodes[0].cli("cluster", "keyslot", key) for key in found}) == 1
+    backend.close()
+
+
+def test_on_a_cluster_a_slot_that_has_moved_is_found(redis_cluster: RedisCluster, namespace: str) -> None:
+    nodes = redis_cluster.nodes
+    backend = backends.connect(redis_cluster.url, namespace)
+    assert backend.broker.counts() == {}
+    slot = nodes[0].cli("cluster", "keyslot", f"{{{namespace}}}:queues").strip()
+    names = [node.cli("cluster", "myid").strip() for node in nodes]
+    assert nodes[0].cli("-c", "dbsize") is not None
+    owner = next(
+        n for n, node in enumerate(nodes) if not node.cli("get", f"{{{namespace}}}:none").startswith("MOVED")
+    )
+    target = (owner + 1) % 3
+    for node in (nodes[target], *nodes):
+        assert node.cli("cluster", "setslot", slot, "node", names[target]) == "OK\n"
+    _keep(backend, "a")
+    assert _claimed(backend) == ["a"]
+    assert nodes[target].cli("exists", f"{{{namespace}}}:job:a") == "1\n"
+    backend.close()
+
+
+def test_on_a_cluster_a_node_that_ends_is_reported_and_used_again_when_it_is_back(
+    redis_cluster: RedisCluster, namespace: str
+) -> None:
+    backend = backends.connect(redis_cluster.url, namespace)
+    _keep(backend, "a", "b")
+    [a] = backend.broker.claim("mail", 1, LEASE)
+    owner = next(node for node in redis_cluster.nodes if node.cli("keys", f"{{{namespace}}}:job:b").strip())
+    owner.kill()
+    try:
+        start = time.monotonic()
+        with pytest.raises(BrokerUnavailable):
+            backend.broker.ack([a.hold])
+        assert time.monotonic() - start < BOUND
+    finally:
+        owner.start()
+    wait_until(lambda: "cluster_state:ok" in owner.cli("cluster", "info"), "the cluster is whole")
+    assert backend.broker.ack([a.hold]) == [True]
+    assert _claimed(backend) == ["b"]
+    backend.close()

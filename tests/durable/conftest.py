@@ -1,0 +1,81 @@
+"""The application of `durable_jobs`, on each backend."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from uuid import uuid4
+
+import durable_jobs
+import pytest
+
+from bulkhead import App
+
+BACKENDS: dict[str, str | None] = {"memory": None, "sqlite": None, "redis": "redis_server"}
+
+# Those that more than one process can use.
+SHARED = [name for name in BACKENDS if name != "memory"]
+
+
+# Why of the session: a server is started before a test's traces are counted.
+@pytest.fixture(scope="session", params=list(BACKENDS))
+def place(request: pytest.FixtureRequest) -> Callable[[Path], str]:
+    return _place(request, request.param)
+
+
+@pytest.fixture(scope="session", params=SHARED)
+def shared_place(request: pytest.FixtureRequest) -> Callable[[Path], str]:
+    return _place(request, request.param)
+
+
+def _place(request: pytest.FixtureRequest, name: str) -> Callable[[Path], str]:
+    server = BACKENDS[name]
+    if server is not None:
+        url = request.getfixturevalue(server).url
+        return lambda folder: url
+    if name == "sqlite":
+        return lambda folder: f"sqlite:///{folder}/jobs.db"
+    return lambda folder: f"memory://{uuid4().hex}"
+
+
+@pytest.fixture(scope="module")
+def served(place: Callable[[Path], str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
+    """The application with two consumers; one for a whole module, as they take a second to start."""
+    with durable_jobs.placed(place(tmp_path_factory.mktemp("place"))) as app, durable_jobs.consuming(2):
+        for name in durable_jobs.BEATS:
+            app.add_schedule(name, "@every 1s", durable_jobs.aside.call(name), missed="all")
+        app.add_schedule("failing beat", "@every 1s", durable_jobs.fail.call())
+        # Why so many: all workers are there before the first test looks at what it leaves behind.
+        warm = [durable_jobs.nap.call(0.2) for _ in range(8)]
+        side = [durable_jobs.aside.call(0.2) for _ in range(2)]
+        for job in app.enqueue_many(warm + side):
+            app.wait(job, timeout=60.0)
+        _open_connections(app)
+        yield app
+
+
+def _open_connections(app: App, n: int = 24) -> None:
+    """Let as many connections be open as the consumers' threads may ever use at once."""
+    together = threading.Barrier(n)
+
+    def ask(_: int) -> None:
+        together.wait()
+        for _ in range(20):
+            app.counts()
+
+    with ThreadPoolExecutor(n) as threads:
+        list(threads.map(ask, range(n)))
+
+
+@pytest.fixture
+def shared_app(shared_place: Callable[[Path], str], tmp_path: Path) -> Iterator[App]:
+    with durable_jobs.placed(shared_place(tmp_path)) as app:
+        yield app
+
+
+@pytest.fixture
+def memory_app() -> Iterator[App]:
+    with durable_jobs.placed(f"memory://{uuid4().hex}") as app:
+        yield app

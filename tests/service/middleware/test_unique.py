@@ -1,0 +1,342 @@
+"""A job is not enqueued while another one stands for it, and the caller is told which."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from consuming import placed
+from jobs import lines
+from scripts import running
+from watching import wait_until
+
+from bulkhead import App, ConfigError, ConfigTypeError, DuplicateJobId, JobState, Unrecoverable
+from bulkhead.service.middleware import Middleware, Submission, Unique, unique
+
+settling = App("memory://", middlewares=[Unique()])
+
+
+@settling.task(concurrency=1, max_retries=0)
+def settle(how: str) -> str:
+    if how == "fail":
+        raise Unrecoverable("no luck")
+    return how
+
+
+def refused(app: App, *args: Any, **kwargs: Any) -> str:
+    """Return the id of the job that stands for this one."""
+    with pytest.raises(DuplicateJobId) as raised:
+        app.enqueue(app.call("work", *args, **kwargs))
+    (job_id,) = raised.value.job_ids
+    return str(job_id)
+
+
+def test_the_caller_is_told_which_job_stands_for_a_duplicate(app_with: Callable[..., App]) -> None:
+    app = app_with(Unique())
+    first = app.enqueue(app.call("work", 1))
+
+    assert refused(app, 1) == first
+    assert app.enqueue(app.call("work", 2)) != first
+    assert app.queues()["default"].ready == 2
+
+
+def test_many_may_be_enqueued_where_some_are_there_already(app_with: Callable[..., App]) -> None:
+    app = app_with(Unique())
+    first = app.enqueue(app.call("work", 1))
+
+    ids = app.enqueue_many([app.call("work", number) for number in (0, 1, 2, 0)], existing="keep")
+
+    assert ids[1] == first
+    assert ids[3] == ids[0]
+    assert len(set(ids)) == 3
+    assert app.queues()["default"].ready == 3
+
+
+@pytest.mark.parametrize("how", ["succeed", "fail"])
+def test_the_lock_is_released_when_its_job_has_ended(how: str, namespace: str) -> None:
+    with placed(settling, "memory://", namespace) as app:
+        first = settle.enqueue(how)
+        done = app.run_once()
+        assert done is not None
+        assert done.state == (JobState.SUCCEEDED if how == "succeed" else JobState.FAILED)
+        # Not only taken for released: nothing is left of it.
+        assert app.backend.registry.entries("unique/") == []
+
+        assert settle.enqueue(how) != first
+
+
+def test_a_job_that_was_cancelled_stands_for_none(app_with: Callable[..., App]) -> None:
+    app = app_with(Unique())
+    first = app.enqueue(app.call("work", 1))
+    assert app.cancel(first)
+
+    second = app.enqueue(app.call("work", 1))
+
+    assert second != first
+    assert refused(app, 1) == second
+
+
+def test_a_job_that_waits_for_its_time_or_for_another_attempt_stands(app_with: Callable[..., App]) -> None:
+    app = app_with(Unique())
+    first = app.enqueue(app.call("work", 1).options(delay=60.0))
+
+    assert refused(app, 1) == first
+
+
+def test_a_lock_for_a_time_outlasts_its_job_and_ends_by_itself(app_with: Callable[..., App]) -> None:
+    app = app_with(Unique(seconds=0.5))
+    before = time.monotonic()
+    first = app.enqueue(app.call("work", 1))
+    app.cancel(first)
+    assert refused(app, 1) == first
+
+    def enqueued() -> bool:
+        try:
+            return app.enqueue(app.call("work", 1)) != first
+        except DuplicateJobId:
+            return False
+
+    wait_until(enqueued, "the end of the lock")
+    assert time.monotonic() - before >= 0.5
+
+
+def test_equal_arguments_are_the_same_however_they_are_written(app_with: Callable[..., App]) -> None:
+    app = app_with(Unique())
+
+    def report(year: int, month: int = 1, *, tags: dict[str, int] | None = None) -> None: ...
+
+    app.task(report)
+    first = app.enqueue(app.call("report", 2024, tags={"a": 1, "b": 2}))
+
+    for call in (
+        app.call("report", year=2024, tags={"b": 2, "a": 1}),
+        app.call("report", 2024, 1, tags={"a": 1, "b": 2}),
+    ):
+        with pytest.raises(DuplicateJobId) as raised:
+            app.enqueue(call)
+        assert raised.value.job_ids == (first,)
+    app.enqueue(app.call("report", 2024, 2, tags={"a": 1, "b": 2}))
+    app.enqueue(app.call("work", 2024))
+
+
+def test_a_function_says_what_may_not_be_twice(app_with: Callable[..., App]) -> None:
+    def key(job: Submission) -> str | None:
+        return None if job.call.args[0] == "free" else "one at a time"
+
+    app = app_with(Unique(key=key))
+    first = app.enqueue(app.call("work", 1))
+
+    assert refused(app, 2) == first
+    assert app.enqueue(app.call("work", "free")) != app.enqueue(app.call("work", "free"))
+
+
+def test_only_chosen_tasks_and_queues_are_unique(app_with: Callable[..., App]) -> None:
+    app = app_with(Unique(tasks=["other"], name="a"), Unique(queues=["elsewhere"], name="b"))
+    app.queue("elsewhere")
+
+    app.enqueue(app.call("work", 1))
+    app.enqueue(app.call("work", 1))
+    first = app.enqueue(app.call("work", 1).options(queue="elsewhere"))
+
+    with pytest.raises(DuplicateJobId) as raised:
+        app.enqueue(app.call("work", 1).options(queue="elsewhere"))
+    assert raised.value.job_ids == (first,)
+
+
+def test_of_producers_at_once_exactly_one_wins(app_with: Callable[..., App]) -> None:
+    apps = [app_with(Unique()) for _ in range(4)]
+    for app in apps:
+        app.backend  # noqa: B018 - connected before the race
+    start = threading.Barrier(len(apps))
+    told: list[list[str]] = []
+
+    def produce(app: App) -> None:
+        start.wait()
+        told.append(app.enqueue_many([app.call("work", n) for n in range(25)], existing="keep"))
+
+    threads = [threading.Thread(target=produce, args=(app,)) for app in apps]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(told) == 4
+    assert all(len(set(ids)) == 1 for ids in zip(*told, strict=True))
+    assert apps[0].queues()["default"].ready == 25
+
+
+def test_a_producer_that_is_too_slow_between_lock_and_job_takes_its_job_back(
+    app_with: Callable[..., App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unique, "_PENDING", 0.2)
+    faster: list[str] = []
+
+    class Slow(Middleware):
+        def enqueue(self, submissions: Sequence[Submission], forward: Any) -> None:
+            def overtaken() -> bool:
+                try:
+                    faster.append(quick.enqueue(quick.call("work", 1)))
+                except DuplicateJobId:
+                    return False
+                return True
+
+            wait_until(overtaken, "the end of the lock")
+            forward(submissions)
+
+    quick, slow = app_with(Unique()), app_with(Unique(), Slow())
+
+    assert refused(slow, 1) == faster[0]
+    assert slow.queues()["default"].ready == 1
+
+
+def test_an_error_between_lock_and_job_releases_the_lock(app_with: Callable[..., App]) -> None:
+    class Failing(Middleware):
+        is_failing = True
+
+        def enqueue(self, submissions: Sequence[Submission], forward: Any) -> None:
+            if self.is_failing:
+                raise OSError("no luck")
+            forward(submissions)
+
+    failing = Failing()
+    app = app_with(Unique(), failing)
+    with pytest.raises(OSError, match="no luck"):
+        app.enqueue(app.call("work", 1))
+    failing.is_failing = False
+
+    app.enqueue(app.call("work", 1))
+
+
+def test_an_error_after_the_job_was_enqueued_leaves_it_its_lock(app_with: Callable[..., App]) -> None:
+    class Failing(Middleware):
+        def enqueue(self, submissions: Sequence[Submission], forward: Any) -> None:
+            forward(submissions)
+            raise OSError("no luck")
+
+    app = app_with(Unique(), Failing())
+    with pytest.raises(OSError, match="no luck"):
+        app.enqueue(app.call("work", 1))
+
+    (job,) = app.jobs("queued")
+    assert refused(app, 1) == job.id
+
+
+def test_a_job_whose_own_id_is_taken_holds_no_lock(app_with: Callable[..., App]) -> None:
+    app = app_with(Unique())
+    app.enqueue(app.call("work", 1).options(id="own"))
+    with pytest.raises(DuplicateJobId):
+        app.enqueue(app.call("work", 2).options(id="own"))
+
+    app.enqueue(app.call("work", 2))
+
+
+PRODUCER = """
+import os
+from bulkhead import App
+from bulkhead.service.middleware import Middleware, Unique, unique
+
+unique._PENDING = 0.5
+
+class Dying(Middleware):
+    def enqueue(self, submissions, forward):
+        os._exit(7)
+
+def work(*args):
+    pass
+
+app = App(os.environ["URL"], namespace="crash", middlewares=[Unique(), Dying()])
+app.task(work)
+app.enqueue(app.call("work", 1))
+"""
+
+
+def test_a_producer_that_dies_between_lock_and_job_blocks_others_for_a_moment_only(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/jobs.db"
+    with running(PRODUCER, env={"URL": url}) as script:
+        assert script.wait() == 7
+    app = App(url, namespace="crash", middlewares=[Unique()])
+
+    @app.task
+    def work(*args: object) -> None: ...
+
+    def enqueued() -> bool:
+        try:
+            work.enqueue(1)
+        except DuplicateJobId:
+            return False
+        return True
+
+    wait_until(enqueued, "the end of the lock")
+    assert app.queues()["default"].ready == 1
+    app.close()
+
+
+RACER = """
+import os, time
+from bulkhead import App
+from bulkhead.service.middleware import Unique
+from jobs import note
+
+def work(*args):
+    pass
+
+app = App(os.environ["URL"], namespace="race", middlewares=[Unique()])
+app.task(work)
+app.backend
+print("ready", flush=True)
+while not os.path.exists(os.environ["GO"]):
+    time.sleep(0.001)
+for id in app.enqueue_many([app.call("work", n) for n in range(20)], existing="keep"):
+    note(os.environ["OUT"], id)
+"""
+
+
+@pytest.fixture
+def racers(tmp_path: Path) -> Iterator[Callable[[], list[list[str]]]]:
+    env = {"URL": f"sqlite:///{tmp_path}/jobs.db", "GO": str(tmp_path / "go")}
+    outs = [tmp_path / f"out-{number}" for number in range(3)]
+    with (
+        running(RACER, env={**env, "OUT": str(outs[0])}) as one,
+        running(RACER, env={**env, "OUT": str(outs[1])}) as two,
+        running(RACER, env={**env, "OUT": str(outs[2])}) as three,
+    ):
+
+        def race() -> list[list[str]]:
+            for script in (one, two, three):
+                script.wait_for_line("ready")
+            (tmp_path / "go").touch()
+            assert [script.wait() for script in (one, two, three)] == [0, 0, 0]
+            return [lines(out) for out in outs]
+
+        yield race
+
+
+def test_of_producer_processes_at_once_exactly_one_wins(
+    racers: Callable[[], list[list[str]]], tmp_path: Path
+) -> None:
+    told = racers()
+
+    assert [len(ids) for ids in told] == [20, 20, 20]
+    assert all(len(set(ids)) == 1 for ids in zip(*told, strict=True))
+    app = App(f"sqlite:///{tmp_path}/jobs.db", namespace="race")
+    assert app.backend.broker.counts()["default"].ready == 20
+    app.close()
+
+
+def test_two_of_the_same_name_are_refused() -> None:
+    with pytest.raises(ConfigError, match="another name"):
+        App("memory://", middlewares=[Unique(tasks=["a"]), Unique(tasks=["b"])])
+
+
+@pytest.mark.parametrize("options", [{"key": 5}, {"seconds": 0}, {"tasks": "work"}, {"name": ""}])
+def test_a_bad_value_is_refused_when_it_is_made(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        Unique(**options)
+
+
+def test_a_key_that_is_no_text_is_refused(app_with: Callable[..., App]) -> None:
+    app = app_with(Unique(key=lambda _: 5))  # type: ignore[arg-type,return-value]
+    with pytest.raises(ConfigTypeError, match="key function"):
+        app.enqueue(app.call("work", 1))
