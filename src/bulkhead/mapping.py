@@ -30,8 +30,8 @@ from bulkhead.tally import MapTally, Tally
 __all__ = ["MapOptions", "Results"]
 
 # What a chunk of automatic size should take (seconds), and bounds of its items and of its bytes. Why no shorter: each
-# costs the caller some tenths of a millisecond when all CPUs compute. Why no longer: other jobs of the pool wait for its
-# end. So many integers of five bytes fit into an empty pipe.
+# costs the caller some tenths of a millisecond when all CPUs compute. Why no longer: other jobs of the pool wait for it
+# to end. So many integers of five bytes fit into an empty pipe.
 _CHUNK_SECONDS = 0.008
 _MAX_ITEMS = 12288
 _CHUNK_BYTES = 4 << 20

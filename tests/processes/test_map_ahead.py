@@ -1,4 +1,4 @@
-"""map, chunks that lie with a busy worker: it goes on by itself, and nothing about a chunk is promised less for that."""
+"""map, chunks that lie with a busy worker: it goes on by itself, and no promise about them is weaker for that."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_with_a_chunksize_the_item_that_killed_its_worker_is_known_and_does_not_
 def test_with_automatic_chunks_a_very_short_item_that_killed_its_worker_runs_again_once_at_most(
     disp: Dispatcher, tmp_path: Path
 ) -> None:
-    """It is not reported when it then succeeds; whether it was noted by itself depends on how fast its neighbours were."""
+    """It is not reported when it then succeeds. How fast its neighbours were decides whether it was noted by itself."""
     fn = functools.partial(exit_once_at, tmp_path, 17_000)
     found = outcomes(disp.map(fn, range(20_000), priority=PAIR))
     assert len(begun(tmp_path)) == (1 if type(found[17_000]) is WorkerCrashed else 2)

@@ -1,4 +1,4 @@
-"""Running a chunk: what is noted before each item, and what is recorded when. In this process, with a real black box."""
+"""Running a chunk: what is noted before each item, what is recorded when. In this process, with a real black box."""
 
 from __future__ import annotations
 
