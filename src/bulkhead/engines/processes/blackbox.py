@@ -134,8 +134,8 @@ class ReadMark:
     """
 
     def __init__(self, fd: int) -> None:
-        self._fd = os.dup(fd)
         self._map = mmap.mmap(fd, PROGRESS_AT + HALVES * PROGRESS_SIZE)
+        self._fd = os.dup(fd)
         starts = range(PROGRESS_AT, PROGRESS_AT + HALVES * PROGRESS_SIZE, PROGRESS_SIZE)
         self.halves = [memoryview(self._map)[start : start + PROGRESS_SIZE] for start in starts]
 
