@@ -136,7 +136,7 @@ Make = Callable[..., Service]
 
 
 # Those with a server: the fixture that has it.
-SERVERS = {"redis": "redis_server", "redis cluster": "redis_cluster"}
+SERVERS = {"redis": "redis_server", "redis cluster": "redis_cluster", "nats": "nats_server"}
 
 # Why fewer in most tests: what depends on the backend is tried on each, the rest is the same code.
 LOCAL = ["memory", "sqlite"]

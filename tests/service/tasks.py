@@ -73,6 +73,11 @@ def hold(folder: str, name: str) -> str:
     return pass_gate(folder, name)
 
 
+@app.task(queue="side")
+def hold_aside(folder: str, name: str) -> str:
+    return pass_gate(folder, name)
+
+
 @app.task(backoff=AT_ONCE)
 def nap(path: str, seconds: float) -> int:
     note(path, f"begun {os.getpid()} {current_job().attempt}")

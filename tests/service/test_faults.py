@@ -193,6 +193,20 @@ class TestWhatBreaks:
         wait_until(lambda: all(service.app.job(id).state in ("queued", "scheduled") for id in ids))
         assert {service.app.job(id).attempt for id in ids} == {0}
 
+    def test_a_pool_that_breaks_leaves_the_jobs_of_other_queues_their_grace(self, make, gate, tmp_path):
+        service = make(pool="{'initializer': no_licence}")
+        id = service.hold_aside.enqueue(str(tmp_path / "gate"), "a")
+        with service.working() as worker:
+            gate.wait_begun(1)
+            service.app.enqueue_many([service.add.call(1, 2) for _ in range(5)])
+            (consumer,) = service.app._consumers
+            wait_until(lambda: consumer._has_failed.is_set())
+            time.sleep(0.3)
+            gate.open()
+            worker.wait()
+            assert isinstance(worker.take_error(), PoolBroken)
+        assert service.app.job(id).state == "succeeded"
+
     def test_run_once_ends_with_the_error_of_its_pool(self, make):
         service = make(pool="{'initializer': no_licence}")
         id = service.add.enqueue(1, 2)

@@ -71,6 +71,7 @@ class Consumer:
         # Why a queue and no event: a signal handler may put something in while this thread is anywhere.
         self._orders: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
+        self._has_failed = threading.Event()
         self._has_ended = threading.Event()
         self._leases = Leases(app)
         self._consumers: list[QueueConsumer] = []
@@ -109,7 +110,10 @@ class Consumer:
         self._orders.put(None)
 
     def _fail(self, error: BaseException) -> None:
-        self._orders.put(error)
+        # Why once: an order that comes while we leave means to hurry, and the other queues' jobs have their grace.
+        if not self._has_failed.is_set():
+            self._has_failed.set()
+            self._orders.put(error)
 
     def _raise_failure(self) -> None:
         with contextlib.suppress(queue.Empty):

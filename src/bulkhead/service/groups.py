@@ -60,7 +60,6 @@ from bulkhead.service.envelope import Bundle, Envelope, Follow, failure, failure
 from bulkhead.service.middleware.base import Submission
 from bulkhead.service.status import from_record
 from bulkhead.service.task import Call, job_id
-from bulkhead.service.verdicts import exhausted
 
 if TYPE_CHECKING:
     from bulkhead.service.app import App
@@ -273,7 +272,7 @@ class Groups:
         """
         bundle, broker = envelope.bundle, self._app.backend.broker
         assert bundle is not None
-        if exhausted(envelope, claim.attempt):
+        if claim.attempt > _OPENINGS:
             broker.bury([Burial(claim.hold, f"{claim.attempt - 1} workers died while they opened it")])
             return
         is_cancelled = False
@@ -342,7 +341,7 @@ class Groups:
         return queues[0]
 
     def _send(self, group: str, queue: str, bundle: Bundle) -> None:
-        envelope = Envelope("", b"", max_retries=_OPENINGS, keep=bundle.keep, bundle=bundle)
+        envelope = Envelope("", b"", keep=bundle.keep, bundle=bundle)
         body = self._app.sealer.seal(group, queue, envelope)
         message = Message(group, queue, body, _PRIORITY, remember=max(bundle.keep, 86400.0))
         if not self._app.backend.broker.enqueue_many([message])[0]:
