@@ -63,10 +63,12 @@ def test_very_short_items_are_noted_by_the_block_and_the_running_one_is_in_it(
             look(number)
 
     items = list(range(N))
-    run(progress, do_nothing, [(one,) for one in items] if is_star else items, is_star=is_star)
-    spans = {span for _, span in seen}
-    assert 256 in spans
-    assert max(spans) == 256
+    for _ in range(50):  # Why several times: on a busy machine nothing is very short
+        seen.clear()
+        run(progress, do_nothing, [(one,) for one in items] if is_star else items, is_star=is_star)
+        if any(span == 256 for _, span in seen):
+            break
+    assert max(span for _, span in seen) == 256
     for number, (first, span) in zip(range(999, N, 1000), seen, strict=True):
         assert first <= number < first + span
     assert values_of(progress) == [None] * N

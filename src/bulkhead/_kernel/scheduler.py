@@ -395,9 +395,9 @@ class Scheduler:
             self._attempt_failed(job, error, now)
         if usage is not None and self.wear is not None and self.wear.is_reached(usage):
             self._recycle(slot)
-        if slot.ahead is not None:
-            self._go_on(slot)
         if self._ready or self._offers or self._n_ahead:
+            if slot.ahead is not None:
+                self._go_on(slot)
             self._fill()
 
     def memory_exceeded(self, slot: Slot, now: float) -> None:
