@@ -288,7 +288,7 @@ class WorkersThatGoOn(RuleBasedStateMachine):
 
     @invariant()
     def nothing_waits_behind_a_busy_worker_while_another_is_idle(self) -> None:
-        # An accepted job that a worker has begun ahead takes its room until the answer before it, which is there, is read.
+        # An accepted job that was begun ahead takes its room until the answer before it, which is there, is read.
         is_told = not any(worker.is_ahead_begun for worker in self.workers)
         if is_told and any(slot.state is SlotState.IDLE for slot in self.kernel.slots):
             assert not any(self.is_waiting(job) for job in self.jobs)
