@@ -267,12 +267,13 @@ class TestALeaseThatIsLost:
             broker.fail("renew")
             wait_until(lambda: len(lines(path)) == 2, "it is claimed again")
             broker.mend()
-            assert service.app.result(id, timeout=SOON) == 2
+            n_attempts = service.app.result(id, timeout=SOON)
             wait_until(lambda: not any(one.n_held for c in service.app._consumers for one in c._consumers))
         begun = [line.split()[1] for line in lines(path) if line.startswith("begun")]
         ended = [line.split()[1] for line in lines(path) if line.startswith("ended")]
-        assert len(begun) == 2
-        assert ended == begun[1:]
+        # More where the machine is so busy that the second lease is over before the broker is mended.
+        assert len(begun) == n_attempts >= 2
+        assert ended == begun[-1:]
 
     def test_refuses_what_a_job_saves(self, make, gate, tmp_path):
         service = make(options={"lease": 0.5})
