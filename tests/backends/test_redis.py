@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,10 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import trustme
+from redis import Redis
+from redis._parsers.base import BaseParser
 from servers import RedisCluster, RedisServer, wait_until
 
 from bulkhead import backends
@@ -414,6 +417,28 @@ def test_more_than_the_server_is_told_to_take_is_too_large(tmp_path: Path) -> No
             backend.broker.enqueue_many([Message("a", "mail", bytes(2_000_000))])
         _keep(backend, "b")
         assert _claimed(backend) == ["b"]
+        backend.close()
+
+
+def test_so_it_is_when_its_answer_arrives_before_it_hangs_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RedisServer(tmp_path, options=["--proto-max-bulk-len", "1mb"]) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as line:
+            line.sendall(b"*1\r\n$2000000\r\n")  # nothing is on its way when the answer comes
+            answer = line.recv(4096).decode()
+        assert answer.startswith("-ERR ")
+        execute = Redis.execute_command
+
+        def told(client: Redis, name: str, *args: Any) -> Any:
+            if name == "EVALSHA":
+                raise BaseParser.parse_error(answer[1:].strip())
+            return execute(client, name, *args)
+
+        monkeypatch.setattr(Redis, "execute_command", told)
+        backend = backends.connect(server.url)
+        with pytest.raises(MessageTooLarge, match="proto-max-bulk-len"):
+            backend.broker.enqueue_many([Message("a", "mail", bytes(2_000_000))])
         backend.close()
 
 

@@ -24,7 +24,7 @@ def no_licence() -> None:
 
 URL = "memory://"
 OPTIONS: dict[str, Any] = {}
-CONCURRENCY = 2
+CONCURRENCY = 1
 POOL: dict[str, Any] = {}
 
 app = App(URL, **OPTIONS)

@@ -47,7 +47,7 @@ __all__ = ["QueueConsumer"]
 _log = logging.getLogger("bulkhead")
 
 # A claim waits so long for a job (seconds); so long a stop may take to be noticed.
-_CLAIM_WAIT = 0.5
+_CLAIM_WAIT = 0.2
 
 # Jobs that come one after the other are claimed together so often (seconds).
 _GATHER = 0.005
