@@ -280,7 +280,7 @@ def _key(key: bytes | str | None) -> bytes | None:
         return None
     if not isinstance(key, (bytes, str)):
         raise ConfigTypeError(f"key must be bytes or a str, not of type {type(key).__name__}")
-    made = key.encode() if isinstance(key, str) else bytes(key)
+    made = key.encode("utf-8", "surrogatepass") if isinstance(key, str) else bytes(key)
     if len(made) < _SHORTEST_KEY:
         raise ConfigError(f"key must have at least {_SHORTEST_KEY} bytes, not {len(made)}")
     return made
