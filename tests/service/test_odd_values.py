@@ -16,9 +16,8 @@ import pytest
 from watching import wait_until
 
 from bulkhead import App, BadMessage, ConfigError, ConfigTypeError, MessageTooLarge, RemoteError, UnknownTask
-from bulkhead.backends.base import Burial, Message
+from bulkhead.backends.base import Burial
 from bulkhead.errors import BrokerUnavailable, BulkheadError
-from bulkhead.service.link import Link
 from bulkhead.service.status import progress_key
 from bulkhead.service.verdicts import GiveBack, TryAgain
 
@@ -38,7 +37,7 @@ def folder(monkeypatch):
 
 
 class TestAnArgumentOfAnotherType:
-    @pytest.mark.parametrize("value", [None, 5, "no", b"no", object()], ids=repr)
+    @pytest.mark.parametrize("value", [None, 5, 1.5, "no", b"no"], ids=repr)
     def test_is_refused_where_several_are_expected(self, service, value):
         app = service.app
         for use in (
@@ -103,12 +102,12 @@ class TestALongDelay:
 
 
 class TestATaskThatSnoozes:
-    @pytest.mark.parametrize("delay", [float("nan"), float("inf"), -1.0, "soon", None], ids=repr)
-    def test_for_no_time_at_all_has_failed_and_holds_up_nobody(self, anywhere, delay):
+    def test_for_no_time_at_all_has_failed_and_holds_up_nobody(self, anywhere):
         with anywhere.working():
-            id = anywhere.snooze_oddly.enqueue(delay)
-            with pytest.raises(RemoteError, match="delay must be"):
-                anywhere.app.result(id, timeout=SOON)
+            for delay in (float("nan"), float("inf"), -1.0, "soon", None):
+                id = anywhere.snooze_oddly.enqueue(delay)
+                with pytest.raises(RemoteError, match="delay must be"):
+                    anywhere.app.result(id, timeout=SOON)
             assert anywhere.app.result(anywhere.add.enqueue(1, 2), timeout=SOON) == 3
 
     @pytest.mark.parametrize("delay", [float("nan"), -1.0])
@@ -142,14 +141,16 @@ class TestARecordThatIsDamaged:
             wait_until(lambda: [job.id for job in durable.app.dead()] == [ids[3]], "it is a dead letter")
         assert durable.app.job(ids[3]).state == "failed"
 
-    @pytest.mark.parametrize("column", ["rank", "attempt", "enqueued", "due", "error"])
-    def test_in_any_column_holds_up_nobody(self, durable, column):
-        ids = durable.app.enqueue_many(durable.add.call(n, 1) for n in range(3))
+    def test_in_any_column_holds_up_nobody(self, durable):
+        columns = ["rank", "attempt", "enqueued", "due", "error"]
+        ids = durable.app.enqueue_many(durable.add.call(n, 1) for n in range(6))
         with contextlib.closing(sqlite3.connect(durable.folder / "jobs.db")) as file, file:
-            file.execute(f"UPDATE jobs SET {column} = 'odd' WHERE id = ?", (ids[1],))
-        assert len(durable.app.jobs("queued")) == 3
+            for id, column in zip(ids, columns, strict=False):
+                file.execute(f"UPDATE jobs SET {column} = 'odd' WHERE id = ?", (id,))
+        assert len(durable.app.jobs("queued")) == 6
+        assert durable.app.queues()["default"].ready == 6
         with durable.working():
-            assert [durable.app.result(id, timeout=SOON) for id in ids] == [1, 2, 3]
+            assert [durable.app.result(id, timeout=SOON) for id in ids] == [1, 2, 3, 4, 5, 6]
 
     @pytest.mark.parametrize("value", [b"", b"odd", b"\x05", b"\x91\x01", b"\x94\x01\x02\x03\x04"])
     def test_of_progress_is_left_out(self, service, value):
@@ -167,51 +168,44 @@ class TestARecordThatIsDamaged:
 
 
 class TestRunOnce:
-    @pytest.mark.parametrize(
-        ("name", "arguments", "state"), [("echo", (1,), "succeeded"), ("give_up", (os.devnull,), "failed")]
-    )
-    def test_tells_of_a_job_of_which_nothing_is_kept(self, anywhere, name, arguments, state):
-        call = getattr(anywhere, name).call(*arguments)
-        ids = anywhere.app.enqueue_many([call.options(keep_result=0)] * 2)
-        jobs = [anywhere.app.run_once(), anywhere.app.run_once()]
-        assert [(job.id, job.state, job.attempt) for job in jobs] == [(id, state, 1) for id in ids]
-        assert anywhere.app.run_once() is None
+    def test_tells_of_a_job_of_which_nothing_is_kept(self, service):
+        calls = [service.echo.call(1), service.give_up.call(os.devnull)]
+        ids = service.app.enqueue_many(call.options(keep_result=0) for call in calls)
+        jobs = [service.app.run_once(), service.app.run_once()]
+        assert [job.id for job in jobs] == ids
+        assert [(job.state, job.attempt) for job in jobs] == [("succeeded", 1), ("failed", 1)]
+        assert service.app.run_once() is None
 
 
 class TestProgress:
-    @pytest.mark.parametrize(
-        "told", [("one", 2, ""), (1, "two", ""), (1, 2, 3), (-1, 2, ""), (float("nan"), None, "")], ids=repr
-    )
-    def test_that_means_nothing_is_refused(self, service, told):
-        with service.working(), pytest.raises(RemoteError, match="must be"):
-            service.app.result(service.report.enqueue(*told), timeout=SOON)
-
-    def test_of_any_size_is_taken(self, service):
+    def test_that_means_nothing_is_refused_and_any_size_is_taken(self, service):
+        nan = float("nan")
         with service.working():
+            for told in (("one", 2, ""), (1, "two", ""), (1, 2, 3), (-1, 2, ""), (nan, None, "")):
+                with pytest.raises(RemoteError, match="must be"):
+                    service.app.result(service.report.enqueue(*told), timeout=SOON)
             id = service.report.enqueue(2.0**80, 2.0**80, "x" * 1_000_000)
             assert service.app.result(id, timeout=SOON) == "went on"
 
 
 class TestWhatAJobSays:
-    def test_in_a_forked_copy_has_an_answer_of_its_own(self, service):
+    def test_has_an_answer_of_its_own_in_a_forked_copy_and_when_it_is_too_large(self, service):
         with service.working():
             assert service.app.result(service.ask_in_a_copy.enqueue(), timeout=SOON) is True
-
-    def test_a_result_that_is_too_large_to_be_saved_is_refused_as_such(self, service):
-        with service.working(), pytest.raises(RemoteError, match="256|larger") as raised:
-            service.app.result(service.save.enqueue(260 << 20), timeout=SOON)
+            with pytest.raises(RemoteError, match="larger") as raised:
+                service.app.result(service.save.enqueue(260 << 20), timeout=SOON)
         assert raised.value.type_name == MessageTooLarge.__name__
 
-    @pytest.mark.parametrize("said", [b"\0\0\0\x01\xc1", b"\0\0\0\x01\x05"])
-    def test_that_cannot_be_read_ends_that_line_alone(self, service, said, folder):
+    def test_that_cannot_be_read_ends_that_line_alone(self, service, folder):
         with service.working():
             wait_until(lambda: list(folder.glob("*/owner")), "there is a link")
             (address,) = folder.glob("*/link")
-            with socket.socket(socket.AF_UNIX) as line:
-                line.settimeout(SOON)
-                line.connect(str(address))
-                line.sendall(said)
-                assert line.recv(1) == b""
+            for said in (b"\0\0\0\x01\xc1", b"\0\0\0\x01\x05"):
+                with socket.socket(socket.AF_UNIX) as line:
+                    line.settimeout(SOON)
+                    line.connect(str(address))
+                    line.sendall(said)
+                    assert line.recv(1) == b""
             assert service.app.result(service.add.enqueue(1, 2), timeout=SOON) == 3
 
 

@@ -51,7 +51,7 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(options: Any) -> None:
-    # Why: before there is a worker that could stop in good order, and while one job runs, its end is that of the command.
+    # Why: while there is no worker yet that could stop in good order, or only one job runs.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         _work(options)
@@ -88,7 +88,7 @@ def _run_one(app: App, queues: list[str] | None) -> None:
 
 def _imported(text: str) -> App:
     module_name, colon, attribute = text.partition(":")
-    if not colon or not module_name or not attribute:
+    if not colon or not module_name or module_name.startswith(".") or not attribute:
         _give_up(f"{text!r} is not MODULE:APP, such as jobs:app", 2)
     here = str(Path.cwd())
     if here not in sys.path:

@@ -253,7 +253,7 @@ def _marked(folder: str) -> int:
     made = os.open(f"{folder}/new", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     fcntl.flock(made, fcntl.LOCK_EX)
     # Race: somebody who looks for orphans sees the file only when it is locked.
-    os.rename(f"{folder}/new", f"{folder}/{_OWNER}")
+    Path(folder, "new").rename(Path(folder, _OWNER))
     return made
 
 

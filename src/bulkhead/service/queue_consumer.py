@@ -25,7 +25,7 @@ import msgspec
 
 from bulkhead.backends.base import Burial, Claim
 from bulkhead.dispatcher import Dispatcher
-from bulkhead.errors import BadMessage, BrokerUnavailable, ConfigTypeError, DispatcherFinalized, UnknownTask
+from bulkhead.errors import BrokerUnavailable, ConfigTypeError, DispatcherFinalized
 from bulkhead.job import Job
 from bulkhead.service.batch import Batch, HeldJob, Marks
 from bulkhead.service.envelope import failure, failure_of

@@ -94,9 +94,9 @@ COUNT_READY = f"""
 SELECT queue, COUNT(*), CAST(MIN(due) AS REAL) FROM jobs INDEXED BY jobs_ready
 WHERE namespace = ? AND state = {READY} GROUP BY queue
 """
-COUNT_LAPSED = (
-    "SELECT queue, COUNT(*), CAST(MIN(due) AS REAL) FROM jobs WHERE namespace = ? AND visible <= ? GROUP BY queue"
-)
+COUNT_LAPSED = """
+SELECT queue, COUNT(*), CAST(MIN(due) AS REAL) FROM jobs WHERE namespace = ? AND visible <= ? GROUP BY queue
+"""
 COUNT_LATER = """
 SELECT queue, state, COUNT(*) FROM jobs INDEXED BY jobs_later
 WHERE namespace = ? AND visible > ? GROUP BY queue, state
