@@ -18,6 +18,7 @@ from watching import wait_until
 from bulkhead import App, BadMessage, ConfigError, ConfigTypeError, MessageTooLarge, RemoteError, UnknownTask
 from bulkhead.backends.base import Burial
 from bulkhead.errors import BrokerUnavailable, BulkheadError
+from bulkhead.service.envelope import decoded, encoded
 from bulkhead.service.status import progress_key
 from bulkhead.service.verdicts import GiveBack, TryAgain
 
@@ -90,6 +91,20 @@ class TestAnArgumentOfAnotherType:
     def test_a_task_of_an_odd_name_is_unknown(self, service):
         with pytest.raises(UnknownTask):
             service.app.find_task("")
+
+
+class TestJson:
+    @pytest.mark.parametrize(
+        "value", [float("nan"), float("inf"), b"bytes", {1}, {(1, 2): 3}, LONE], ids=repr
+    )
+    def test_refuses_what_it_would_have_to_change(self, make, value):
+        service = make(options={"codec": "json"})
+        with pytest.raises(ConfigTypeError, match="cannot be encoded in json"):
+            service.echo.enqueue([value])
+
+    @pytest.mark.parametrize("value", [None, True, 2**80, 1.5, "text \0 ü 😀", [], {"a": [None]}], ids=repr)
+    def test_carries_what_it_has_a_form_for(self, value):
+        assert decoded("json", encoded("json", value)) == value
 
 
 class TestALongDelay:
