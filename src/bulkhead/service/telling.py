@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from bulkhead.service.app import App
     from bulkhead.service.batch import HeldJob
 
-__all__ = ["Teller", "guarded", "outcome_of"]
+__all__ = ["Teller", "guarded", "last_outcome", "outcome_of"]
 
 _log = logging.getLogger("bulkhead")
 
@@ -170,6 +170,12 @@ def outcome_of(
         now,
         held.envelope.keep,
     )
+
+
+def last_outcome(held: HeldJob) -> Outcome:
+    """Return the outcome of a settled job of which nothing is kept."""
+    kinds = {Succeed: OutcomeState.SUCCEEDED, Cancel: OutcomeState.CANCELLED}
+    return outcome_of(held, kinds.get(type(held.ending), OutcomeState.FAILED))
 
 
 def guarded(call: Callable[..., object], *args: Any) -> None:
