@@ -57,7 +57,7 @@ bench: $(VENV)/.installed-bench ## compare with other process pools: a table, an
 	$(BIN)/python benchmarks/bench.py $(or $(ARGS),--json benchmarks/figures.json --png benchmarks/chart.png)
 
 bench-queue: $(VENV)/.installed-bench-queue ## compare the durable queue with others, on a Redis of its own
-	$(BIN)/python benchmarks/bench_queue.py $(or $(ARGS),--json benchmarks/queue_figures.json)
+	$(BIN)/python benchmarks/bench_queue.py $(or $(ARGS),--json benchmarks/queue_figures.json --png benchmarks/queue_chart.png)
 
 # Quick where they are. Tests find them on the path.
 browser:
