@@ -19,6 +19,9 @@ from gates import Gate  # noqa: E402
 from servers import NatsServer, RedisCluster, RedisServer  # noqa: E402
 from traces import Traces  # noqa: E402
 
+# Why here: whichever test imports it first, its assertions tell what they compared.
+pytest.register_assert_rewrite("bulkhead.testing.conformance")
+
 # Seconds that processes which were told to end, and descriptors of garbage, may take to go.
 PATIENCE = 5.0
 

@@ -53,7 +53,6 @@ from bulkhead.job import (
     options_of,
     times_of,
 )
-from bulkhead.journal import NOT_RECORDED, Journal, Journaled
 from bulkhead.mapping import MapOptions, Results
 from bulkhead.planning import Nowhere, Plan
 from bulkhead.spans import BarrierMark
@@ -65,6 +64,7 @@ if TYPE_CHECKING:
     from bulkhead.executor import PoolExecutor
     from bulkhead.instrumentation.progress import Displays
     from bulkhead.instrumentation.timeline import Timeline
+    from bulkhead.journal import Journal
 
 __all__ = ["Dispatcher"]
 
@@ -130,7 +130,7 @@ class Dispatcher:
         self._displays: list[Displays] = []  # none or one: made when it is needed
         if progress is not False:
             _check_progress(progress)
-        self._journal = None if journal is None else Journal(journal)
+        self._journal = None if journal is None else _opened(journal)
         self._epoch = time.monotonic(), time.time()
         self._barriers: deque[BarrierMark] = deque(maxlen=_MAX_BARRIERS)
         self._pid = os.getpid()
@@ -549,7 +549,7 @@ class Dispatcher:
             tracker = Tracker(pool, payload, config.priority, config.timeout, config.retry)
         else:
             rest = config.priority, config.timeout, config.retry
-            tracker = Journaled(self._journal, pool, payload, *rest)
+            tracker = self._journal.tracker(pool, payload, *rest)
         tracker.function = name
         if options:
             self._apply(options, tracker)
@@ -564,8 +564,8 @@ class Dispatcher:
             self._refuse_elsewhere()
         pool = self._route(job.checked)
         pool.check_open()
-        value = self._journal.recall(job.checked["id"])
-        if value is NOT_RECORDED:
+        is_recorded, value = self._journal.recall(job.checked["id"])
+        if not is_recorded:
             return None
         tracker = Tracker(pool, None, pool.config.priority)
         tracker.function = name_of_job(job)
@@ -648,6 +648,12 @@ def _accepted(
         if head.state is None:
             plan.withdraw()
     return is_accepted, plan.handed_over() if is_accepted else None
+
+
+def _opened(path: str | os.PathLike[str]) -> Journal:
+    from bulkhead.journal import Journal  # Why here: it imports sqlite3, and every worker imports this
+
+    return Journal(path)
 
 
 def _full(pool: ProcessPool, timeout: float | None) -> PoolFull:

@@ -30,7 +30,7 @@ from bulkhead.errors import BulkheadError, ConfigTypeError
 from bulkhead.job import FOLLOW_UPS, Job
 from bulkhead.tracker import JobHome, Tracker
 
-__all__ = ["NOT_RECORDED", "Journal", "Journaled"]
+__all__ = ["Journal", "Journaled"]
 
 _NAMESPACE = "journal"
 
@@ -39,8 +39,6 @@ _FOR_EVER = 1e10
 
 # Longer ids are refused: the store takes no longer keys.
 _LONGEST_KEY = 200
-
-NOT_RECORDED: Any = object()
 
 
 class Journaled(Tracker):
@@ -74,8 +72,12 @@ class Journal:
         """Close the file."""
         self._backend.close()
 
-    def recall(self, job_id: Hashable) -> Any:
-        """Return the recorded result of a job, or NOT_RECORDED.
+    def tracker(self, home: JobHome, payload: Any, priority: int, *rest: Any) -> Journaled:
+        """Return the tracker of a job whose success is to be recorded."""
+        return Journaled(self, home, payload, priority, *rest)
+
+    def recall(self, job_id: Hashable) -> tuple[bool, Any]:
+        """Return whether a job is recorded, and its result.
 
         Raises:
             ConfigTypeError: The id cannot be looked up again after a restart.
@@ -83,7 +85,7 @@ class Journal:
             Exception: What unpickling the result raises, for instance because its class is gone.
         """
         (found,) = self._results.get_many([key_of(job_id)])
-        return NOT_RECORDED if found is None or found.value is None else pickle.loads(found.value)
+        return (False, None) if found is None or found.value is None else (True, pickle.loads(found.value))
 
     def record(self, job: Any) -> BaseException | None:
         """Keep a success; return an error if that cannot be done, with which the job fails instead.
@@ -130,7 +132,8 @@ class Journal:
             if name in options:
                 options[name] = self.with_stand_ins(options[name])
         made = job
-        if "id" in options and (value := self.recall(options["id"])) is not NOT_RECORDED:
+        is_recorded, value = self.recall(options["id"]) if "id" in options else (False, None)
+        if is_recorded:
             made = Job(hand_out, recorded=value)
             options.pop("timeout", None)
         elif options == job.checked:

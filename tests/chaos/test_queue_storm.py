@@ -28,7 +28,7 @@ LEASE = 2.0
 N_PRODUCERS = N_CONSUMERS = 3
 
 # Seconds between two blows.
-PAUSE = 0.8
+PAUSE = 0.4
 
 
 class Storm:

@@ -40,6 +40,7 @@ BACKENDS: dict[str, Place | str] = {
     "sqlite": _sqlite,
     "redis": "redis_server",
     "redis cluster": "redis_cluster",
+    "nats": "nats_server",
 }
 
 # Those that are in one process only.

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from servers import RedisServer
+from servers import NatsServer, RedisServer
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -124,11 +124,13 @@ def test_a_block_of_the_documentation_runs(
     tmp_path: Path,
     run_script: Callable[[Path], subprocess.CompletedProcess[str]],
     redis_server: RedisServer,
+    nats_server: NatsServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # A database that is empty: the blocks say what they print.
     redis_server.cli("flushall")
     monkeypatch.setenv("REDIS_URL", redis_server.url)
+    monkeypatch.setenv("NATS_URL", nats_server.url)
     file = tmp_path / f"{page.stem.lower()}_line_{script.line}.py"
     file.write_text(script.source, encoding="utf-8")
 

@@ -13,7 +13,12 @@ import pytest
 
 from bulkhead import App
 
-BACKENDS: dict[str, str | None] = {"memory": None, "sqlite": None, "redis": "redis_server"}
+BACKENDS: dict[str, str | None] = {
+    "memory": None,
+    "sqlite": None,
+    "redis": "redis_server",
+    "nats": "nats_server",
+}
 
 # Those that more than one process can use.
 SHARED = [name for name in BACKENDS if name != "memory"]

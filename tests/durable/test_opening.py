@@ -57,7 +57,7 @@ class TestOpening:
         app = memory_app
         group = app.enqueue_group([give.call(1)])
         broker = app.backend.broker
-        for _ in range(21):
+        for _ in range(20):
             wait_until(lambda: broker.claim("default", 1, 0.001))
         assert app.run_once() is None
         assert app.dead()[0].id == group

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from scripts import running
 
@@ -235,3 +238,10 @@ def test_it_runs_beside_a_pool_of_the_standard_library() -> None:
     with running(BESIDE, ("-W", "error")) as script:
         assert script.wait() == 0, script.errors()
         assert (script.output(), script.errors()) == ("done\n", "")
+
+
+def test_importing_it_imports_nothing_that_only_the_queue_or_an_executor_needs() -> None:
+    code = "import sys, bulkhead; print([name for name in sys.argv[1:] if name in sys.modules])"
+    dear = ["sqlite3", "msgspec", "asyncio", "redis", "nats", "concurrent.futures.process", "rich"]
+    done = subprocess.run([sys.executable, "-c", code, *dear], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

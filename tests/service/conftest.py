@@ -14,12 +14,11 @@ from uuid import uuid4
 
 import pytest
 from scripts import Script
+from traces import Traces
 from watching import PATIENCE, wait_until
 
 from bulkhead import App
 from bulkhead.service.app import QueuedJob
-
-BACKENDS = ["memory", "sqlite"]
 
 TEMPLATE = Path(__file__).with_name("tasks.py").read_text()
 
@@ -39,7 +38,7 @@ class Service:
         code = code.replace("OPTIONS: dict[str, Any] = {}", f"OPTIONS: dict[str, Any] = {options!r}")
         for name, value in settings.items():
             known = {"concurrency": "CONCURRENCY = 2", "pool": "POOL: dict[str, Any] = {}"}[name]
-            code = code.replace(known, f"{known.partition(' =')[0]} = {value!r}")
+            code = code.replace(known, f"{known.partition(' =')[0]} = {value}")
         (folder / f"{self.name}.py").write_text(code)
         self.module: ModuleType = importlib.import_module(self.name)
         self.app: App = self.module.app
@@ -136,10 +135,35 @@ class Working:
 Make = Callable[..., Service]
 
 
+# Those with a server: the fixture that has it.
+SERVERS = {"redis": "redis_server", "redis cluster": "redis_cluster", "nats": "nats_server"}
+
+# Why fewer in most tests: what depends on the backend is tried on each, the rest is the same code.
+LOCAL = ["memory", "sqlite"]
+
+
 def _url(kind: str, folder: Path) -> str:
     if kind == "memory":
         return f"memory://{uuid4().hex}"
-    return f"sqlite:///{folder}/jobs.db"
+    return f"sqlite:///{folder}/jobs.db" if kind == "sqlite" else kind
+
+
+# Why of the session: a server is started before the test's traces are counted.
+@pytest.fixture(scope="session", params=[*LOCAL, *SERVERS])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend: what `make` takes."""
+    return _backend(request)
+
+
+@pytest.fixture(scope="session", params=["sqlite", *SERVERS])
+def shared_backend(request: pytest.FixtureRequest) -> str:
+    """Each backend that several processes can use."""
+    return _backend(request)
+
+
+def _backend(request: pytest.FixtureRequest) -> str:
+    server = SERVERS.get(request.param)
+    return request.param if server is None else request.getfixturevalue(server).url
 
 
 @contextlib.contextmanager
@@ -183,31 +207,19 @@ def durable(make: Make) -> Service:
     return make("sqlite")
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=LOCAL)
 def anywhere(request: pytest.FixtureRequest, make: Make) -> Service:
-    """An application on each backend."""
+    """An application in memory and in a file."""
     return make(request.param)
 
 
-def _shared(folder: Path, backend: str) -> Iterator[Service]:
-    """An application with a worker for a whole module: starting one takes longer than most tests."""
-    with _making(folder) as new:
+@pytest.fixture(scope="module")
+def served_anywhere(backend: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """An application on each backend, with a worker for a whole module: starting one takes longer than most tests."""
+    before = Traces.now()
+    with _making(tmp_path_factory.mktemp("served")) as new:
         made = new(backend, options={"lease": 3.0})
         with made.working():
             made.app.result(made.pid.enqueue(), timeout=PATIENCE)
-            made.app.result(made.jot_aside.enqueue("/dev/null"), timeout=PATIENCE)
             yield made
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """An application in memory that a worker serves."""
-    yield from _shared(tmp_path_factory.mktemp("served"), "memory")
-
-
-@pytest.fixture(scope="module", params=BACKENDS)
-def served_anywhere(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Service]:
-    """An application on each backend that a worker serves."""
-    yield from _shared(tmp_path_factory.mktemp("served"), request.param)
+    wait_until(lambda: not Traces.now().beyond(before), "nothing is left behind")

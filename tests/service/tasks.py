@@ -16,6 +16,12 @@ from jobs import lines, note
 
 from bulkhead import App, Backoff, Snooze, Unrecoverable, current_job
 
+
+def no_licence() -> None:
+    """An initializer without which no worker comes up."""
+    raise ValueError("no licence")
+
+
 URL = "memory://"
 OPTIONS: dict[str, Any] = {}
 CONCURRENCY = 2
@@ -64,6 +70,11 @@ def pid() -> int:
 
 @app.task
 def hold(folder: str, name: str) -> str:
+    return pass_gate(folder, name)
+
+
+@app.task(queue="side")
+def hold_aside(folder: str, name: str) -> str:
     return pass_gate(folder, name)
 
 

@@ -80,6 +80,20 @@ def test_a_job_that_kills_its_worker_is_the_only_one_that_has_failed(two, path):
     learn(two)
 
 
+def test_what_has_ended_before_its_worker_dies_does_not_run_again(two, path):
+    calls = [two.jot.call(path, number) for number in range(100)]
+    for number in (20, 77):
+        calls[number] = two.die.call(path + "-die").options(max_retries=0)
+    for id in two.app.enqueue_many([two.jot.call(os.devnull) for _ in range(100)]):
+        two.settled(id)
+    ids = enqueue_together(two, calls)
+    for id in ids:
+        two.settled(id)
+    assert Counter(lines(path)) == Counter(str(number) for number in range(100) if number not in (20, 77))
+    assert lines(path + "-die") == ["1", "1"]
+    learn(two)
+
+
 def test_a_job_that_exits_is_the_only_one_that_has_failed_and_the_others_run_once(two, path):
     calls = [two.jot.call(path, number) for number in range(40)]
     calls[20] = two.leave.call(3)
@@ -154,7 +168,7 @@ def test_workers_that_are_killed_in_the_middle_of_batches_lose_nothing(make, pat
     service = make(concurrency=2)
     with service.working():
         learn(service)
-        n_jobs = 20_000
+        n_jobs = 5000
         ids = service.app.enqueue_many(
             [service.jot.call(path, number).options(max_retries=20) for number in range(n_jobs)]
         )

@@ -34,6 +34,18 @@ def leased(make):
     return make("sqlite", options={"lease": 1.0}, concurrency=1)
 
 
+@pytest.fixture
+def leased_anywhere(make, shared_backend):
+    """The same on each backend that several processes can use."""
+    return make(shared_backend, options={"lease": 1.0}, concurrency=1)
+
+
+def lose_lease(service) -> None:
+    """Claim a job as a worker does that dies at once."""
+    broker = service.app.backend.broker
+    wait_until(lambda: broker.claim("default", 1, 0.05), "it can be claimed")
+
+
 class TestALease:
     def test_is_kept_for_a_job_that_takes_longer(self, leased, path):
         with leased.process(), leased.process():
@@ -41,40 +53,47 @@ class TestALease:
             assert leased.app.result(id, timeout=SOON) == 1
             assert len(lines(path)) == 2
 
-    def test_of_a_worker_that_is_killed_ends_and_its_job_runs_elsewhere(self, leased, folder, gate: Gate):
-        with leased.process() as first:
-            id = leased.hold.enqueue(folder, "job")
+    def test_of_a_worker_that_is_killed_ends_and_its_job_runs_elsewhere(
+        self, leased_anywhere, folder, gate: Gate
+    ):
+        with leased_anywhere.process() as first:
+            id = leased_anywhere.hold.enqueue(folder, "job")
             gate.wait_begun(1)
-            with leased.process():
+            with leased_anywhere.process():
                 os.kill(first.pid, signal.SIGKILL)
                 killed = time.monotonic()
                 gate.wait_begun(2)
                 assert time.monotonic() - killed < 1.0 + 1.0 + SLACK
                 wait_until(lambda: not first.processes(), "its processes have ended")
                 gate.open()
-                assert leased.app.result(id, timeout=SOON) == "job"
-                assert leased.app.job(id).attempt == 2
+                assert leased_anywhere.app.result(id, timeout=SOON) == "job"
+                assert leased_anywhere.app.job(id).attempt == 2
 
-    def test_is_lost_by_a_worker_that_is_frozen_and_its_late_end_is_refused(self, leased, folder, gate, path):
-        with leased.process() as first:
-            id = leased.fail_at_first.call(path, 0).options(on_success=leased.jot.call(path + "-f")).enqueue()
-            leased.settled(id)
-            id = leased.hold.enqueue(folder, "job")
+    def test_is_lost_by_a_worker_that_is_frozen_and_its_late_end_is_refused(
+        self, leased_anywhere, folder, gate, path
+    ):
+        with leased_anywhere.process() as first:
+            id = (
+                leased_anywhere.fail_at_first.call(path, 0)
+                .options(on_success=leased_anywhere.jot.call(path + "-f"))
+                .enqueue()
+            )
+            leased_anywhere.settled(id)
+            id = leased_anywhere.hold.enqueue(folder, "job")
             gate.wait_begun(1)
             os.kill(first.pid, signal.SIGSTOP)
-            with leased.process() as second:
+            with leased_anywhere.process() as second:
                 gate.wait_begun(2)
                 gate.open()  # the first one's worker ends its run, too, and nobody hears it
-                assert leased.app.result(id, timeout=SOON) == "job"
-                outcome = leased.app.backend.results.get_many([id])
+                assert leased_anywhere.app.result(id, timeout=SOON) == "job"
+                outcome = leased_anywhere.app.backend.results.get_many([id])
                 first.resume()
                 wait_until(lambda: "no longer ours" in first.errors() or "is lost" in first.errors())
-                assert leased.app.backend.results.get_many([id]) == outcome
+                assert leased_anywhere.app.backend.results.get_many([id]) == outcome
                 # Both go on.
-                leased.app.pause("side")
-                ids = [leased.pid.enqueue() for _ in range(20)]
+                ids = [leased_anywhere.pid.enqueue() for _ in range(20)]
                 for id in ids:
-                    leased.app.result(id, timeout=SOON)
+                    leased_anywhere.app.result(id, timeout=SOON)
                 assert second.is_running()
                 assert first.is_running()
 
@@ -94,16 +113,21 @@ class TestALease:
                 leased.app.cancel(id)
                 leased.settled(id)
 
-    def test_a_job_that_kills_every_worker_is_a_dead_letter_in_the_end(self, leased, path):
-        id = leased.nap.call(path, 60).options(max_retries=1).enqueue()
-        for number in (1, 2):
-            with leased.process() as worker:
-                wait_until(lambda: len(lines(path)) == number)  # noqa: B023
-                os.kill(worker.pid, signal.SIGKILL)
-        with leased.process():
-            job = leased.settled(id)
+    def test_that_a_worker_loses_does_not_cost_a_job_its_only_attempt(self, service, path):
+        id = service.jot.call(path, "ran").options(max_retries=0).enqueue()
+        lose_lease(service)
+        with service.working():
+            assert service.app.result(id, timeout=SOON) == "ran"
+
+    def test_that_is_lost_again_and_again_makes_a_dead_letter_of_the_job(self, service, path):
+        id = service.jot.call(path, "ran").options(max_retries=1).enqueue()
+        for _ in range(5):
+            lose_lease(service)
+        with service.working():
+            job = service.settled(id)
         assert job.state == "failed"
-        assert job.reason == "its worker died or lost the lease in each of 2 attempts"
+        assert job.reason == "5 attempts, in the last of which its worker died or lost the lease"
+        assert lines(path) == []
 
     def test_what_was_cancelled_in_an_attempt_whose_worker_died_is_not_run_again(self, leased, path):
         with leased.process() as worker:

@@ -29,6 +29,10 @@ def path(tmp_path: Path) -> str:
 
 
 class TestOnEachBackend:
+    @pytest.fixture
+    def _nothing_is_left_behind(self) -> None:
+        """Not after each of these: connections are made as they are needed. `served_anywhere` looks at the end."""
+
     def test_a_job_returns_its_result(self, served_anywhere):
         id = served_anywhere.add.enqueue(2, b=3)
         assert served_anywhere.app.result(id, timeout=SOON) == 5
@@ -161,27 +165,30 @@ class TestOnEachBackend:
         none = served_anywhere.add.call(1, 1).options(keep_result=0).enqueue()
         wait_until(lambda: app.find_jobs([none])[0] is None, "it is forgotten")
 
-    def test_lists_and_counts_tell_where_jobs_are(self, served_anywhere, gate, tmp_path):
+    def test_lists_and_counts_tell_where_jobs_are(self, served_anywhere, gate, tmp_path, path):
         app = served_anywhere.app
-        folder = str(tmp_path / "gate")
-        for name in ("a", "b"):
-            served_anywhere.hold.enqueue(folder, name)
+        running = [served_anywhere.hold.enqueue(str(tmp_path / "gate"), name) for name in ("a", "b")]
         gate.wait_begun(2)
-        queued = [served_anywhere.hold.enqueue(folder, name) for name in ("c", "d", "e")]
-        later = served_anywhere.hold.call(folder, "f").options(delay=3600).enqueue()
-        assert [job.id for job in app.jobs("queued", queue="default")][-3:] == queued
-        assert [job.id for job in app.jobs("queued", queue="default", offset=1, limit=1)] == queued[1:2]
+        app.pause("side")
+        time.sleep(0.6)  # a claim that was waiting has ended
+        queued = [served_anywhere.jot_aside.enqueue(path) for _ in range(3)]
+        later = served_anywhere.jot_aside.call(path).options(delay=3600).enqueue()
+        assert [job.id for job in app.jobs("queued", queue="side")] == queued
+        assert [job.id for job in app.jobs("queued", queue="side", offset=1, limit=1)] == queued[1:2]
         assert [job.id for job in app.jobs("scheduled")] == [later]
-        assert len(app.jobs("running")) == 2
-        counts = app.queues()["default"]
-        assert (counts.ready, counts.scheduled, counts.running) == (3, 1, 2)
+        assert {job.id for job in app.jobs("running")} == set(running)
+        counts = app.queues()["side"]
+        assert (counts.ready, counts.scheduled, counts.running) == (3, 1, 0)
+        assert app.queues()["default"].running == 2
         assert app.counts()["running"] == 2
         app.cancel(later)
+        app.resume("side")
         gate.open()
-        for id in queued:
+        for id in (*queued, *running):
             served_anywhere.settled(id)
-        done = [job.id for job in app.jobs("succeeded", limit=3)]
-        assert set(done) <= {*queued, *(job.id for job in app.jobs("succeeded"))}
+        done = app.jobs("succeeded", queue="side", limit=3)
+        assert {job.id for job in done} == set(queued)
+        assert [job.finished_at for job in done] == sorted((job.finished_at for job in done), reverse=True)
         assert later in [job.id for job in app.jobs("cancelled")]
 
 

@@ -13,45 +13,37 @@ Making an App connects to nothing: worker processes import the module that makes
 
 from __future__ import annotations
 
-import itertools
-import os
-import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import tzinfo
+from functools import partial
 from typing import Any, Literal, ParamSpec, TypeVar, overload
-
-import msgspec
 
 from bulkhead import backends, forks, validate
 from bulkhead._kernel.lifecycle import JobState
-from bulkhead.backends.base import Backend, CancelAnswer, Message, OutcomeState, Place, QueueCounts
-from bulkhead.config import Pool
+from bulkhead.backends.base import Backend, CancelAnswer, QueueCounts
 from bulkhead.errors import (
     BrokerUnavailable,
-    BulkheadError,
     ConfigError,
     ConfigTypeError,
     DuplicateJobId,
-    JobCancelled,
     JobNotFound,
-    RemoteError,
-    ResultNotFound,
-    UnknownQueue,
-    UnknownTask,
     WaitTimeout,
 )
 from bulkhead.retry import Backoff
 from bulkhead.service import context
+from bulkhead.service.asking import Asking
+from bulkhead.service.catalog import Catalog
 from bulkhead.service.consumer import Consumer
-from bulkhead.service.envelope import CodecName, Envelope, Failure, Follow, Sealer, encoded, failure
+from bulkhead.service.envelope import CodecName, Sealer
 from bulkhead.service.groups import KEEP, Groups, GroupStatus
-from bulkhead.service.middleware.base import Middleware, Submission
+from bulkhead.service.middleware.base import Middleware
 from bulkhead.service.middleware.heartbeat import ConsumerInfo, consumers
 from bulkhead.service.schedules import Schedule, Schedules
-from bulkhead.service.status import QueuedJob, from_outcome, from_record
-from bulkhead.service.task import DEFAULT_BACKOFF, Call, Callback, Task, TaskOptions, job_id, name
+from bulkhead.service.status import QueuedJob
+from bulkhead.service.submitting import Submitting
+from bulkhead.service.task import DEFAULT_BACKOFF, Call, Callback, Task, TaskOptions, job_id
 from bulkhead.service.timing import Missed
 
 __all__ = ["App"]
@@ -115,9 +107,9 @@ class App:
         if self.lease < _SHORTEST_LEASE:
             raise ConfigError(f"lease must be at least {_SHORTEST_LEASE} s, not {lease!r}")
         self.middlewares = _middlewares(middlewares)
-        self._tasks: dict[str, Task[..., Any]] = {}
-        self._queues: dict[str, Mapping[str, Any]] = {}
-        self._ids = _Ids()
+        self.catalog = Catalog()
+        self.submitting = Submitting(self)
+        self._asking = Asking(self)
         self._connected: tuple[int, Backend] | None = None  # with the number of forks before it
         self._locks: dict[int, threading.Lock] = {}
         self._schedules = Schedules(self)
@@ -201,9 +193,8 @@ class App:
             on_retry=on_retry,
             on_failure=on_failure,
         )
-        if fn is None:
-            return lambda fn: self._add_task(fn, name, concurrency, options)
-        return self._add_task(fn, name, concurrency, options)
+        add = partial(self.catalog.add_task, self, given=name, concurrency=concurrency, options=options)
+        return add if fn is None else add(fn)
 
     def queue(self, queue: str, *, concurrency: int | None = None, **pool: Any) -> None:
         """Say how a queue's jobs are run: by how many processes, and what else `Pool` knows.
@@ -216,24 +207,11 @@ class App:
         Raises:
             ConfigError: A value cannot work, or the queue was given other values before.
         """
-        queue = _name("queue", queue)
-        refused = pool.keys() & {"priority", "n_workers", "backlog", "timeout", "retry", "name"}
-        if refused:
-            raise ConfigError(f"{min(refused)} is no option of a queue; say it of the tasks")
-        given = dict(pool) if concurrency is None else {**pool, "concurrency": concurrency}
-        known = self._queues.get(queue, {})
-        for option, value in given.items():
-            if option in known and known[option] != value:
-                raise ConfigError(
-                    f"queue {queue!r} has {option}={known[option]!r} already and cannot have {value!r}, too"
-                )
-        merged = {**known, **given}
-        self._pool(0, queue, merged)  # so that a bad value is refused here
-        self._queues[queue] = merged
+        self.catalog.add_queue(queue, pool if concurrency is None else {**pool, "concurrency": concurrency})
 
     def tasks(self) -> dict[str, Task[..., Any]]:
         """Return the tasks by name."""
-        return dict(self._tasks)
+        return dict(self.catalog.tasks)
 
     def call(self, task: str, /, *args: Any, **kwargs: Any) -> Call:
         """Return a job of the task with this name, as `task.call` does.
@@ -249,11 +227,7 @@ class App:
         Raises:
             UnknownTask: There is none.
         """
-        found = self._tasks.get(task)
-        if found is None:
-            known = ", ".join(sorted(self._tasks)) or "none"
-            raise UnknownTask(f"there is no task {task!r}; known are: {known}")
-        return found
+        return self.catalog.find_task(task)
 
     # Enqueueing
 
@@ -285,10 +259,10 @@ class App:
         """
         if existing not in ("refuse", "keep"):
             raise ConfigError(f"existing must be 'refuse' or 'keep', not {existing!r}")
-        submissions = [self.submission(call) for call in calls]
+        submissions = [self.submitting.submission(call) for call in calls]
         if not submissions:
             return []
-        self.submit(submissions)
+        self.submitting.submit(submissions)
         taken = [one.duplicate_of for one in submissions if one.duplicate_of is not None]
         if taken and existing == "refuse":
             raise DuplicateJobId(
@@ -310,23 +284,7 @@ class App:
 
     def find_jobs(self, ids: Sequence[str]) -> list[QueuedJob | None]:
         """Return what is known of several jobs, in order; None for one of which nothing is."""
-        ids = [job_id(one) for one in ids]
-        found: list[QueuedJob | None] = []
-        for part in _parts(ids):
-            records = self.backend.broker.find(part)
-            # Race: a job's outcome is saved before its broker forgets it, so who asks in this order misses none.
-            settled = [one for one, record in zip(part, records, strict=True) if record is None]
-            outcomes = (
-                dict(zip(settled, self.backend.results.get_many(settled), strict=True)) if settled else {}
-            )
-            for one, record in zip(part, records, strict=True):
-                if record is not None:
-                    found.append(from_record(record, self.sealer, self.backend.registry))
-                else:
-                    outcome = outcomes[one]
-                    is_known = outcome is not None and outcome.state is not OutcomeState.RUNNING
-                    found.append(from_outcome(outcome) if outcome is not None and is_known else None)
-        return found
+        return self._asking.find(ids)
 
     def jobs(
         self, state: JobState | str, *, queue: str | None = None, offset: int = 0, limit: int = 100
@@ -343,34 +301,16 @@ class App:
         Raises:
             ConfigError: A value cannot work.
         """
-        offset = validate.whole_number("offset", offset, at_least=0)
-        limit = validate.whole_number("limit", limit, at_least=1, at_most=10_000)
-        place, outcome = _STATES[_state(state)]
-        backend = self.backend
-        if place is not None:
-            records = backend.broker.records(place, queue=queue, offset=offset, limit=limit)
-            return [from_record(one, self.sealer, backend.registry) for one in records]
-        assert outcome is not None
-        found = backend.results.outcomes(outcome, queue=queue, offset=offset, limit=limit)
-        return [from_outcome(one) for one in found]
+        return self._asking.page(state, queue, offset, limit)
 
     def queues(self) -> dict[str, QueueCounts]:
         """Return the counts of each queue: those of this application, and others that hold jobs."""
         counts = dict(self.backend.broker.counts())
-        return {queue: counts.get(queue, QueueCounts()) for queue in sorted({*counts, *self._queues})}
+        return {queue: counts.get(queue, QueueCounts()) for queue in sorted({*counts, *self.queue_names()})}
 
     def counts(self) -> dict[JobState, int]:
         """Return how many jobs are in each state, over all queues."""
-        queues = self.backend.broker.counts().values()
-        outcomes = self.backend.results.counts()
-        return {
-            JobState.QUEUED: sum(one.ready for one in queues),
-            JobState.SCHEDULED: sum(one.scheduled for one in queues),
-            JobState.RUNNING: sum(one.running for one in queues),
-            JobState.SUCCEEDED: outcomes.get(OutcomeState.SUCCEEDED, 0),
-            JobState.FAILED: outcomes.get(OutcomeState.FAILED, 0),
-            JobState.CANCELLED: outcomes.get(OutcomeState.CANCELLED, 0),
-        }
+        return self._asking.counts()
 
     def result(self, id: str, *, timeout: float = 0.0) -> Any:  # noqa: A002 - as above
         """Return what a job has returned, or saved by `current_job().save()`.
@@ -390,25 +330,7 @@ class App:
         """
         if timeout:
             self.wait(id, timeout=timeout)
-        (outcome,) = self.backend.results.get_many([job_id(id)])
-        if outcome is None:
-            raise self._no_outcome(self.job(id))
-        told = failure(outcome.error)
-        if outcome.state is OutcomeState.CANCELLED:
-            raise JobCancelled(f"job {id!r} was cancelled")
-        if outcome.state is OutcomeState.FAILED:
-            raise _remote_error(id, told or Failure("unknown", ""))
-        if outcome.value is None:
-            why = "" if told is None else f": {told.message}"
-            raise ResultNotFound(f"job {id!r} has left no result{why}")
-        return self.sealer.open_value(id, outcome.value)
-
-    def _no_outcome(self, job: QueuedJob) -> BulkheadError:
-        # Of a dead letter no outcome is kept if its message cannot be read, or its task keeps none.
-        if job.state is JobState.FAILED:
-            told = Failure(job.error_type or "unknown", job.error_message or job.reason, job.traceback or "")
-            return _remote_error(job.id, told)
-        return ResultNotFound(f"job {job.id!r} is {job.state} and has left no result")
+        return self._asking.result(id)
 
     def wait(self, id: str, *, timeout: float) -> QueuedJob:  # noqa: A002 - as above
         """Wait until a job has succeeded, failed or was cancelled, and return what is known of it.
@@ -452,11 +374,11 @@ class App:
 
     def pause(self, queue: str) -> None:
         """Let no job of a queue start, in any worker, until `resume`; also over restarts. Running ones go on."""
-        self.backend.broker.pause(self._known_queue(queue))
+        self.backend.broker.pause(self.catalog.known_queue(queue))
 
     def resume(self, queue: str) -> None:
         """Undo `pause`."""
-        self.backend.broker.resume(self._known_queue(queue))
+        self.backend.broker.resume(self.catalog.known_queue(queue))
 
     def paused(self) -> frozenset[str]:
         """Return the names of the queues that are paused."""
@@ -472,11 +394,7 @@ class App:
         Raises:
             ConfigError: A value cannot work.
         """
-        offset = validate.whole_number("offset", offset, at_least=0)
-        limit = validate.whole_number("limit", limit, at_least=1, at_most=10_000)
-        backend = self.backend
-        records = backend.broker.records(Place.DEAD, queue=queue, offset=offset, limit=limit)
-        return [from_record(one, self.sealer, backend.registry) for one in records]
+        return self._asking.dead_page(queue, offset, limit)
 
     def retry_dead(self, id: str) -> None:  # noqa: A002 - as above
         """Enqueue a dead letter anew, with all its attempts.
@@ -484,12 +402,12 @@ class App:
         Raises:
             JobNotFound: There is no dead letter with this id.
         """
-        if not self._revive([job_id(id)])[0]:
+        if not self._asking.revive([job_id(id)])[0]:
             raise JobNotFound(f"there is no dead letter {id!r}", job_id=id)
 
     def retry_all_dead(self, *, queue: str | None = None) -> int:
         """Enqueue all dead letters anew, of one queue or of all; return how many."""
-        return self._each_dead(queue, self._revive)
+        return self._asking.each_dead(queue, self._asking.revive)
 
     def delete_dead(self, id: str) -> None:  # noqa: A002 - as above
         """Delete a dead letter.
@@ -497,13 +415,12 @@ class App:
         Raises:
             JobNotFound: There is no dead letter with this id.
         """
-        (record,) = self.backend.broker.find([job_id(id)])
-        if record is None or record.place is not Place.DEAD or not self.backend.broker.delete([id])[0]:
+        if not self._asking.is_dead(id) or not self.backend.broker.delete([id])[0]:
             raise JobNotFound(f"there is no dead letter {id!r}", job_id=id)
 
     def delete_all_dead(self, *, queue: str | None = None) -> int:
         """Delete all dead letters, of one queue or of all; return how many."""
-        return self._each_dead(queue, self.backend.broker.delete)
+        return self._asking.each_dead(queue, self.backend.broker.delete)
 
     # Groups and chains
 
@@ -693,7 +610,7 @@ class App:
         Concurrency: several calls in several threads are workers of their own.
         """
         grace = validate.seconds("grace", grace, zero=True)
-        consumer = self._make_consumer(queues)
+        consumer = Consumer(self, self.catalog.chosen(queues))
         self._consumers[consumer] = None
         try:
             consumer.run(grace=grace)
@@ -713,7 +630,7 @@ class App:
 
         Blocking: as long as the job runs.
         """
-        done = self._make_consumer([queue], n_workers=1).run_once()
+        done = Consumer(self, self.catalog.chosen([queue]), 1).run_once()
         if done is None:
             return None
         return self.find_jobs([done])[0]
@@ -747,159 +664,11 @@ class App:
 
     def __repr__(self) -> str:
         # Why not the URL: it may hold a password.
-        return f"<App {self.namespace}: {len(self._tasks)} tasks in {len(self._queues)} queues>"
-
-    # For consumers, groups and schedules
-
-    def next_id(self) -> str:
-        """Return an id that nobody else has."""
-        return self._ids.next()
-
-    def submission(self, call: Call) -> Submission:
-        """Return a job as it enters the middlewares.
-
-        Raises:
-            ConfigError: It is no job of this application, or its arguments cannot be encoded.
-            UnknownQueue: There is no such queue.
-        """
-        if not isinstance(call, Call):
-            raise ConfigTypeError(f"jobs are made by task.call(...); this is {validate.shown(call)}")
-        queue = self._queue_of(call)
-        return Submission(call.id or self.next_id(), call.id is not None, call, queue, self.envelope(call))
-
-    def submit(
-        self,
-        submissions: Sequence[Submission],
-        forward: Callable[[Sequence[Submission]], None] | None = None,
-    ) -> None:
-        """Pass jobs through the middlewares, and what comes through on to `forward`, by default the broker."""
-        put = self._enqueue if forward is None else forward
-        for middleware in reversed(self.middlewares):
-            put = _around(middleware, put)
-        put(submissions)
-
-    def envelope(self, call: Call, *, takes: bool = False) -> Envelope:
-        """Return a job as it travels.
-
-        Raises:
-            ConfigTypeError: Its arguments cannot be encoded.
-        """
-        options = call.task.options
-        codec = self.sealer.codec
-        backoff = call.backoff or options.backoff
-        return Envelope(
-            call.task.name,
-            _arguments(call, codec),
-            codec,
-            options.timeout if call.timeout is None else call.timeout,
-            options.max_retries if call.max_retries is None else call.max_retries,
-            (backoff.initial, backoff.factor, backoff.jitter, backoff.maximum),
-            options.keep_result if call.keep_result is None else call.keep_result,
-            tuple(self.follow(one) for kind, one in call.follows if kind == "on_success"),
-            tuple(self.follow(one) for kind, one in call.follows if kind == "on_error"),
-            None,
-            takes,
-            dict(call.headers or {}),
-        )
-
-    def follow(self, call: Call, *, takes: bool = True) -> Follow:
-        """Return a job that is enqueued when another has ended.
-
-        Raises:
-            UnknownQueue, ConfigTypeError, ConfigError: It could not be enqueued.
-        """
-        options = call.task.options
-        return Follow(
-            call.id or self.next_id(),
-            self._queue_of(call),
-            options.priority if call.priority is None else call.priority,
-            call.delay,
-            call.due_at,
-            self.envelope(call, takes=takes),
-        )
-
-    def message(self, follow: Follow, envelope: Envelope) -> Message:
-        """Return a follow-up job as the broker keeps it."""
-        body = self.sealer.seal(follow.id, follow.queue, envelope)
-        return Message(
-            follow.id, follow.queue, body, follow.priority, follow.delay, follow.due_at, remember=_REMEMBER
-        )
-
-    def pools(self, queues: Sequence[str], n_workers: int | None = None) -> list[Pool]:
-        """Return the pools of these queues; their priorities are their positions."""
-        made = []
-        for position, queue in enumerate(queues):
-            options = dict(self._queues[queue])
-            if n_workers is not None:
-                options["concurrency"] = n_workers
-            made.append(self._pool(position, queue, options))
-        return made
+        return f"<App {self.namespace}: {len(self.catalog.tasks)} tasks in {len(self.queue_names())} queues>"
 
     def queue_names(self) -> list[str]:
         """Return the names of the application's own queues."""
-        return list(self._queues)
-
-    # Inner
-
-    def _add_task(
-        self, fn: Callable[..., Any], given: str | None, concurrency: int | None, options: TaskOptions
-    ) -> Task[..., Any]:
-        validate.function("a task", fn)
-        if isinstance(fn, Task):
-            raise ConfigTypeError(f"{fn.name!r} is a task already")
-        own = given if given is not None else getattr(fn, "__name__", None)
-        task_name = _name("name", own)
-        if task_name in self._tasks:
-            raise ConfigError(f"there is a task {task_name!r} already; give one of them name=")
-        self.queue(options.queue, concurrency=concurrency)
-        made: Task[..., Any] = Task(self, fn, task_name, options)
-        self._tasks[task_name] = made
-        return made
-
-    def _pool(self, priority: int, queue: str, options: Mapping[str, Any]) -> Pool:
-        rest = {option: value for option, value in options.items() if option != "concurrency"}
-        n_workers = options.get("concurrency", os.cpu_count() or 1)
-        # Why no bound here: the consumer claims no more than it has room for.
-        try:
-            return Pool(priority, n_workers, backlog=None, name=queue, **{"nice": 0, **rest})
-        except ConfigError as error:
-            raise type(error)(str(error).replace("n_workers", "concurrency")) from None
-        except TypeError as error:
-            raise ConfigTypeError(f"queue {queue!r}: {error}") from None
-
-    def _enqueue(self, submissions: Sequence[Submission]) -> None:
-        for part in _parts(submissions):
-            messages = [self._message(one) for one in part]
-            for one, is_new in zip(part, self.backend.broker.enqueue_many(messages), strict=True):
-                # Race: a call that is repeated after a lost connection finds the job of its own first try. Nobody else
-                # can have made an id that is not the caller's own.
-                if not is_new and one.is_own_id:
-                    one.duplicate_of = one.id
-
-    def _message(self, one: Submission) -> Message:
-        call, options = one.call, one.call.task.options
-        envelope = one.envelope
-        if one.headers:
-            envelope = msgspec.structs.replace(envelope, headers={**envelope.headers, **one.headers})
-        return Message(
-            one.id,
-            one.queue,
-            self.sealer.seal(one.id, one.queue, envelope),
-            options.priority if call.priority is None else call.priority,
-            call.delay,
-            call.due_at,
-            _REMEMBER if one.is_own_id else 0.0,
-        )
-
-    def _queue_of(self, call: Call) -> str:
-        if call.task.app is not self:
-            raise ConfigError(f"task {call.task.name!r} belongs to another application")
-        return self._known_queue(call.queue or call.task.options.queue)
-
-    def _known_queue(self, queue: str) -> str:
-        if queue not in self._queues:
-            raise UnknownQueue(f"there is no queue {queue!r}; known are: {', '.join(sorted(self._queues))}")
-        return queue
+        return self.catalog.queue_names()
 
     def _connect(self) -> Backend:
         if context.running is not None and "memory://" in (self.url[:9], (self.results_url or "")[:9]):
@@ -917,44 +686,6 @@ class App:
             raise
         return Backend(jobs.broker, elsewhere.results, jobs.registry, (jobs, elsewhere))
 
-    def _revive(self, ids: Sequence[str]) -> list[bool]:
-        # Why before: what has become of it the last time must not be taken for what becomes of it now.
-        records = self.backend.broker.find(ids)
-        dead = [one.id for one in records if one is not None and one.place is Place.DEAD]
-        if dead:
-            self.backend.results.delete(dead)
-        return self.backend.broker.revive(ids)
-
-    def _each_dead(self, queue: str | None, act: Callable[[Sequence[str]], list[bool]]) -> int:
-        # Why all are looked up first: a job that is enqueued anew may be a dead letter again in a moment.
-        found: dict[str, None] = {}
-        while records := self.backend.broker.records(
-            Place.DEAD, queue=queue, offset=len(found), limit=_PER_CALL
-        ):
-            known = len(found)
-            found.update((one.id, None) for one in records)
-            if len(found) == known:
-                break
-        return sum(sum(act(part)) for part in _parts(list(found)))
-
-    def _make_consumer(self, queues: Iterable[str] | None, n_workers: int | None = None) -> Consumer:
-        chosen = (
-            list(self._queues)
-            if queues is None
-            else [self._known_queue(one) for one in dict.fromkeys(queues)]
-        )
-        if not chosen:
-            raise ConfigError("the application has no queue: give it a task first")
-        return Consumer(self, chosen, n_workers)
-
-
-def _around(
-    middleware: Middleware, forward: Callable[[Sequence[Submission]], None]
-) -> Callable[[Sequence[Submission]], None]:
-    if type(middleware).enqueue is Middleware.enqueue:
-        return forward
-    return lambda submissions: middleware.enqueue(submissions, forward)
-
 
 def _middlewares(given: Sequence[Middleware]) -> tuple[Middleware, ...]:
     made = tuple(given)
@@ -964,65 +695,7 @@ def _middlewares(given: Sequence[Middleware]) -> tuple[Middleware, ...]:
     return made
 
 
-def _arguments(call: Call, codec: str) -> bytes:
-    try:
-        return encoded(codec, (call.args, dict(call.kwargs)))
-    except Exception as error:
-        raise ConfigTypeError(
-            f"the arguments of task {call.task.name!r} cannot be encoded in {codec}: {error}; pass plain values, or "
-            'make the application with codec="pickle" and a key'
-        ) from error
-
-
-def _parts(things: Sequence[Any]) -> Iterable[Sequence[Any]]:
-    return (things[at : at + _PER_CALL] for at in range(0, len(things), _PER_CALL))
-
-
-def _state(state: JobState | str) -> JobState:
-    try:
-        return JobState(state)
-    except ValueError:
-        raise ConfigError(
-            f"state must be one of {', '.join(one.value for one in _STATES)}, not {state!r}"
-        ) from None
-
-
-def _remote_error(id: str, told: Failure) -> RemoteError:  # noqa: A002
-    return RemoteError(
-        f"job {id!r} failed: {told.type}: {told.message}", type_name=told.type, traceback=told.traceback
-    )
-
-
 def _raise_unknown(id: str) -> Any:  # noqa: A002
     raise JobNotFound(
         f"there is no job {id!r}: it never existed, or its outcome is no longer kept", job_id=id
     )
-
-
-_name = name
-
-# Where the jobs of a state are looked for.
-_STATES: dict[JobState, tuple[Place | None, OutcomeState | None]] = {
-    JobState.QUEUED: (Place.READY, None),
-    JobState.SCHEDULED: (Place.SCHEDULED, None),
-    JobState.RETRYING: (Place.SCHEDULED, None),
-    JobState.RUNNING: (Place.RUNNING, None),
-    JobState.SUCCEEDED: (None, OutcomeState.SUCCEEDED),
-    JobState.FAILED: (None, OutcomeState.FAILED),
-    JobState.CANCELLED: (None, OutcomeState.CANCELLED),
-}
-
-
-class _Ids:
-    """Ids that are nowhere else: random for each process, then counted. Why not random ones: they cost 2 µs each."""
-
-    def __init__(self) -> None:
-        self._depth = -1
-        self._prefix = ""
-        self._numbers = itertools.count()
-
-    def next(self) -> str:
-        if self._depth != forks.depth:
-            self._prefix = secrets.token_hex(8)
-            self._depth = forks.depth
-        return f"{self._prefix}-{next(self._numbers):x}"

@@ -3,7 +3,7 @@
 Short jobs travel together: one message to the pool for many of them. The worker marks in a shared file which one it
 runs, so that whatever happens in the middle is put down to that one alone:
 
-- the worker dies, or is ended: the marked job has failed; those before it (their answers died with the worker) and
+- the worker dies, or is ended: the marked job has failed; those before it have left their answers beside the mark, and
   those behind it run again;
 - the marked job takes long: the worker begins nothing further of the batch (running.py), so those behind it are taken
   back and run elsewhere. Race: that is certain once a mark has stood for longer than a batch may take, as the worker
@@ -15,6 +15,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,37 +34,84 @@ SLOTS = 2048
 
 NO_MARK = 0xFFFF
 
+# For the answers of a batch (bytes): 500 of a few bytes each.
+_ANSWER_BYTES = 32 << 10
+
+_NO_ANSWER = bytes(4)
+
 
 class Marks:
-    """A number for each batch on its way: which of its jobs the worker runs. Both sides map the same file."""
+    """Of each batch on its way: which of its jobs the worker runs, and what has become of those before it.
+
+    Both sides map the same file: a number for each slot, then for each a space that the worker fills with answers, each
+    behind four bytes of length; a length of 0 ends them. What does not fit is left out: it runs again if the worker
+    dies.
+    """
 
     def __init__(self, path: str, *, create: bool = False) -> None:
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
         descriptor = os.open(path, flags, 0o600)
+        size = SLOTS * (2 + _ANSWER_BYTES)
         try:
             if create:
-                os.ftruncate(descriptor, 2 * SLOTS)
-            self._map = mmap.mmap(descriptor, 2 * SLOTS)
+                os.ftruncate(descriptor, size)  # Why so large: pages that are never written take no memory
+            self._map = mmap.mmap(descriptor, size)
         finally:
             os.close(descriptor)
-        self.slots = memoryview(self._map).cast("H")
+        whole = memoryview(self._map)
+        self.slots = whole[: 2 * SLOTS].cast("H")
+        self._answers = whole[2 * SLOTS :]
+        whole.release()
+
+    def clear(self, slot: int) -> None:
+        """Make a slot ready for another batch."""
+        self.slots[slot] = NO_MARK
+        at = slot * _ANSWER_BYTES
+        self._answers[at : at + 4] = _NO_ANSWER
+
+    def recorder(self, slot: int) -> Callable[[bytes], None]:
+        """Return what notes the next answer of a batch, in the worker."""
+        answers, at, end = self._answers, slot * _ANSWER_BYTES, (slot + 1) * _ANSWER_BYTES
+
+        def record(answer: bytes) -> None:
+            nonlocal at, end
+            behind = at + 4 + len(answer)
+            if behind + 4 > end:
+                end = 0  # nor any that follows: they are read in order
+                return
+            # Race: the length comes last, so that a worker that dies in between leaves the end where it was.
+            answers[at + 4 : behind + 4] = answer + _NO_ANSWER
+            answers[at : at + 4] = len(answer).to_bytes(4, "little")
+            at = behind
+
+        return record
+
+    def answers(self, slot: int) -> list[bytes]:
+        """Return what was noted."""
+        found = []
+        at = slot * _ANSWER_BYTES
+        while size := int.from_bytes(self._answers[at : at + 4], "little"):
+            found.append(bytes(self._answers[at + 4 : at + 4 + size]))
+            at += 4 + size
+        return found
 
     def close(self) -> None:
         """Unmap it."""
         self.slots.release()
+        self._answers.release()
         self._map.close()
 
 
 _marks: dict[tuple[int, str], Marks] = {}
 
 
-def marks_beside(address: str) -> memoryview:
+def marks_beside(address: str) -> Marks:
     """Return the marks of the consumer with this address, in the worker."""
     key = os.getpid(), address
     if key not in _marks:
         _marks.clear()
         _marks[key] = Marks(marks_path(address))
-    return _marks[key].slots
+    return _marks[key]
 
 
 def marks_path(address: str) -> str:
@@ -127,7 +175,7 @@ class Batch:
         made_at: Monotonic seconds.
     """
 
-    def __init__(self, jobs: list[HeldJob], slot: int | None, marks: memoryview) -> None:
+    def __init__(self, jobs: list[HeldJob], slot: int | None, marks: Marks | None) -> None:
         self.jobs = jobs
         self.slot = slot
         self.tracker: Tracker | None = None
@@ -144,10 +192,14 @@ class Batch:
     @property
     def mark(self) -> int | None:
         """Which of its jobs runs, or None: none has begun, or it is a single one, whose tracker says so."""
-        if self.slot is None:
+        if self.slot is None or self._marks is None:
             return None
-        mark = self._marks[self.slot]
+        mark = self._marks.slots[self.slot]
         return None if mark == NO_MARK else mark
+
+    def recorded(self) -> list[bytes]:
+        """Return the answers that its worker has noted."""
+        return [] if self.slot is None or self._marks is None else self._marks.answers(self.slot)
 
     def has_begun(self) -> bool:
         """Tell whether a worker runs it."""

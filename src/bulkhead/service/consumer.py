@@ -51,7 +51,7 @@ _PULSE = 1.0
 _BATCH_PULSE = 0.1
 
 # When the grace is over, the broker has so long to learn what is given back (seconds).
-_LAST_WORDS = 10.0
+_LAST_WORDS = 5.0
 
 
 class Consumer:
@@ -66,11 +66,12 @@ class Consumer:
     def __init__(self, app: App, queues: Sequence[str], n_workers: int | None = None) -> None:
         self._app = app
         _check_tasks(app, queues)
-        self._pools = app.pools(queues, n_workers)
+        self._pools = app.catalog.pools(queues, n_workers)
         self._queues = queues
         # Why a queue and no event: a signal handler may put something in while this thread is anywhere.
         self._orders: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
+        self._has_failed = threading.Event()
         self._has_ended = threading.Event()
         self._leases = Leases(app)
         self._consumers: list[QueueConsumer] = []
@@ -98,6 +99,7 @@ class Consumer:
                 job_id = consumer.take_one()
                 while not consumer.wait_idle(0.5):
                     self._raise_failure()
+                self._raise_failure()
             except BaseException:
                 self._leave(0.0)
                 raise
@@ -108,7 +110,10 @@ class Consumer:
         self._orders.put(None)
 
     def _fail(self, error: BaseException) -> None:
-        self._orders.put(error)
+        # Why once: an order that comes while we leave means to hurry, and the other queues' jobs have their grace.
+        if not self._has_failed.is_set():
+            self._has_failed.set()
+            self._orders.put(error)
 
     def _raise_failure(self) -> None:
         with contextlib.suppress(queue.Empty):
@@ -221,8 +226,8 @@ class Consumer:
                     one.let_middlewares_know()
 
     def _renew(self, interval: float) -> None:
-        # Why not all: what was claimed in this interval has most of its lease left, and mostly ends before the next.
-        latest = self._leases.sure_until(time.monotonic() - interval)
+        # Why not all: what was claimed a moment ago has most of its lease left, and mostly ends before the next.
+        latest = self._leases.sure_until(time.monotonic() - interval / 2)
         jobs = [held for one in self._consumers for held in one.jobs() if held.sure_until <= latest]
         try:
             self._leases.renew(jobs)

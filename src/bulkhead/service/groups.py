@@ -60,7 +60,6 @@ from bulkhead.service.envelope import Bundle, Envelope, Follow, failure, failure
 from bulkhead.service.middleware.base import Submission
 from bulkhead.service.status import from_record
 from bulkhead.service.task import Call, job_id
-from bulkhead.service.verdicts import exhausted
 
 if TYPE_CHECKING:
     from bulkhead.service.app import App
@@ -273,7 +272,7 @@ class Groups:
         """
         bundle, broker = envelope.bundle, self._app.backend.broker
         assert bundle is not None
-        if exhausted(envelope, claim.attempt):
+        if claim.attempt > _OPENINGS:
             broker.bury([Burial(claim.hold, f"{claim.attempt - 1} workers died while they opened it")])
             return
         is_cancelled = False
@@ -297,7 +296,7 @@ class Groups:
     # Making
 
     def _checked(self, group: str | None, keep: float) -> tuple[str, float]:
-        made = self._app.next_id() if group is None else job_id(group)
+        made = self._app.submitting.next_id() if group is None else job_id(group)
         if len(made) > _LONGEST_ID:
             raise ConfigError(f"id of a group must have up to {_LONGEST_ID} characters, not {len(made)}")
         return made, validate.seconds("keep", keep)
@@ -309,7 +308,7 @@ class Groups:
         for number, call in enumerate(calls):
             if number == most:
                 raise ConfigError(f"calls must be {most} at most, and there are more")
-            one = self._app.submission(call)
+            one = self._app.submitting.submission(call)
             if one.is_own_id:
                 raise ConfigError(f"calls[{number}] must have no id of its own: it is {group}.{number}")
             one.id, one.is_own_id = _member_id(group, number), True
@@ -320,7 +319,7 @@ class Groups:
         """Return what the middlewares let through."""
         passed: list[Submission] = []
         if submissions:
-            self._app.submit(submissions, passed.extend)
+            self._app.submitting.submit(submissions, passed.extend)
         return passed
 
     def _require_all(self, links: list[Submission], passed: list[Submission]) -> None:
@@ -342,7 +341,7 @@ class Groups:
         return queues[0]
 
     def _send(self, group: str, queue: str, bundle: Bundle) -> None:
-        envelope = Envelope("", b"", max_retries=_OPENINGS, keep=bundle.keep, bundle=bundle)
+        envelope = Envelope("", b"", keep=bundle.keep, bundle=bundle)
         body = self._app.sealer.seal(group, queue, envelope)
         message = Message(group, queue, body, _PRIORITY, remember=max(bundle.keep, 86400.0))
         if not self._app.backend.broker.enqueue_many([message])[0]:
@@ -353,7 +352,9 @@ class Groups:
     def _message(self, group: str, bundle: Bundle, at: int, kind: int, payload: bytes) -> Message:
         follow = bundle.kinds[kind]
         envelope = msgspec.structs.replace(follow.envelope, payload=payload)
-        return self._app.message(msgspec.structs.replace(follow, id=_member_id(group, at)), envelope)
+        return self._app.submitting.message(
+            msgspec.structs.replace(follow, id=_member_id(group, at)), envelope
+        )
 
     def _note_opened(self, group: str, bundle: Bundle) -> _Group:
         registry, made = self._app.backend.registry, _group_of(bundle)

@@ -17,7 +17,7 @@ from bulkhead.errors import (
 from bulkhead.service.batch import Batch, HeldJob
 from bulkhead.service.envelope import failure_of
 from bulkhead.service.pace import Pace
-from bulkhead.service.running import FAILED, SNOOZED, Answer
+from bulkhead.service.running import FAILED, SNOOZED, Answer, answer_of
 from bulkhead.service.verdicts import Bury, Cancel, GiveBack, Verdict, after
 
 __all__ = ["Judged", "breakage", "judge"]
@@ -67,9 +67,13 @@ def _ended(
     # Why: who stops a service may send the signal to all its processes at once.
     is_swept_away = is_leaving and isinstance(error, WorkerCrashed)
     has_not_begun = batch.is_withdrawn and blamed is None and isinstance(error, JobCancelled)
-    judged: Judged = []
+    noted = [answer_of(one) for one in batch.recorded()]
+    # Race: a worker that dies between an answer and the next mark has answered for the marked one.
+    judged: Judged = [
+        (held, _answered(held, answer, pace)) for held, answer in zip(kept, noted, strict=False)
+    ]
     again: list[HeldJob] = []
-    for number, held in enumerate(kept):
+    for number, held in list(enumerate(kept))[len(noted) :]:
         if held.is_returned or held.is_lost or has_not_begun or (number == blamed and is_swept_away):
             judged.append((held, GiveBack()))
         elif number == blamed:

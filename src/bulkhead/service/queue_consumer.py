@@ -27,7 +27,7 @@ from bulkhead.backends.base import Burial, Claim
 from bulkhead.dispatcher import Dispatcher
 from bulkhead.errors import BadMessage, BrokerUnavailable, ConfigTypeError, DispatcherFinalized, UnknownTask
 from bulkhead.job import Job
-from bulkhead.service.batch import NO_MARK, Batch, HeldJob, Marks
+from bulkhead.service.batch import Batch, HeldJob, Marks
 from bulkhead.service.envelope import failure, failure_of
 from bulkhead.service.groups import open_group
 from bulkhead.service.holdings import Holdings
@@ -110,7 +110,7 @@ class QueueConsumer:
         self._priority = priority
         self._n_workers = n_workers
         self._address = address
-        self._slots = marks.slots
+        self._marks = marks
         self._free_slots = free_slots
         self._leases = leases
         self._fail = fail
@@ -312,7 +312,9 @@ class QueueConsumer:
         held = HeldJob(claim, envelope, task, msgspec.msgpack.encode(envelope))
         if exhausted(envelope, claim.attempt):
             n = claim.attempt - 1
-            held.verdict = Bury(f"its worker died or lost the lease in each of {n} attempts", claim.error)
+            held.verdict = Bury(
+                f"{n} attempts, in the last of which its worker died or lost the lease", claim.error
+            )
         return held
 
     def _admit(self, jobs: Sequence[HeldJob]) -> None:
@@ -326,7 +328,7 @@ class QueueConsumer:
             self._teller.call_back(held, held.task.options.on_processing)
         unrun = [held for held in jobs if held.verdict is not None]
         if unrun:
-            self._done.put(Batch(unrun, None, memoryview(b"")))
+            self._done.put(Batch(unrun, None, None))
         for some in self._batched(to_run):
             self._send(some)
 
@@ -351,7 +353,7 @@ class QueueConsumer:
             for held in jobs:
                 self._send([held])
             return
-        batch = Batch(jobs, slot, self._slots)
+        batch = Batch(jobs, slot, self._marks)
         for held in jobs:
             held.batch = batch
         self._holdings.add_batch(batch)
@@ -388,10 +390,10 @@ class QueueConsumer:
 
     def _take_slot(self) -> int | None:
         try:
-            slot = self._free_slots.popleft()
+            slot = self._free_slots.pop()  # Why the last one: few of them are ever written to
         except IndexError:
             return None
-        self._slots[slot] = NO_MARK
+        self._marks.clear(slot)
         return slot
 
     # Looking after what is held. Owner: the pulse thread.

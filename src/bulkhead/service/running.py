@@ -34,6 +34,7 @@ __all__ = [
     "UNRECOVERABLE",
     "Answer",
     "Item",
+    "answer_of",
     "run_batch",
 ]
 
@@ -46,6 +47,8 @@ DONE, FAILED, UNRECOVERABLE, SNOOZED, CANCELLED, DISCARDED = range(6)
 # (kind, encoded result or failure or reason or None, seconds; of a snoozed one its delay)
 Answer = tuple[int, bytes | None, float]
 
+_pack = msgspec.msgpack.Encoder().encode
+_unpack = msgspec.msgpack.Decoder().decode
 _open = msgspec.msgpack.Decoder(Envelope).decode
 
 
@@ -72,11 +75,11 @@ def run_batch(
         slot: Where it is marked which of them runs; None for a single one.
     """
     line = line_to(address)
-    marks = {} if slot is None else marks_beside(address)
+    marks, record = _marking(address, slot)
     end = time.monotonic() + BATCH_SECONDS
     answers: list[Answer] = []
     for number, item in enumerate(items):
-        marks[slot] = number  # type: ignore[index]
+        marks[slot] = number
         began = time.monotonic()
         # Invariant: what a consumer has taken back because the mark stood for longer than this is never begun. Race: so
         # the clock is read when the mark has moved; a worker that is held up between the two does not begin the job.
@@ -86,7 +89,23 @@ def run_batch(
         job = JobContext(line, item.id, item.queue, item.attempt, item.enqueued_at, envelope)
         kind, data, delay = _run(tasks[item.task], job, envelope)
         answers.append((kind, data, delay if kind == SNOOZED else time.monotonic() - began))
+        if record is not None:
+            record(_pack(answers[-1]))
     return answers
+
+
+def answer_of(noted: bytes) -> Answer:
+    """Return the answer that a worker has noted."""
+    kind, data, seconds = _unpack(noted)
+    return kind, data, seconds
+
+
+def _marking(address: str, slot: int | None) -> tuple[Any, Callable[[bytes], None] | None]:
+    """Return where to mark what runs, and what notes an answer. A single job needs neither."""
+    if slot is None:
+        return {}, None
+    marks = marks_beside(address)
+    return marks.slots, marks.recorder(slot)
 
 
 def _run(task: Task[..., Any], job: JobContext, envelope: Envelope) -> Answer:

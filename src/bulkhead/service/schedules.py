@@ -233,7 +233,7 @@ class Schedules:
         zone = zone_name(tz)
         timing(when, zone, _now())
         _check_call(call)
-        one = self._app.submission(call)
+        one = self._app.submitting.submission(call)
         priority = call.task.options.priority if call.priority is None else call.priority
         # Why other ids: those of jobs that follow are random ones, and this is compared with what is kept.
         body = self._app.sealer.seal(_PREFIX + schedule, one.queue, _with_ids(one.envelope, ""))
@@ -377,7 +377,7 @@ class Timer:
         try:
             submissions = [self._submission(one, at) for one, at in runs]
             if submissions:
-                self._app.submit(submissions)
+                self._app.submitting.submit(submissions)
         except BrokerUnavailable:
             raise
         except Exception:

@@ -104,7 +104,10 @@ class Teller:
         else:
             return []
         envelopes = [msgspec.structs.replace(one.envelope, previous=previous) for one in follows]
-        return [self._app.message(one, envelope) for one, envelope in zip(follows, envelopes, strict=True)]
+        return [
+            self._app.submitting.message(one, envelope)
+            for one, envelope in zip(follows, envelopes, strict=True)
+        ]
 
     def _save(self, judged: Judged) -> None:
         outcomes = [self._outcome(held, verdict) for held, verdict in judged if held.envelope.keep]

@@ -26,6 +26,10 @@ __all__ = [
 _REASON_CHARACTERS = 500
 
 
+# So many consumers may die with a job beyond its own attempts (arbitrary): a job may be what kills them.
+_MOST_LOSSES = 3
+
+
 @dataclass(frozen=True, slots=True)
 class Succeed:
     """It has succeeded. `value` is encoded in the envelope's codec."""
@@ -107,8 +111,11 @@ def after(answer: Answer, envelope: Envelope, attempt: int, draw: float) -> Verd
 
 
 def exhausted(envelope: Envelope, attempt: int) -> bool:
-    """Tell whether a claimed job has had all its attempts: in the last of them its consumer died."""
-    return attempt > envelope.max_retries + 1
+    """Tell whether a claimed job has had all its attempts, and its consumer died, or lost the lease, in the last ones.
+
+    Why more than its attempts: what a consumer has claimed and not begun when it dies has not had its attempt.
+    """
+    return attempt > envelope.max_retries + 1 + _MOST_LOSSES
 
 
 def _text(data: bytes) -> str:

@@ -22,6 +22,7 @@ from redis.exceptions import (
     AuthorizationError,
     ClusterError,
     ConnectionError,  # noqa: A004
+    MovedError,
     NoPermissionError,
     NoScriptError,
     OutOfMemoryError,
@@ -175,6 +176,7 @@ class Link:
             "password": address.password,
             "socket_timeout": address.timeout,
             "socket_connect_timeout": address.timeout,
+            "socket_keepalive": True,
             "protocol": 2,
             **({"ssl": True, **address.tls} if address.tls else {}),
         }
@@ -187,8 +189,14 @@ class Link:
     def _refuse(self, error: Exception) -> Never:
         """Raise what an error of redis-py means."""
         where, message = f"Redis at {self.address}", str(error)
-        if isinstance(error, _REFUSED):
+        if _is_refused(error):
             raise ConfigError(f"url: {where} refuses this user or password: {message}") from error
+        if isinstance(error, MovedError):
+            raise ConfigError(
+                f"url: {where} is a node of a cluster: redis+cluster:// instead of redis://"
+            ) from error
+        if "Cluster mode is not enabled" in message:
+            raise ConfigError(f"url: {where} is no cluster: redis:// instead of redis+cluster://") from error
         if "WRONGTYPE" in message:
             raise BadMessage(
                 f"{where}: a key of the namespace {self._prefix[:-1]} holds something else than bulkhead "
@@ -219,4 +227,9 @@ class Link:
 
 def _is_lost(error: Exception) -> bool:
     # Why not after a timeout: the bound of the call is used up.
-    return isinstance(error, ConnectionError | RedisClusterException) and not isinstance(error, _REFUSED)
+    return isinstance(error, ConnectionError | RedisClusterException) and not _is_refused(error)
+
+
+def _is_refused(error: Exception) -> bool:
+    # The cluster client wraps what the nodes have said.
+    return isinstance(error, _REFUSED) or isinstance(error.__cause__, _REFUSED)
