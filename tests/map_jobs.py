@@ -29,7 +29,10 @@ __all__ = [
     "die_after_the_answer",
     "do",
     "fail_at_first",
+    "exit_at",
+    "exit_once_at",
     "held",
+    "held_and_do",
     "held_bytes",
     "held_from_1000",
     "identity",
@@ -222,6 +225,28 @@ def odd_ones_fail(number: int) -> int:
 def note_and_do(folder: Path, what: str, number: int) -> Any:
     noted(folder, number)
     return do(what, number)
+
+
+def held_and_do(folder: Path, what: str, number: int) -> Any:
+    held(folder, number)
+    return do(what, number)
+
+
+def exit_at(places: frozenset[int], number: int) -> int:
+    """Return the number; with some of them the process exits."""
+    if number in places:
+        os._exit(7)
+    return number
+
+
+def exit_once_at(folder: Path, place: int, number: int) -> int:
+    """Return the number; with one of them the process exits, the first time."""
+    if number == place:
+        note(folder / "begun", number)
+        if not (folder / "exited").exists():
+            (folder / "exited").touch()
+            os._exit(7)
+    return number
 
 
 def fail_at_first(folder: Path, what: str, times: int, number: int) -> int:

@@ -36,6 +36,7 @@ class Chunk(Tracker):
         span: Which of them are this chunk's; None for all.
         is_star: Each item is a tuple of arguments.
         may_stop: A worker may give the rest back when it takes long.
+        is_exact: It is always known which item runs. Otherwise it may be any of some hundred very short ones.
 
     Attributes:
         todo: Which items the current or next sending is for.
@@ -56,7 +57,9 @@ class Chunk(Tracker):
         "_overtime",
         "_values",
         "first",
+        "goes_ahead",
         "is_abandoned",
+        "is_exact",
         "is_star",
         "is_unreadable",
         "items",
@@ -81,6 +84,7 @@ class Chunk(Tracker):
         span: range | None = None,
         is_star: bool,
         may_stop: bool,
+        is_exact: bool = True,
     ) -> None:
         super().__init__(home, payload, priority, timeout, retry)
         self.message = (
@@ -91,6 +95,8 @@ class Chunk(Tracker):
         self.span = range(len(items)) if span is None else span
         self.is_star = is_star
         self.may_stop = may_stop
+        self.is_exact = is_exact
+        self.goes_ahead = False
         self.todo: Sequence[int] = self.span
         self.is_unreadable = False
         self.is_abandoned = False
@@ -137,9 +143,12 @@ class Chunk(Tracker):
         else:
             self.take_error(0, error)
 
-    def describe(self, running: Running) -> str:
-        """Return what errors call the running item."""
+    def describe(self, running: Running, span: int = 1) -> str:
+        """Return what errors call the running item, which is one of so many."""
         position = self._blamed(running)
+        if position is not None and span > 1 and not self.is_exact:
+            last = min(position + span, len(self.todo)) - 1
+            return f"one of the items {self.first + self.todo[position]} to {self.first + self.todo[last]} of a map"
         if position is None and len(self.todo) == 1:
             position = 0
         if position is None:
@@ -161,8 +170,15 @@ class Chunk(Tracker):
         self._overtime = position
         return None
 
-    def lose(self, running: Running, error: BaseException) -> bool:
-        """Note that the worker has died, after what it had recorded was taken; tell whether items are left to send."""
+    def lose(self, running: Running, error: BaseException, span: int = 1) -> bool:
+        """Note that the worker has died, after what it had recorded was taken; tell whether items are left to send.
+
+        Args:
+            running: The item that it ran.
+            error: Its error.
+            span: It may also be another one of so many from that position on. Then nobody is blamed: they run again,
+                and this time it will be known.
+        """
         position = self._blamed(running)
         self._overtime = None
         if self.is_abandoned:
@@ -171,8 +187,11 @@ class Chunk(Tracker):
             self.is_unreadable = True  # one of the items has killed it on arrival, nobody knows which
             return False
         if running is None:
-            position = 0
-        if position is not None:
+            position, span = 0, 1
+        # Why only once: what runs again is noted item by item, whatever the memory of a damaged worker says.
+        if position is not None and span > 1 and not self.is_exact:
+            self.is_exact = True
+        elif position is not None:
             self.take_error(position, error)
         rest = [index for index in self.todo if self._is_missing(index)]
         if rest:

@@ -22,7 +22,7 @@ CaptureMode = Literal["tagged", "plain", "silent"]
 
 _CAPTURE_MODES = ("tagged", "plain", "silent")
 
-# Workers of one pool at most. Each is a process with some six descriptors in the caller; beyond this it is a mistake,
+# Workers of one pool at most. Each is a process with some seven descriptors in the caller; beyond this it is a mistake,
 # and better told than tried.
 MOST_WORKERS = 10_000
 

@@ -318,7 +318,8 @@ class Dispatcher:
         Blocking: each step until a result is there, without limit.
         Concurrency: one thread at a time.
         Not guaranteed: when a worker dies, items that had ended before the one it ran and took less than some 50
-            microseconds may run again.
+            microseconds may run again. With automatic chunks also the one that it ran, if those before it took less
+            than a microsecond each; it has succeeded if it comes through then.
 
         Example:
             >>> with Dispatcher([(0, 2)]) as disp:

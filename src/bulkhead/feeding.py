@@ -135,9 +135,13 @@ class Offers:
             raise
 
     def _drop_accepted(self, offered: deque[Tracker]) -> None:
-        while len(offered) >= self._depth > 1 and offered[0].state is not None:
-            offered.popleft()
-            self.n_held -= 1
+        if len(offered) < self._depth or self._depth == 1:
+            return
+        # Why not from the front alone: one that was sent ahead is accepted when its worker has got so far.
+        waiting = [job for job in offered if job.state is None]
+        self.n_held -= len(offered) - len(waiting)
+        offered.clear()
+        offered.extend(waiting)
 
 
 class Feeder:

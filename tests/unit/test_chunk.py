@@ -151,6 +151,34 @@ def test_items_whose_results_died_with_the_worker_are_sent_again() -> None:
     assert told(chunk) == ["A", "B", "C", ValueError, WorkerCrashed, "F"]
 
 
+def test_of_very_short_items_nobody_is_blamed_at_first_and_they_run_again_noted_one_by_one() -> None:
+    chunk = a_chunk(8, is_exact=False)
+    chunk.take(0, ["A", "B"])
+    assert chunk.lose((2, 0.0), crash(), 4)
+    assert list(chunk.todo) == [2, 3, 4, 5, 6, 7]
+    assert chunk.is_exact
+    chunk.take(0, ["C"])
+    assert chunk.lose((1, 0.0), crash(), 1)
+    chunk.take(0, ["E", "F", "G", "H"])
+    assert told(chunk) == ["A", "B", "C", WorkerCrashed, "E", "F", "G", "H"]
+
+
+def test_who_is_not_known_is_asked_for_once_only() -> None:
+    """The memory of a worker that an item has damaged may say anything."""
+    chunk = a_chunk(3, is_exact=False)
+    assert chunk.lose((0, 0.0), crash(), 2**64 - 1)
+    assert chunk.lose((0, 0.0), crash(), 2**64 - 1)
+    chunk.take(0, ["B", "C"])
+    assert told(chunk) == [WorkerCrashed, "B", "C"]
+
+
+def test_a_block_of_very_short_items_is_named_as_such() -> None:
+    chunk = a_chunk(8, is_exact=False)
+    assert chunk.describe((2, 0.0), 4) == "one of the items 102 to 105 of a map"
+    assert chunk.describe((6, 0.0), 4) == "one of the items 106 to 107 of a map"
+    assert chunk.describe((2, 0.0), 1) == "item 102 of a map"
+
+
 def test_the_last_item_that_kills_its_worker_leaves_nothing_to_send() -> None:
     chunk = a_chunk(3)
     chunk.take(0, ["A", "B"])

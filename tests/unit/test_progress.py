@@ -42,7 +42,7 @@ def worker(box: int) -> Iterator[Progress]:
 @pytest.fixture
 def caller(box: int) -> Iterator[Progress]:
     mark = blackbox.ReadMark(box)
-    progress = Progress(mark.progress)
+    progress = Progress(mark.halves[0])
     yield progress
     progress.close()
     mark.close()

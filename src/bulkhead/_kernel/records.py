@@ -60,6 +60,7 @@ class JobRecord:
     is_kept = True  # Whether it can be found by its id after it has settled.
     journal: Any = None  # Where its success is recorded. Owner: the dispatcher.
     plan: Any = None  # Of what follows it, for the first job of a composition. Owner: the dispatcher.
+    goes_ahead = False  # Whether it may be sent to a worker that is still busy with another such job.
 
     __slots__ = (
         "attempt",
@@ -135,12 +136,25 @@ class SlotState(Enum):
 class Slot:
     """The right to one worker of the pool. Workers come and go, slots stay."""
 
-    __slots__ = ("index", "job", "ready_at", "state", "verdict", "worker")
+    __slots__ = (
+        "ahead",
+        "index",
+        "is_ahead_cancelled",
+        "is_ahead_sent",
+        "job",
+        "ready_at",
+        "state",
+        "verdict",
+        "worker",
+    )
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.state = SlotState.VACANT
         self.job: JobRecord | None = None
+        self.ahead: JobRecord | None = None  # What its worker goes on with by itself, when it has answered.
+        self.is_ahead_sent = False  # Owner: the engine, which sets it; the kernel takes it back.
+        self.is_ahead_cancelled = False  # It was too late for that: to be ended when it is known to run.
         self.verdict: Verdict | None = None
         self.ready_at = 0.0  # When its worker came up, monotonic seconds.
         self.worker: Any = None  # Owner: the engine.

@@ -35,6 +35,7 @@ __all__ = [
     "EndWorker",
     "RefuseOffer",
     "Scheduler",
+    "SendAhead",
     "SendHome",
     "SettleJob",
     "StartJob",
@@ -68,6 +69,13 @@ _new: Callable[..., Any] = tuple.__new__
 
 class StartJob(NamedTuple):
     """Send the job to the slot's worker."""
+
+    slot: Slot
+    job: JobRecord
+
+
+class SendAhead(NamedTuple):
+    """Send the job to the slot's busy worker, to be begun when that has answered. Moot if it is not `slot.ahead`."""
 
     slot: Slot
     job: JobRecord
@@ -110,7 +118,9 @@ class SendHome(NamedTuple):
     slot: Slot
 
 
-Instruction = StartJob | SettleJob | AcceptOffer | RefuseOffer | StartWorker | EndWorker | SendHome
+Instruction = (
+    StartJob | SendAhead | SettleJob | AcceptOffer | RefuseOffer | StartWorker | EndWorker | SendHome
+)
 
 
 class Scheduler:
@@ -125,6 +135,8 @@ class Scheduler:
         expired: Makes the error of a job whose start deadline has passed.
         extended: Asked when a job's time is up: returns the instant up to which it has time after all, or None.
         wear: After how much use workers are recycled.
+        recall: Asked to take back what was sent ahead to a slot; False when the worker has begun it. None sends nothing
+            ahead.
     """
 
     def __init__(
@@ -138,6 +150,7 @@ class Scheduler:
         expired: Callable[[JobRecord], BaseException],
         extended: Callable[[JobRecord], float | None],
         wear: Wear | None = None,
+        recall: Callable[[Slot], bool] | None = None,
     ) -> None:
         self.slots = [Slot(index) for index in range(n_workers)]
         self.phases = Phases(keep_failures)
@@ -153,6 +166,8 @@ class Scheduler:
         self._on_accept = on_accept
         self._expired = expired
         self._extended = extended
+        self._recall = recall
+        self._n_ahead = 0  # slots to which a job was sent ahead
         self._idle: list[Slot] = []  # Why a stack: the worker that ended last is warmest.
         self._ready: OrderedDict[JobRecord, None] = OrderedDict()
         # In line for room: offers, whose callers wait, and submitted jobs, which are accepted already.
@@ -204,6 +219,8 @@ class Scheduler:
 
     def withdraw(self, job: JobRecord) -> bool:
         """Forget the offer of a caller that waits no longer; False when it was accepted just before."""
+        if self._n_ahead:
+            self._bring_back(job)
         if job.state is not None or job not in self._offers:
             return False
         del self._offers[job]
@@ -215,6 +232,13 @@ class Scheduler:
         self._now = now
         if job.state in lifecycle.SETTLED or job.state is None:
             return False
+        if self._n_ahead and not self._bring_back(job):
+            slot = self._slot_ahead(job)
+            if slot is None:
+                return False  # it has ended, for its worker has begun the next one; the answer is under way
+            job.error = error
+            slot.is_ahead_cancelled = True
+            return True
         job.error = error
         if job.state is JobState.RUNNING:
             self._end(job, Verdict.CANCEL)
@@ -224,6 +248,34 @@ class Scheduler:
         self._settle(job, lifecycle.CANCEL)
         self._fill()
         return True
+
+    def send_ahead(self) -> None:
+        """Send the next in line to workers that are busy, as far as those jobs and these go ahead.
+
+        Why not a job from behind: it would get in front of one that came before it.
+        """
+        if self._recall is None or self._idle or self.broken is not None:
+            return
+        while (job := next(iter(self._ready or self._offers), None)) is not None and job.goes_ahead:
+            free = [slot for slot in self.slots if self._may_have_ahead(slot)]
+            if not free:
+                return
+            slot = min(free, key=_since)
+            if job.state is None:
+                del self._offers[job]
+            else:
+                self._ready.pop(job, None)
+                self._offers.pop(job, None)
+                self._widen(-1)
+            slot.ahead = job
+            self._n_ahead += 1
+            self.instructions.append(SendAhead(slot, job))
+
+    def begun_ahead(self, job: JobRecord) -> Slot | None:
+        """Take a job back that was sent ahead; return the slot whose worker has begun it when that is too late."""
+        if job.state is JobState.RUNNING or self._bring_back(job):
+            return None
+        return self._slot_ahead(job)
 
     def refuse(self) -> None:
         """Accept nothing any more; what is accepted goes on."""
@@ -343,7 +395,9 @@ class Scheduler:
             self._attempt_failed(job, error, now)
         if usage is not None and self.wear is not None and self.wear.is_reached(usage):
             self._recycle(slot)
-        if self._ready or self._offers:
+        if self._ready or self._offers or self._n_ahead:
+            if slot.ahead is not None:
+                self._go_on(slot)
             self._fill()
 
     def memory_exceeded(self, slot: Slot, now: float) -> None:
@@ -376,6 +430,8 @@ class Scheduler:
         if state is SlotState.IDLE:
             self._idle.remove(slot)
         slot.state, slot.job, slot.verdict = SlotState.VACANT, None, None
+        if slot.ahead is not None:
+            self._back_in_line(slot)
         if job is not None:
             job.slot = None
             self.running -= 1
@@ -431,15 +487,16 @@ class Scheduler:
         self._unfed.clear()
         self.instructions.clear()
         for slot in self.slots:
-            slot.state, slot.job, slot.verdict = SlotState.VACANT, None, None
-        self.running = self.unsettled = 0
+            slot.state, slot.job, slot.ahead, slot.verdict = SlotState.VACANT, None, None, None
+        self.running = self.unsettled = self._n_ahead = 0
         return untold
 
     # Answers
 
     def untold(self) -> list[JobRecord]:
         """Return the jobs that are offered, and those whose end is decided and was perhaps not told."""
-        offered = [job for job in self._offers if job.state is None]
+        ahead = [slot.ahead for slot in self.slots if slot.ahead is not None]
+        offered = [job for job in [*self._offers, *ahead] if job.state is None]
         return offered + [one.job for one in self.instructions if isinstance(one, (SettleJob, RefuseOffer))]
 
     @property
@@ -471,8 +528,9 @@ class Scheduler:
     def unsettled_jobs(self) -> list[JobRecord]:
         """Return the accepted jobs that have not settled: running, then waiting, then pausing ones."""
         running = [slot.job for slot in self.slots if slot.job is not None]
+        ahead = [slot.ahead for slot in self.slots if slot.ahead is not None and slot.ahead.state is not None]
         submitted = [job for job in self._offers if job.state is not None]
-        return [*running, *self._ready, *submitted, *self._pausing]
+        return [*running, *ahead, *self._ready, *submitted, *self._pausing]
 
     def promised_jobs(self) -> list[JobRecord]:
         """Return the jobs that are counted in and not accepted."""
@@ -542,6 +600,100 @@ class Scheduler:
             self._take(job)
             if is_offer:
                 self.instructions.append(_new(AcceptOffer, (job,)))
+        if self._n_ahead:
+            self._see_to_ahead()
+
+    # What is sent ahead: it stays what it was, in line; its slot alone knows of it, and it goes back to the front.
+
+    def _go_on(self, slot: Slot) -> None:
+        """The slot's worker has answered: what was sent to it ahead runs now."""
+        job, is_sent, is_cancelled = slot.ahead, slot.is_ahead_sent, slot.is_ahead_cancelled
+        assert job is not None
+        self._leave_ahead(slot)
+        self._idle.remove(slot)
+        is_offer = job.state is None
+        if is_offer:
+            self._accept(job, lifecycle.ACCEPT)
+            self._turns = job.turn = self._turns + 1
+        self._start(slot, job)
+        if is_sent:
+            self.instructions.pop()
+        if is_offer:
+            self.instructions.append(AcceptOffer(job))
+        if is_cancelled:
+            self._end(job, Verdict.CANCEL)
+        self.send_ahead()
+
+    def _see_to_ahead(self) -> None:
+        """Let others have what waits behind a slot's job, when one is idle or that job takes long."""
+        for slot in sorted((slot for slot in self.slots if slot.ahead is not None), key=_since):
+            if (self._idle or self._is_late(slot)) and self._is_back(slot) and self._idle:
+                self._fill()  # sees to the others, too
+                return
+        self.send_ahead()
+
+    def _may_have_ahead(self, slot: Slot) -> bool:
+        is_fit = slot.state is _BUSY and slot.job is not None and slot.job.goes_ahead
+        return is_fit and slot.ahead is None and not self._is_late(slot)
+
+    def _is_late(self, slot: Slot) -> bool:
+        """Tell whether so many jobs have started since the slot's that it seems to take long."""
+        return slot.job is not None and self._starts - slot.job.stamp > len(self.slots)
+
+    def _bring_back(self, job: JobRecord) -> bool:
+        """Put what was sent ahead, be it the job itself or what is to follow it, back in line; False if it is begun."""
+        slot = job.slot if job.state is JobState.RUNNING else self._slot_ahead(job)
+        return slot is None or slot.ahead is None or self._is_back(slot)
+
+    def _recall_all(self) -> None:
+        for slot in self.slots:
+            if slot.ahead is not None:
+                self._is_back(slot)
+
+    def _is_back(self, slot: Slot) -> bool:
+        """Put what was sent ahead back in line; if its worker has begun it, see to it that it is accepted."""
+        job = slot.ahead
+        assert job is not None
+        assert self._recall is not None
+        if slot.is_ahead_cancelled or (slot.is_ahead_sent and not self._recall(slot)):
+            if job.state is None:
+                self._accept(job, lifecycle.ACCEPT)
+                self._turns = job.turn = self._turns + 1
+                self._widen(-1)
+                self.instructions.append(AcceptOffer(job))
+            return False
+        self._back_in_line(slot)
+        return True
+
+    def _back_in_line(self, slot: Slot) -> None:
+        job, is_cancelled = slot.ahead, slot.is_ahead_cancelled
+        assert job is not None
+        self._leave_ahead(slot)
+        if is_cancelled:
+            self._settle(job, lifecycle.CANCEL)
+        elif job.state is not None:
+            self._put_in_front(job)
+        elif self.is_refusing or self.broken is not None:
+            self.instructions.append(RefuseOffer(job))
+        else:
+            self._offers[job] = None
+            self._offers.move_to_end(job, last=False)
+
+    def _leave_ahead(self, slot: Slot) -> None:
+        if slot.ahead is not None and slot.ahead.state is not None:
+            self._widen(1)
+        slot.ahead, slot.is_ahead_sent, slot.is_ahead_cancelled = None, False, False
+        self._n_ahead -= 1
+
+    def _widen(self, by: int) -> None:
+        """Have more room, or less: an accepted job that was sent ahead still takes its place among those that wait."""
+        if self._capacity is not None:
+            self._capacity += by
+
+    def _slot_ahead(self, job: JobRecord) -> Slot | None:
+        return next((slot for slot in self.slots if slot.ahead is job), None)
+
+    # What follows the end of an attempt
 
     def _attempt_failed(self, job: JobRecord, error: BaseException, now: float) -> None:
         job.error = error
@@ -576,12 +728,15 @@ class Scheduler:
         job.returns = job.returns + 1 if loss is Loss.UNREAD else 0
         job.attempt -= 1
         job.state = lifecycle.RETURN[job.state]
+        self._put_in_front(job)
+        if job.start_by is not None and loss is Loss.UNREAD:
+            self._deadlines.add(job.start_by, Alarm.START_DEADLINE, _handle(job))
+
+    def _put_in_front(self, job: JobRecord) -> None:
         before = [other for other in self._ready if other.turn < job.turn]
         self._ready[job] = None
         for one in [job, *reversed(before)]:
             self._ready.move_to_end(one, last=False)
-        if job.start_by is not None and loss is Loss.UNREAD:
-            self._deadlines.add(job.start_by, Alarm.START_DEADLINE, _handle(job))
 
     def _settle(self, job: JobRecord, event: lifecycle.Event) -> None:
         before = job.state
@@ -640,6 +795,8 @@ class Scheduler:
         self._settle(job, lifecycle.FAIL)
 
     def _refuse_offers(self) -> None:
+        if self._n_ahead:
+            self._recall_all()
         for job in [job for job in self._offers if job.state is None]:
             del self._offers[job]
             self.instructions.append(RefuseOffer(job))
@@ -701,6 +858,11 @@ def _handle(job: JobRecord) -> list[JobRecord]:
     if job.handle is None:
         job.handle = [job]
     return job.handle
+
+
+def _since(slot: Slot) -> int:
+    """Sort slots by when their jobs were started."""
+    return slot.job.stamp if slot.job is not None else 0
 
 
 def _drop_handle(job: JobRecord) -> None:

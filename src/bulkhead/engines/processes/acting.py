@@ -15,12 +15,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from bulkhead._kernel.records import JobRecord
+from bulkhead._kernel.records import JobRecord, Slot
 from bulkhead._kernel.scheduler import (
     AcceptOffer,
     EndWorker,
     RefuseOffer,
     Scheduler,
+    SendAhead,
     SendHome,
     SettleJob,
     StartJob,
@@ -145,6 +146,8 @@ class Acting:
                 fire_waiters(instruction.job)  # type: ignore[union-attr]
             elif kind is StartWorker:
                 self.staff.start(instruction.slot)  # type: ignore[union-attr]
+            elif kind is SendAhead:
+                self._send_ahead(instruction.slot, instruction.job)  # type: ignore[union-attr]
             elif kind is EndWorker:
                 self.staff.end(instruction.slot.worker, now)  # type: ignore[union-attr]
             elif kind is SendHome:
@@ -177,8 +180,22 @@ class Acting:
         if self._memory is not None:
             self.driving.hurry(self._memory.begin(now))
 
+    def _send_ahead(self, slot: Slot, job: JobRecord) -> None:
+        """Send a chunk to a worker that is still busy with another one."""
+        if slot.ahead is not job:
+            return  # it has been started since, or is in line again
+        worker: Worker = slot.worker
+        assert isinstance(job, Chunk)
+        number = worker.next_ahead()
+        slot.is_ahead_sent = True
+        order = chunks.order(job, 1 - worker.half, is_ahead=True)
+        body = worker.exchange.wrap(job.payload, number, tuple(order))
+        if not worker.writer.write(Kind.NOTED, number, body):
+            self.staff.block(worker)
+
     def _start_noted(self, worker: Worker, job: JobRecord, now: float) -> None:
-        order = chunks.order(job) if isinstance(job, Chunk) else None
+        # Why a tuple: a class of ours is looked up on both sides, each time.
+        order = tuple(chunks.order(job, worker.half)) if isinstance(job, Chunk) else None
         try:
             body = worker.exchange.wrap(job.payload, worker.message, order)
         except OSError as error:

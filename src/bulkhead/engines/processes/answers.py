@@ -17,7 +17,7 @@ from bulkhead.engines.processes import chunks
 from bulkhead.engines.processes.chronicle import SHORT, noted
 from bulkhead.engines.processes.chunks import Outcome, Parts
 from bulkhead.engines.processes.payload import NONE, message_of, text_of, unpack_error, unpack_value
-from bulkhead.engines.processes.progress import ERROR, VALUES, Record, records_in
+from bulkhead.engines.processes.progress import ERROR, VALUES, Progress, Record, records_in
 from bulkhead.engines.processes.worker import Worker
 from bulkhead.engines.processes.worker_main import Kind
 from bulkhead.errors import RemoteError, type_name_of
@@ -52,11 +52,16 @@ def decoded(worker: Worker, kind: int, number: int, body: Body) -> Answer:
     return worker, kind, number, len(body), None, None if kind == Kind.READY else unpack_error(body)
 
 
-def recorded(worker: Worker) -> Answer:
-    """Return what a worker that is gone had recorded of its last chunk."""
-    number = worker.message
-    size, outcomes = _outcomes(_records(worker, number))
-    return worker, Kind.PART, number, size, Parts(outcomes, None), None
+def recorded(worker: Worker) -> list[Answer]:
+    """Return what a worker that is gone had recorded of its last chunk, and of the one that was sent ahead."""
+    number, ahead = worker.message, worker.ahead
+    size, outcomes = _outcomes(_records(worker.progress, number))
+    if not worker.has_begun_ahead() or not worker.progress.is_over(number):
+        return [(worker, Kind.PART, number, size, Parts(outcomes, None), None)]
+    # So the last one has ended, even if its answer is lost. If it is not, this one comes too late and is ignored.
+    answers: list[Answer] = [(worker, Kind.CHUNK_DONE, number, size, Parts(outcomes, None), None)]
+    size, outcomes = _outcomes(_records(worker.progress_ahead, ahead))
+    return [*answers, (worker, Kind.PART, ahead, size, Parts(outcomes, None), None)]
 
 
 def tell(  # noqa: C901 - on the way of every job
@@ -92,8 +97,10 @@ def tell(  # noqa: C901 - on the way of every job
     worker.busy_seconds += took
     assert job is not None
     due = job.due
+    ahead = None
     if isinstance(job, Chunk):
         error = chunks.ended(job, error)
+        ahead = worker.end_chunk()
         is_plain = False
     else:
         job.value = value
@@ -110,6 +117,8 @@ def tell(  # noqa: C901 - on the way of every job
         worker.ended = now
     else:
         worker.record(worker, job, None if is_plain else noted(job, due, error), now)
+    if ahead is not None:
+        worker.go_on(ahead, now)
 
 
 def _came_up(scheduler: Scheduler, worker: Worker, pid: int, error: BaseException | None, now: float) -> None:
@@ -147,14 +156,16 @@ def _noted(worker: Worker, number: int, body: Body) -> Answer:
 
 
 def _chunk_done(worker: Worker, number: int, body: Body) -> Answer:
-    size, outcomes = _outcomes(_records(worker, number))
+    # Race: what was sent ahead has begun to be told of in the other half, which is not this one's.
+    progress = worker.progress_ahead if number == worker.ahead != worker.message else worker.progress
+    size, outcomes = _outcomes(_records(progress, number))
     (seconds,) = _SECONDS.unpack(body)
     return worker, Kind.CHUNK_DONE, number, size, Parts(outcomes, seconds), None
 
 
-def _records(worker: Worker, number: int) -> list[Record]:
+def _records(progress: Progress, number: int) -> list[Record]:
     try:
-        return worker.progress.records(number)
+        return progress.records(number)
     except ValueError:  # Race: another thread has given the pool up and closed the view
         return []
 

@@ -9,6 +9,7 @@ not what C code writes to descriptors.
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import io
 import mmap
 import os
@@ -21,6 +22,7 @@ from bulkhead.engines.processes.segments import create_file
 
 __all__ = [
     "DUMP",
+    "HALVES",
     "PROGRESS_AT",
     "PROGRESS_SIZE",
     "BlackBox",
@@ -35,17 +37,20 @@ __all__ = [
 DUMP: int | None = signal.SIGRTMIN + 9 if hasattr(signal, "SIGRTMIN") else None
 
 # Layout in bytes: three counters (number of the message, bytes of output when it came, bytes of output so far), a ring
-# of output, two counters of use (jobs done, bytes taken), the stacks, and far behind them how far a chunk has come (see
-# progress.py). Pages that nobody writes to take no memory.
+# of output, two counters of use (jobs done, bytes taken), two of messages sent ahead (the last that was begun, the last
+# that was taken back), the stacks, and far behind them how far a chunk has come (see progress.py), twice: the next one
+# may be begun before the caller has read of the last. Pages that nobody writes to take no memory.
 _READ_AT = 0
 _WRITTEN_AT = 16
 _RING_AT = 24
 _RING_SIZE = 8192
 _USE_AT = 8448
+_AHEAD_AT = 8464
 _STACK_AT = 16384
 _STACK_SIZE = 49152
 PROGRESS_AT = 1 << 20
 PROGRESS_SIZE = 1 << 20
+HALVES = 2
 _COUNTER = struct.Struct("<Q")
 _MARK = struct.Struct("<QQ")
 
@@ -70,6 +75,22 @@ class BlackBox:
     def note_read(self, number: int) -> None:
         """Remember that the message of this number is being read."""
         _MARK.pack_into(self._map, _READ_AT, number, self._written)
+
+    def claim(self, number: int) -> bool:
+        """Begin a message that was sent ahead; False when the caller has taken it back.
+
+        Why a lock on the file: who looks and writes without one may do so at the same time as the other. The kernel
+        takes it from a process that dies.
+        """
+        fcntl.lockf(self._fd, fcntl.LOCK_EX, _MARK.size, _AHEAD_AT)
+        try:
+            _, taken_back = _MARK.unpack_from(self._map, _AHEAD_AT)
+            if taken_back == number:
+                return False
+            _MARK.pack_into(self._map, _AHEAD_AT, number, taken_back)
+            return True
+        finally:
+            fcntl.lockf(self._fd, fcntl.LOCK_UN, _MARK.size, _AHEAD_AT)
 
     def watch(self) -> None:
         """Have the stacks at fatal signals and everything printed recorded from now on."""
@@ -109,12 +130,36 @@ class ReadMark:
     """The caller's view of how far a worker has read. Concurrency: any thread.
 
     Attributes:
-        progress: The memory that tells how far it is with a chunk.
+        halves: The memory that tells how far it is with a chunk, twice.
     """
 
     def __init__(self, fd: int) -> None:
-        self._map = mmap.mmap(fd, PROGRESS_AT + PROGRESS_SIZE)
-        self.progress = memoryview(self._map)[PROGRESS_AT:]
+        self._map = mmap.mmap(fd, PROGRESS_AT + HALVES * PROGRESS_SIZE)
+        self._fd = os.dup(fd)
+        starts = range(PROGRESS_AT, PROGRESS_AT + HALVES * PROGRESS_SIZE, PROGRESS_SIZE)
+        self.halves = [memoryview(self._map)[start : start + PROGRESS_SIZE] for start in starts]
+
+    def take_back(self, number: int) -> bool:
+        """Take back a message that was sent ahead; False when the worker has begun it, or does so at this moment."""
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, _MARK.size, _AHEAD_AT)
+        except (OSError, ValueError):  # it is about to begin it; or the view is closed
+            return False
+        try:
+            begun, _ = _MARK.unpack_from(self._map, _AHEAD_AT)
+            if begun == number:
+                return False
+            _MARK.pack_into(self._map, _AHEAD_AT, begun, number)
+            return True
+        finally:
+            fcntl.lockf(self._fd, fcntl.LOCK_UN, _MARK.size, _AHEAD_AT)
+
+    def last_begun(self) -> int:
+        """Return the number of the last message that was sent ahead and begun, or -1 when the view is closed."""
+        try:
+            return int(_COUNTER.unpack_from(self._map, _AHEAD_AT)[0])
+        except ValueError:
+            return -1
 
     def last_read(self) -> int:
         """Return the number of the last message that the worker began to read, or -1 when the view is closed."""
@@ -130,7 +175,11 @@ class ReadMark:
 
     def close(self) -> None:
         """Give the view up."""
-        self.progress.release()
+        for half in self.halves:
+            half.release()
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
         try:
             self._map.close()
         except BufferError:
@@ -140,7 +189,7 @@ class ReadMark:
 def create() -> int:
     """Return the descriptor of a new, empty box."""
     fd = create_file("bulkhead-blackbox")
-    os.ftruncate(fd, PROGRESS_AT + PROGRESS_SIZE)
+    os.ftruncate(fd, PROGRESS_AT + HALVES * PROGRESS_SIZE)
     return fd
 
 

@@ -1,9 +1,14 @@
 """Running a chunk of a map in a worker: many small calls in one message, each with an end of its own.
 
-Each item is noted before it is called, and results are put where they outlive the worker (see progress.py). Why in
-groups: that costs about a microsecond, and many items take less. A group is as long as takes some 50 microseconds, so
-the result of an item that takes longer is recorded at once. What a dying worker can take with it are the results of
-quick items just before the one it ran; those run again.
+Each item is noted before it is called, and results are put where they outlive the worker (see progress.py). Why not
+each by itself: that costs about a microsecond, and many items take less. Results of some 50 microseconds are recorded
+together, so that of an item that takes longer is recorded at once. What a dying worker can take with it are the results
+of short items just before the one it ran; those run again.
+
+The clock is read for each block of items. After a block of very short ones the next is noted as a whole, since a note
+for each would take as long as the item. Then it is not known which of them killed the worker: all of the block run
+again, elsewhere and with a note for each, and the one that kills its worker again is the one. Who has named the size of
+the chunks, or a time limit, gets a note for each item in any case.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from bulkhead.engines.processes.progress import (
     ERROR,
     NOBODY,
     RUNNING,
+    SPAN,
     VALUE,
     VALUES,
     Progress,
@@ -33,20 +39,29 @@ from bulkhead.errors import RemoteError
 
 __all__ = ["ChunkOrder", "leave_copy", "run_chunk"]
 
-# How long a group of items takes (seconds), and how many it may have.
-_GROUP = 50e-6
-_MAX_GROUP = 4096
+# Results of so long (seconds) are recorded together; a block takes no longer either, as far as the last one tells.
+_TOGETHER = 50e-6
+
+# How many items a block may have, and how many times as many as the last one. Why so few: should one of them take long
+# after all, those before it are recorded no sooner. More would save little: a block costs as much as some 50 no-ops.
+_MAX_BLOCK = 256
 _GROWTH = 8
+
+# After a full block of items that took no longer each (seconds) the next one is noted as a whole.
+_VERY_SHORT = 1e-6
 
 # A chunk that was made for short items and has taken so long gives the rest back (seconds): the caller deals it anew.
 _ENOUGH = 0.05
 
-# Results of these types can be rebuilt by any process and never change, so a whole group is pickled in one go. Others
+# Results of these types can be rebuilt by any process and never change, so many are pickled in one go. Others
 # are pickled one by one and at once: the next item may change them, and one that cannot be rebuilt takes no other with
 # it.
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
 
 _PROTOCOL = 5
+
+# Runs the items of a block from a position on, and adds their results to a list; returns what the last one raised.
+Loop = Callable[[int, list[Any], list[Any]], BaseException | None]
 
 # Plain results of this size on average are packed one by one, so that large ones go into segments (bytes).
 _LARGE_VALUES = 16 << 10
@@ -60,12 +75,18 @@ class ChunkOrder(NamedTuple):
         is_star: Each item is a tuple of arguments.
         is_timed: Note when each item begins.
         may_stop: Give the rest back when it takes long.
+        is_exact: Note each item, however short.
+        half: Which half of the progress memory is to be written.
+        is_ahead: Sent before the last one was answered: to be begun only if it was not taken back meanwhile.
     """
 
     todo: Sequence[int]
     is_star: bool
     is_timed: bool
     may_stop: bool
+    is_exact: bool
+    half: int = 0
+    is_ahead: bool = False
 
 
 def run_chunk(
@@ -112,7 +133,7 @@ def leave_copy(depth: int) -> None:
 
 
 class _Chunk:
-    group: ClassVar[list[Any]] = []  # that is being run
+    block: ClassVar[list[Any]] = []  # that is being run
 
     def __init__(
         self,
@@ -134,46 +155,64 @@ class _Chunk:
         self._segments = segments
         self._marks = progress.begin(message)
         self._depth = forks.depth
+        self._values: list[Any] = []  # results that are not recorded yet
 
     def run(self, use: WorkerUse | None) -> None:
-        run_group = self._run_starred if self._order.is_star else self._run_plain
-        if self._order.is_timed:
-            run_group = self._run_timed
+        loop, quick_loop = self._loops(use)
         position, size = 0, 1
         total = len(self._batch)
         if use is not None and use.jobs_left is not None:
             total = min(total, use.jobs_left)
-        now = self.began
-        while position < total and not self._progress.is_stopped(self._message):
-            if self._order.may_stop and now - self.began > _ENOUGH:
-                break
-            if use is not None and position and use.is_heavy():
-                break
-            values: list[Any] = []
-            _Chunk.group = group = self._batch[position : min(position + size, total)]
-            error = run_group(position, group, values)
+        next_loop = loop
+        now = recorded = self.began
+        while position < total and not self._is_to_stop(now, None if position == 0 else use):
+            _Chunk.block = block = self._batch[position : min(position + size, total)]
+            n_before = len(self._values)
+            error = next_loop(position, block, self._values)
             leave_copy(self._depth)
-            n_run = len(values) + (error is not None)
-            self._put(position, values)
+            n_run = len(self._values) - n_before + (error is not None)
             position += n_run
-            del values
-            if error is not None:
-                self._put_packed(position - 1, 1, ERROR, pack_error(error))
             before, now = now, time.perf_counter()
             took = max(now - before, 1e-9)
-            size = max(1, min(int(n_run * _GROUP / took), _GROWTH * n_run, _MAX_GROUP))
+            is_plain = error is None and type(self._values[-1]) in _PLAIN
+            if not is_plain or now - recorded + took > _TOGETHER:
+                self._record(position, error)
+                recorded = now
+            size = max(1, min(int(n_run * _TOGETHER / took), _GROWTH * n_run, _MAX_BLOCK))
+            next_loop = quick_loop if n_run == _MAX_BLOCK and took < _MAX_BLOCK * _VERY_SHORT else loop
+        self._record(position, None)
         if use is not None:
             use.count(position)
-        _Chunk.group = []  # or it would keep the last items' data
+        _Chunk.block = []  # or it would keep the last items' data
         self._marks[RUNNING] = NOBODY
+
+    def _loops(self, use: WorkerUse | None) -> tuple[Loop, Loop]:
+        """Return what runs a block, and what runs one of very short items."""
+        if self._order.is_timed:
+            return self._run_timed, self._run_timed
+        loop, quick_loop = self._run_plain, self._run_plain_quickly
+        if self._order.is_star:
+            loop, quick_loop = self._run_starred, self._run_starred_quickly
+        # Why not with limits: an item may be ended for the memory that it takes, and that is to be done once.
+        return loop, loop if self._order.is_exact or use is not None else quick_loop
+
+    def _is_to_stop(self, now: float, use: WorkerUse | None) -> bool:
+        return (
+            self._progress.is_stopped(self._message)
+            or (self._order.may_stop and now - self.began > _ENOUGH)
+            or (use is not None and use.is_heavy())
+        )
 
     # Every item of a map goes through one of these loops. They put its position into the counters before it is called;
     # why as a target of `for`: that takes half the time of a line of its own.
+    # Race: a worker may be killed between two counters; then the items behind are run again, which nobody has begun.
 
-    def _run_plain(self, position: int, group: list[Any], values: list[Any]) -> BaseException | None:
+    def _run_plain(self, position: int, block: list[Any], values: list[Any]) -> BaseException | None:
         marks, call, plain = self._marks, self._fn, _PLAIN
+        marks[RUNNING] = position
+        marks[SPAN] = 1
         try:
-            for marks[1], item in enumerate(group, position):
+            for marks[1], item in enumerate(block, position):
                 value = call(item)
                 values.append(value)
                 if value is not None and type(value) not in plain:
@@ -182,10 +221,12 @@ class _Chunk:
             return error
         return None
 
-    def _run_starred(self, position: int, group: list[Any], values: list[Any]) -> BaseException | None:
+    def _run_starred(self, position: int, block: list[Any], values: list[Any]) -> BaseException | None:
         marks, call, plain = self._marks, self._fn, _PLAIN
+        marks[RUNNING] = position
+        marks[SPAN] = 1
         try:
-            for marks[1], item in enumerate(group, position):
+            for marks[1], item in enumerate(block, position):
                 value = call(*item)
                 values.append(value)
                 if value is not None and type(value) not in plain:
@@ -194,11 +235,11 @@ class _Chunk:
             return error
         return None
 
-    def _run_timed(self, position: int, group: list[Any], values: list[Any]) -> BaseException | None:
+    def _run_timed(self, position: int, block: list[Any], values: list[Any]) -> BaseException | None:
         marks, call, plain = self._marks, self._fn, _PLAIN
         clock = time.monotonic_ns
         try:
-            for item in group:
+            for item in block:
                 # Why the time first: whoever looks between the two sees an item that has just begun.
                 marks[BEGAN] = clock()
                 marks[RUNNING] = position
@@ -211,12 +252,50 @@ class _Chunk:
             return error
         return None
 
+    def _run_plain_quickly(self, position: int, block: list[Any], values: list[Any]) -> BaseException | None:
+        call, plain = self._fn, _PLAIN
+        self._marks[SPAN] = len(block)
+        self._marks[RUNNING] = position
+        try:
+            for item in block:
+                value = call(item)
+                values.append(value)
+                if value is not None and type(value) not in plain:
+                    break
+        except BaseException as error:
+            return error
+        return None
+
+    def _run_starred_quickly(
+        self, position: int, block: list[Any], values: list[Any]
+    ) -> BaseException | None:
+        call, plain = self._fn, _PLAIN
+        self._marks[SPAN] = len(block)
+        self._marks[RUNNING] = position
+        try:
+            for item in block:
+                value = call(*item)
+                values.append(value)
+                if value is not None and type(value) not in plain:
+                    break
+        except BaseException as error:
+            return error
+        return None
+
+    def _record(self, end: int, error: BaseException | None) -> None:
+        """Record what is not recorded yet of the items before `end`; `error` is that of the last of them."""
+        values, self._values = self._values, []
+        n_failed = error is not None
+        self._put(end - n_failed - len(values), values)
+        if error is not None:
+            self._put_packed(end - 1, 1, ERROR, pack_error(error))
+
     def _put(self, position: int, values: list[Any]) -> None:
         if not values:
             return
         last = len(values) - 1
         if type(values[last]) not in _PLAIN:
-            # The loops end a group with such a value.
+            # The loops end a block with such a value.
             self._put_one(position + last, values.pop())
             if not values:
                 return
@@ -232,6 +311,7 @@ class _Chunk:
         # Should the pickling kill this process or take too long, that is this item's doing.
         self._marks[BEGAN] = time.monotonic_ns()
         self._marks[RUNNING] = position
+        self._marks[SPAN] = 1
         try:
             packed = pack_value(value, self._segments)
         except BaseException as error:
@@ -250,9 +330,9 @@ class _Chunk:
             self._send(-1, data)
 
 
-def _end_group() -> None:
-    """In a copy that an item has forked: the rest of the group is not its business."""
-    _Chunk.group.clear()
+def _end_block() -> None:
+    """In a copy that an item has forked: the rest of the block is not its business."""
+    _Chunk.block.clear()
 
 
-os.register_at_fork(after_in_child=_end_group)
+os.register_at_fork(after_in_child=_end_block)

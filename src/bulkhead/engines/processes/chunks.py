@@ -35,9 +35,10 @@ class Parts(NamedTuple):
     seconds: float | None  # that the whole chunk took, at its end
 
 
-def order(chunk: Chunk) -> ChunkOrder:
-    """Return what a worker is told to do with the chunk's message."""
-    return ChunkOrder(chunk.todo, chunk.is_star, chunk.timeout is not None, chunk.may_stop)
+def order(chunk: Chunk, half: int, *, is_ahead: bool = False) -> ChunkOrder:
+    """Return what a worker is told to do with the chunk's message; see `ChunkOrder` for `half` and `is_ahead`."""
+    is_timed = chunk.timeout is not None
+    return ChunkOrder(chunk.todo, chunk.is_star, is_timed, chunk.may_stop, chunk.is_exact, half, is_ahead)
 
 
 def take(chunk: Chunk, parts: Parts, size: int) -> None:
@@ -61,7 +62,7 @@ def ended(chunk: Chunk, error: BaseException | None) -> BaseException | None:
 
 def lost(worker: Worker, chunk: Chunk, error: BaseException) -> tuple[Loss, BaseException]:
     """Return what the worker's death means for a chunk, and the error that may be retried."""
-    if chunk.lose(worker.progress.running(worker.message), error):
+    if chunk.lose(worker.progress.running(worker.message), error, worker.progress.span()):
         return Loss.REST, error
     failure = chunk.end_round(chunk.attempt)
     return (Loss.NOTHING, error) if failure is None else (Loss.ATTEMPT, failure)
@@ -69,7 +70,7 @@ def lost(worker: Worker, chunk: Chunk, error: BaseException) -> tuple[Loss, Base
 
 def title(worker: Worker, chunk: Chunk) -> str:
     """Return what errors call that of the chunk which the worker ran."""
-    return chunk.describe(worker.progress.running(worker.message))
+    return chunk.describe(worker.progress.running(worker.message), worker.progress.span())
 
 
 def extended(job: JobRecord) -> float | None:
@@ -90,7 +91,10 @@ def extended(job: JobRecord) -> float | None:
 def abandon(chunk: Chunk, scheduler: Scheduler, now: float) -> None:
     """See to it that no more items of the chunk begin; those that run run to their end."""
     chunk.is_abandoned = True
-    if chunk.state is None:
+    slot = scheduler.begun_ahead(chunk)
+    if slot is not None:
+        slot.worker.stop_ahead()
+    elif chunk.state is None:
         scheduler.withdraw(chunk)
     elif chunk.state is JobState.RUNNING:
         worker = chunk.slot.worker if chunk.slot is not None else None

@@ -26,7 +26,14 @@ UNKNOWN = Report(None, None, 0, "", "", None, False)
 _OUTPUT_LINES = 20
 
 # The innermost functions of ours that call a job or an item.
-_OUR_FRAMES = (" in _attempt", " in _run_plain", " in _run_starred", " in _run_timed")
+_OUR_FRAMES = (
+    " in _attempt",
+    " in _run_plain",
+    " in _run_starred",
+    " in _run_timed",
+    " in _run_plain_quickly",
+    " in _run_starred_quickly",
+)
 
 
 def meaning(worker: Worker, report: Report, label: str) -> tuple[Loss, BaseException]:

@@ -45,6 +45,9 @@ _PROTOCOL = 5
 _LARGE_BUFFERS = 128 << 10
 LARGE_BODY = 160 << 10
 
+# Up to this size a body with its notes fits into a pipe (bytes).
+_SMALL_BODY = 63 << 10
+
 # Different shared objects in one job (arbitrary; each is a message in the socket's queue, which holds some 250).
 _MAX_SHARED = 128
 
@@ -107,6 +110,11 @@ class Parcel:
     def size(self) -> int:
         """Bytes that it takes, shared objects apart."""
         return len(self.body) + (0 if self.segment is None else self.segment.size)
+
+    @property
+    def is_lone(self) -> bool:
+        """Whether all of it is in the body, and that fits into an empty pipe."""
+        return self.segment is None and not self.shared and len(self.body) < _SMALL_BODY
 
 
 class Notes(NamedTuple):

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from bulkhead._kernel import lifecycle
 from bulkhead._kernel.lifecycle import JobState
 from bulkhead._kernel.phases import Phase
-from bulkhead._kernel.records import JobRecord, Wear
+from bulkhead._kernel.records import JobRecord, Slot, Wear
 from bulkhead._kernel.scheduler import Scheduler
 from bulkhead.chunk import Chunk
 from bulkhead.config import Pool
@@ -143,6 +143,7 @@ class ProcessPool:
             expired=deaths.expiry,
             extended=extended,
             wear=_wear(config),
+            recall=_recall if _goes_ahead(config) else None,
         )
         self._settling = Settling(self._scheduler, ledger, config.priority)
         self._chronicle = Chronicle(max_timeline)
@@ -295,6 +296,8 @@ class ProcessPool:
                 if not taken and waiter is not None:
                     job.waiters = [*(job.waiters or ()), waiter]
                 _hurry(self._driving, self._scheduler, job)
+                if job.goes_ahead:
+                    self._scheduler.send_ahead()
                 self._carry_out(now)
             return taken
 
@@ -562,6 +565,7 @@ class ProcessPool:
         if job.state is None:
             with calm(), self.lock, self._guard:
                 self._scheduler.withdraw(job)
+                self._carry_out(time.monotonic())
 
     def _check_open(self) -> None:
         if self._scheduler.is_refusing:
@@ -620,6 +624,19 @@ def _use_limits(config: Pool) -> UseLimits | None:
 def _wear(config: Pool) -> Wear | None:
     limits = _use_limits(config)
     return None if limits is None else Wear(limits.max_jobs, limits.max_bytes)
+
+
+def _goes_ahead(config: Pool) -> bool:
+    """Tell whether workers may have a chunk more than they run.
+
+    Why not with limits: who has reached one gets nothing more. Why not with output: it has to be out before the answer.
+    """
+    is_plain = not config.capture_output and not config.forward_logging
+    return is_plain and _use_limits(config) is None
+
+
+def _recall(slot: Slot) -> bool:
+    return slot.worker is not None and slot.worker.take_back()
 
 
 def _close_copies() -> None:

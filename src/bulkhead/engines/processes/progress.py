@@ -19,6 +19,7 @@ __all__ = [
     "ERROR",
     "NOBODY",
     "RUNNING",
+    "SPAN",
     "VALUE",
     "VALUES",
     "Progress",
@@ -38,8 +39,9 @@ _HEAD = struct.Struct("<QQBQ")  # first position, number of items, kind, length 
 _RECORDS_AT = 64
 
 # Counters of eight bytes: message, position of the running item, bytes of records, message whose chunk is to stop, when
-# the running item began (ns of the monotonic clock, which all processes share; only for chunks with a timeout).
-_MESSAGE, RUNNING, _USED, _STOP, BEGAN = range(5)
+# the running item began (ns of the monotonic clock, which all processes share; only for chunks with a timeout), and how
+# many items from that position on may be the running one (more than 1 only for very short ones).
+_MESSAGE, RUNNING, _USED, _STOP, BEGAN, SPAN = range(6)
 
 Record = tuple[int, int, int, memoryview]
 
@@ -54,9 +56,9 @@ class Progress:
         self._marks = memory[:_RECORDS_AT].cast("Q")
 
     @classmethod
-    def in_box(cls, fd: int) -> Progress:
-        """Return a view of the black box behind a descriptor."""
-        return cls(memoryview(mmap.mmap(fd, PROGRESS_SIZE, offset=PROGRESS_AT)))
+    def in_box(cls, fd: int, half: int = 0) -> Progress:
+        """Return a view of one half of what the black box behind a descriptor has for this."""
+        return cls(memoryview(mmap.mmap(fd, PROGRESS_SIZE, offset=PROGRESS_AT + half * PROGRESS_SIZE)))
 
     # The worker's side
 
@@ -66,6 +68,7 @@ class Progress:
         marks[_MESSAGE] = 0
         marks[RUNNING] = NOBODY
         marks[_USED] = 0
+        marks[SPAN] = 1
         marks[_MESSAGE] = message
         return marks
 
@@ -98,6 +101,18 @@ class Progress:
         if marks[_MESSAGE] != message:
             return None
         return marks[RUNNING], marks[BEGAN] / 1e9
+
+    def is_over(self, message: int) -> bool:
+        """Tell whether the worker has ended the chunk of a message."""
+        try:
+            running = self.running(message)
+        except ValueError:  # Race: another thread has given the pool up and closed the view
+            return False
+        return running is not None and running[0] == NOBODY
+
+    def span(self) -> int:
+        """Return how many items from the running one's position on it may be, when it is not known better."""
+        return self._marks[SPAN]
 
     def records(self, message: int) -> list[Record]:
         """Return the records of a message's chunk. They refer to this memory, which the next chunk overwrites."""

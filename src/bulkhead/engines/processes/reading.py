@@ -97,4 +97,4 @@ def _read_last_words(worker: Worker | None, answers: list[Answer]) -> None:
         frames = []
     for kind, message, body in frames:
         answers.append(decoded(worker, kind, message, body))
-    answers.append(recorded(worker))
+    answers += recorded(worker)

@@ -418,13 +418,14 @@ class Staff:
             time.sleep(0.001)
         if self._output is not None:
             answers = self._output.last_answers(worker, _REPORT) + answers
-        answers.append(recorded(worker))
+        answers += recorded(worker)
         sent = worker.message
         for answer in answers:
             tell(self._scheduler, *answer, now)
         self._carry_out(now)
         # A job that went to it just now was never read; of one that it had before nothing is known.
-        last_read = sent if worker.message == sent else 0
+        # What was sent ahead it may have begun by itself.
+        last_read = sent if worker.message == sent else worker.last_read
         report = deaths.UNKNOWN._replace(last_read=last_read, signal=signal.SIGKILL)
         self._gone(worker.number, report, now)
 

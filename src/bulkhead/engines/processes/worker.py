@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from bulkhead._kernel.records import Slot, SlotState, Usage
+from bulkhead._kernel.records import JobRecord, Slot, SlotState, Usage
 from bulkhead.engines.processes import blackbox
 from bulkhead.engines.processes.channel import FrameReader, FrameWriter
 from bulkhead.engines.processes.parcels import Exchange, socket_pair
@@ -25,13 +26,13 @@ class Worker:
 
     Attributes:
         number: Its own, unique in the pool.
-        message: Number of the last message sent to it; the answer carries the same.
+        message: Number of the last message sent to it to be begun at once; the answer carries the same.
+        ahead: Number of the last message that was sent before the one before it was answered.
         began: When that was sent, monotonic seconds.
         came_up: When it was ready for its first job.
         failure: What kept it from getting ready.
         exchange: Who has lent which segment to whom.
         let_go: What of it the worker has to be told.
-        progress: How far it is with a chunk.
         output: What it prints and logs; None when that is not captured.
         excess: The memory that it took, and the limit, when it was told to end for that (bytes).
         record: Takes what is to be remembered of an attempt.
@@ -40,8 +41,11 @@ class Worker:
 
     __slots__ = (
         "_box",
+        "_half",
+        "_halves",
         "_life",
         "_theirs",
+        "ahead",
         "began",
         "busy_seconds",
         "came_up",
@@ -58,7 +62,6 @@ class Worker:
         "number",
         "output",
         "pid",
-        "progress",
         "reader",
         "record",
         "slot",
@@ -69,7 +72,8 @@ class Worker:
         self.number = number
         self.slot = slot
         self.pid: int | None = None
-        self.message = 0
+        self.message = self.ahead = 0
+        self._half = 0
         self.began = 0.0
         self.came_up: float | None = None
         self.jobs = 0
@@ -90,6 +94,7 @@ class Worker:
             opened += ours.detach(), theirs.detach()
             opened.append(blackbox.create())
             self._box = blackbox.ReadMark(opened[-1])
+            self._halves = [Progress(memory) for memory in self._box.halves]
         except OSError:
             for fd in opened:
                 os.close(fd)
@@ -104,7 +109,6 @@ class Worker:
         line_of_ours.setblocking(False)
         self.exchange = Exchange(line_of_ours, borrowed)
         self.let_go = self.exchange.let_go
-        self.progress = Progress(self._box.progress)
 
     def give_away(self) -> tuple[int, ...]:
         """Return what is the worker's: its ends of the pipes and of the line, its black box, its output."""
@@ -121,6 +125,60 @@ class Worker:
     def has_begun(self) -> bool:
         """Tell whether the worker has begun to read its last message."""
         return self._box.last_read() == self.message
+
+    @property
+    def last_read(self) -> int:
+        """Number of the last message that it began to read."""
+        return self._box.last_read()
+
+    # Chunks
+
+    @property
+    def progress(self) -> Progress:
+        """How far it is with a chunk."""
+        return self._halves[self._half]
+
+    @property
+    def half(self) -> int:
+        """The half of the progress memory that is its chunk's."""
+        return self._half
+
+    @property
+    def progress_ahead(self) -> Progress:
+        """How far it is with a chunk that was sent ahead."""
+        return self._halves[1 - self._half]
+
+    def next_ahead(self) -> int:
+        """Give a number to a message that is sent ahead. Why by two: as of those that are sent one after the other."""
+        self.ahead = max(self.message, self.ahead) + 2
+        return self.ahead
+
+    def take_back(self) -> bool:
+        """Take back what was sent ahead; False when it is begun."""
+        return self._box.take_back(self.ahead)
+
+    def has_begun_ahead(self) -> bool:
+        """Tell whether it has begun what was sent ahead."""
+        return self.ahead > self.message and self._box.last_begun() == self.ahead
+
+    def stop_ahead(self) -> None:
+        """Let no more items begin of the chunk that was sent ahead."""
+        self.progress_ahead.stop(self.ahead)
+
+    def end_chunk(self) -> JobRecord | None:
+        """Use none of the numbers again that were given until now; return what was sent ahead, if anything was."""
+        self.message = max(self.message, self.ahead + 1)
+        return self.slot.ahead if self.slot.is_ahead_sent else None
+
+    def go_on(self, job: JobRecord, now: float) -> None:
+        """What was sent ahead is what it is at from now on, if the kernel knows of nothing else."""
+        if self.slot.job is not job:
+            return
+        self.message = self.ahead
+        self._half = 1 - self._half
+        self.began = now
+        job.started_at = time.time()
+        job.pid = self.pid
 
     def usage(self) -> Usage:
         """Return what it had done and taken when it sent its last answer."""
@@ -150,7 +208,8 @@ class Worker:
         self.writer.close()
         self.reader.close()
         self.exchange.close()
-        self.progress.close()
+        for half in self._halves:
+            half.close()
         self._box.close()
         if self.output is not None:
             self.output.close()

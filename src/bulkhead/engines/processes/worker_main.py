@@ -229,7 +229,7 @@ def _unpack_initializer(setup: Setup, ends: Ends) -> Initializer:
 def _serve(ends: Ends, box: BlackBox, use: WorkerUse | None) -> None:
     sleeper = select.poll()
     sleeper.register(ends.jobs, select.POLLIN)
-    desk = _Desk(ends, use)
+    desk = _Desk(ends, box, use)
     try:
         _serve_at(desk, ends, box, sleeper)
     finally:
@@ -262,18 +262,23 @@ def _serve_at(desk: _Desk, ends: Ends, box: BlackBox, sleeper: select.poll) -> N
         else:
             desk.send(number, packed, outcome)
         del packed
+        if kind != _JOB and outcome == Kind.CHUNK_DONE:
+            # The next chunk may be there already. As long as all CPUs compute, the caller would get none to see to the
+            # one after that.
+            _give_way()
 
 
 class _Desk:
     """What a worker needs for everything but small jobs. Its parts cost nothing until they are used."""
 
-    def __init__(self, ends: Ends, use: WorkerUse | None) -> None:
+    def __init__(self, ends: Ends, box: BlackBox, use: WorkerUse | None) -> None:
+        self._box = box
         self.use = use
         self.segments = SegmentPool(_KEEP_BYTES)
         self.exchange = Exchange(socket.socket(fileno=ends.line), Borrowed())
         self.has_job_since = 0.0  # seconds of the performance counter
         self._ends = ends
-        self._progress: Progress | None = None
+        self._halves: dict[int, Progress] = {}
 
     def attempt_noted(self, number: int, body: memoryview | bytes | bytearray) -> tuple[int, bytes | Parcel]:
         """Run what a frame with notes brings."""
@@ -288,7 +293,7 @@ class _Desk:
         del body, notes
         if order is None:
             return _attempt(opened.body, self.segments, opened.buffers)
-        return self._attempt_chunk(number, opened, order)
+        return self._attempt_chunk(number, opened, ChunkOrder(*order))
 
     def send(self, number: int, packed: bytes | Parcel, kind: int) -> None:
         """Send an answer with notes. Blocking: until the caller has taken it."""
@@ -300,15 +305,18 @@ class _Desk:
         write_all(self._ends.results, Kind.NOTED, number, body)
 
     def _attempt_chunk(self, number: int, opened: Opened, order: ChunkOrder) -> tuple[int, bytes]:
+        if order.is_ahead and not self._box.claim(number):
+            return Kind.NOTHING, b""
         try:
             fn, given, _ = unpack_call(opened.body, opened.buffers)
             items = list(given)
         except BaseException as error:
             return Kind.ERROR, pack_error(cannot("the items could not be unpickled in the worker", error))
-        if self._progress is None:
-            self._progress = Progress.in_box(self._ends.box)
+        progress = self._halves.get(order.half)
+        if progress is None:
+            progress = self._halves[order.half] = Progress.in_box(self._ends.box, order.half)
         send = partial(self._send_part, number)
-        took = run_chunk(fn, items, order, number, self._progress, send, self.segments, self.use)
+        took = run_chunk(fn, items, order, number, progress, send, self.segments, self.use)
         return Kind.CHUNK_DONE, _SECONDS.pack(took)
 
     def _send_part(self, number: int, position: int, packed: bytes | Parcel) -> bool:
@@ -355,14 +363,18 @@ def _sleep(sleeper: select.poll, desk: _Desk) -> None:
 
 def _begin_read(fd: int, first: bytes, box: BlackBox) -> tuple[Frame | None, bytes]:
     """Return the message that `first` begins with, and what follows it."""
-    if len(first) >= HEADER.size:
-        _, kind, number, length = HEADER.unpack_from(first)
-        box.note_read(number)
-        end = HEADER.size + length
-        if len(first) >= end:
-            # Only a frame without a job can have another one behind it. Why not a memoryview: for the few bytes of
-            # most jobs making one takes longer than a copy.
-            return (kind, number, first[HEADER.size : end]), first[end:]
+    while len(first) < HEADER.size:
+        more = os.read(fd, HEADER.size - len(first))
+        if not more:
+            return None, b""
+        first += more
+    _, kind, number, length = HEADER.unpack_from(first)
+    box.note_read(number)
+    end = HEADER.size + length
+    if len(first) >= end:
+        # Another one may be behind it. Why not a memoryview: for the few bytes of most jobs making one takes longer
+        # than a copy.
+        return (kind, number, first[HEADER.size : end]), first[end:]
     return read_frame(fd, first), b""
 
 

@@ -1,0 +1,149 @@
+"""Running a chunk: what is noted before each item, what is recorded when. In this process, with a real black box."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from bulkhead.engines.processes import blackbox
+from bulkhead.engines.processes.chunk_runner import ChunkOrder, run_chunk
+from bulkhead.engines.processes.progress import VALUES, Progress
+from bulkhead.engines.processes.segments import SegmentPool
+
+MESSAGE = 3
+N = 20_000
+
+
+@pytest.fixture
+def progress() -> Iterator[Progress]:
+    fd = blackbox.create()
+    progress = Progress.in_box(fd)
+    yield progress
+    progress.close()
+    os.close(fd)
+
+
+def run(progress: Progress, fn: Callable[..., Any], items: list[Any], **options: Any) -> None:
+    given = {"is_star": False, "is_timed": False, "may_stop": False, "is_exact": False, **options}
+    order = ChunkOrder(range(len(items)), **given)
+    run_chunk(fn, items, order, MESSAGE, progress, lambda position, packed: True, SegmentPool(0))
+
+
+def noted_of(progress: Progress) -> tuple[int, int]:
+    running = progress.running(MESSAGE)
+    assert running is not None
+    return running[0], progress.span()
+
+
+def values_of(progress: Progress) -> list[Any]:
+    values: list[Any] = []
+    for first, n, kind, body in sorted(progress.records(MESSAGE), key=lambda record: record[0]):
+        assert first == len(values)
+        values += pickle.loads(body) if kind == VALUES else [pickle.loads(body)]
+        assert len(values) == first + n
+    return values
+
+
+@pytest.mark.parametrize("is_star", [False, True])
+def test_very_short_items_are_noted_by_the_block_and_the_running_one_is_in_it(
+    progress: Progress, is_star: bool
+) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def look(_: int) -> None:
+        seen.append(noted_of(progress))
+
+    def do_nothing(number: int) -> None:
+        if number % 1000 == 999:  # Why seldom: looking takes longer than a very short item may
+            look(number)
+
+    items = list(range(N))
+    for _ in range(50):  # Why several times: on a busy machine nothing is very short
+        seen.clear()
+        run(progress, do_nothing, [(one,) for one in items] if is_star else items, is_star=is_star)
+        if any(span == 256 for _, span in seen):
+            break
+    assert max(span for _, span in seen) == 256
+    for number, (first, span) in zip(range(999, N, 1000), seen, strict=True):
+        assert first <= number < first + span
+    assert values_of(progress) == [None] * N
+
+
+@pytest.mark.parametrize("options", [{"is_exact": True}, {"is_timed": True}], ids=str)
+def test_with_a_chunksize_or_a_time_limit_each_item_is_noted(progress: Progress, options: Any) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def do_nothing(number: int) -> None:
+        if number % 1000 == 999:
+            seen.append(noted_of(progress))
+
+    run(progress, do_nothing, list(range(N)), **options)
+    assert seen == [(number, 1) for number in range(999, N, 1000)]
+
+
+def test_items_that_are_not_very_short_are_noted_one_by_one(progress: Progress) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def take_some_time(_: int) -> None:
+        seen.append(noted_of(progress))
+        end = time.perf_counter() + 3e-6
+        while time.perf_counter() < end:
+            pass
+
+    run(progress, take_some_time, list(range(2000)))
+    assert seen == [(number, 1) for number in range(2000)]
+
+
+def test_after_a_long_item_the_next_ones_are_noted_one_by_one(progress: Progress) -> None:
+    seen: dict[int, tuple[int, int]] = {}
+
+    def do_nothing(number: int) -> None:
+        if number == 10_000:
+            time.sleep(0.01)
+        elif 10_256 <= number < 10_300:  # beyond the block that the long one may be in
+            seen[number] = noted_of(progress)
+
+    run(progress, do_nothing, list(range(N)))
+    assert seen == {number: (number, 1) for number in range(10_256, 10_300)}
+
+
+def test_the_result_of_an_item_that_takes_some_time_is_recorded_before_the_next_one_begins(
+    progress: Progress,
+) -> None:
+    recorded: list[int] = []
+
+    def take_some_time(_: int) -> int:
+        recorded.append(sum(n for _, n, _, _ in progress.records(MESSAGE)))
+        time.sleep(100e-6)
+        return len(recorded)
+
+    run(progress, take_some_time, list(range(20)))
+    assert recorded == list(range(20))
+
+
+def test_a_result_that_may_change_is_pickled_before_the_next_item_runs(progress: Progress) -> None:
+    """Also when it is the last one of a block, and when thousands before it were numbers."""
+    kept: list[int] = []
+
+    def keep(number: int) -> Any:
+        kept.append(number)
+        return kept[-3:] if number % 1000 == 0 else number
+
+    items = list(range(5000))
+    run(progress, keep, items)
+    expected = [items[max(number - 2, 0) : number + 1] if number % 1000 == 0 else number for number in items]
+    assert values_of(progress) == expected
+
+    grown: list[int] = []
+
+    def grow(number: int) -> Any:
+        grown.append(number)
+        return grown
+
+    run(progress, grow, list(range(50)))
+    assert [len(one) for one in values_of(progress)] == list(range(1, 51))
