@@ -92,5 +92,5 @@ $(VENV)/.installed-bench: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-bench-queue: pyproject.toml | $(BIN)/python
 	@echo "installing bulkhead and the queues it is compared with into $(VENV)"
-	@$(PIP) -e ".[queue,redis,bench-queue]"
+	@$(PIP) -e ".[queue,redis,nats,bench-queue]"
 	@touch $@

@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import statistics
@@ -46,13 +47,20 @@ ON_REDIS = (
     ("arq", "q_arq", "arq", 0.2),
     ("saq", "q_saq", "saq", 0.2),
 )
+ON_NATS = (("bulkhead, NATS", "q_bulkhead_nats", "nats", 0.2),)
 ON_SQLITE = (
     ("bulkhead, SQLite", "q_bulkhead_sqlite", "bulkhead", 1.0),
     ("Huey, SQLite", "q_huey_sqlite", "huey", 0.2),
 )
 
 # Under the picture.
-PLACE = "Each with two processes that run jobs, results kept, on the same server (bulkhead and Huey on SQLite too)"
+PLACE = "Each with two processes that run jobs, results kept, on the same server (but for SQLite and NATS)"
+
+REDIS = (
+    *("redis-server", "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes"),
+    *("--appendfsync", "everysec", "--port"),
+)
+NATS = ("nats-server", "--addr", "127.0.0.1", "--jetstream", "--store_dir", "jetstream", "--port")
 
 LATENCIES = 40
 PATIENCE = 120.0
@@ -62,7 +70,9 @@ def main() -> None:
     options = _parse()
     samples: dict[str, list[dict[str, Any]]] = {}
     for number in range(options.rounds):
-        chosen = [one for one in (*ON_REDIS, *ON_SQLITE) if not options.only or one[0] in options.only]
+        chosen = [
+            one for one in (*ON_REDIS, *ON_SQLITE, *ON_NATS) if not options.only or one[0] in options.only
+        ]
         for name, module, package, share in chosen:
             if importlib.util.find_spec(package) is None:
                 print(f"  {name}: {package} is not installed", flush=True)
@@ -83,7 +93,7 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
     if options.png:
-        draw(figures, f"{PLACE}, {os.cpu_count()} cores, {options.rounds} rounds", options.png)
+        draw(figures, f"{PLACE}, {os.cpu_count()} cores, {options.rounds} round(s)", options.png)
 
 
 def _figures(samples: list[dict[str, Any]]) -> dict[str, float]:
@@ -140,8 +150,11 @@ def _measure(module: str, n: int) -> dict[str, Any]:
 
 
 def _measure_here(module_name: str, n: int) -> None:
-    with _redis() as port:
+    with contextlib.ExitStack() as servers:
+        port = servers.enter_context(_server(*REDIS))
         os.environ["BENCH_REDIS_PORT"] = str(port)
+        if module_name == "q_bulkhead_nats":
+            os.environ["BENCH_NATS_PORT"] = str(servers.enter_context(_server(*NATS)))
         os.environ["BENCH_SQLITE"] = str(Path("jobs.db").absolute())
         module = importlib.import_module(f"queues.{module_name}")
         with _workers(module.WORKERS):
@@ -185,7 +198,7 @@ def _workers(commands: list[list[str]]) -> Iterator[None]:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=die_with_parent,  # noqa: PLW1509 - as below
         )
         for command in commands
     ]
@@ -203,15 +216,19 @@ def _workers(commands: list[list[str]]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _redis() -> Iterator[int]:
+def _server(program: str, *options: str) -> Iterator[int]:
+    """Run a server of our own; its port is the last of the arguments."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
-    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
+    found = shutil.which(program) or shutil.which(program, path="/usr/sbin:/usr/local/sbin")
+    if found is None:
+        raise FileNotFoundError(f"{program} is not installed")
     server = subprocess.Popen(
-        [*command, "--appendonly", "yes", "--appendfsync", "everysec"],
+        [found, *options, str(port)],
         stdout=subprocess.DEVNULL,
-        preexec_fn=die_with_parent,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=die_with_parent,  # noqa: PLW1509 - this process has one thread
     )
     try:
         deadline = time.monotonic() + 10
@@ -219,7 +236,7 @@ def _redis() -> Iterator[int]:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.1):
                 break
             if time.monotonic() > deadline:
-                raise TimeoutError("redis-server does not answer")
+                raise TimeoutError(f"{program} does not answer")
             time.sleep(0.01)
         yield port
     finally:

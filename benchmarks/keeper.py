@@ -2,8 +2,8 @@
 
     python keeper.py PROGRAM ARGUMENT ...        stdin: a pipe whose other end the caller holds
 
-The keeper ends the command, and all that came of it, when the command ends and when the pipe closes. The system closes it
-whatever the caller dies of. Processes that leave their group or session do not escape: orphans of the command become
+The keeper ends the command, and all that came of it, when the command ends and when the pipe closes. The system closes
+it whatever the caller dies of. Processes that leave their group or session do not escape: orphans of the command become
 children of the keeper (PR_SET_CHILD_SUBREAPER), which kills until there is none. Its exit code is the command's.
 """
 
@@ -34,7 +34,10 @@ def main() -> int:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as folder:
         command = subprocess.Popen(
-            sys.argv[1:], cwd=folder, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent
+            sys.argv[1:],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=die_with_parent,  # noqa: PLW1509 - this process has one thread
         )
         # Why: whoever ends the benchmark by its name means us, too; but then there is something left to do.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -221,7 +221,7 @@ def _holds(holds: Sequence[Hold]) -> tuple[tuple[str, ...], ...]:
     return tuple(zip(*holds, strict=True))
 
 
-def _returns(returns: Sequence[Return]) -> tuple[list[Any], ...]:
+def _returns(returns: Sequence[Return]) -> tuple[Sequence[Any], ...]:
     return (
         *_holds([back.hold for back in returns]),
         [micros(back.delay) for back in returns],
@@ -230,7 +230,7 @@ def _returns(returns: Sequence[Return]) -> tuple[list[Any], ...]:
     )
 
 
-def _burials(burials: Sequence[Burial]) -> tuple[list[Any], ...]:
+def _burials(burials: Sequence[Burial]) -> tuple[Sequence[Any], ...]:
     return (
         *_holds([burial.hold for burial in burials]),
         [burial.reason for burial in burials],

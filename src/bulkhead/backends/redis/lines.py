@@ -28,7 +28,7 @@ class Lines:
         self._pool = pool
         self._idle: deque[Any] = deque()
 
-    def ask(self, *parts: bytes | str | int | float) -> Any:
+    def ask(self, *parts: bytes | str | float) -> Any:
         """Return the answer to one command; raises what redis-py does. One that was hung up meanwhile is made anew."""
         connection = self._taken()
         try:
