@@ -50,7 +50,7 @@ ON_REDIS = (
 ON_NATS = (("bulkhead, NATS", "q_bulkhead_nats", "nats", 0.2),)
 ON_SQLITE = (
     ("bulkhead, SQLite", "q_bulkhead_sqlite", "bulkhead", 1.0),
-    ("Huey, SQLite", "q_huey_sqlite", "huey", 0.2),
+    ("Huey, SQLite", "q_huey_sqlite", "huey", 0.1),
 )
 
 # Under the picture.
