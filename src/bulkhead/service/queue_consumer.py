@@ -21,8 +21,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from bulkhead.backends.base import Burial, Claim
 from bulkhead.dispatcher import Dispatcher
 from bulkhead.errors import BrokerUnavailable, ConfigTypeError, DispatcherFinalized
@@ -309,7 +307,7 @@ class QueueConsumer:
         except Exception as error:  # Why all: it must not take those that were claimed with it along
             self._done.put(_burial(self._app, claim, error))
             return None
-        held = HeldJob(claim, envelope, task, msgspec.msgpack.encode(envelope))
+        held = HeldJob(claim, envelope, task, self._app.sealer.bare(claim.body))
         if exhausted(envelope, claim.attempt):
             n = claim.attempt - 1
             held.verdict = Bury(

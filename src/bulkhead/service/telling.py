@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -50,7 +49,12 @@ class Teller:
             BrokerUnavailable: Some, all or none of it is known.
         """
         broker = self._app.backend.broker
-        follows = [message for held, verdict in judged for message in self._follows(held, verdict)]
+        follows = [
+            message
+            for held, verdict in judged
+            if held.envelope.on_success or held.envelope.on_error
+            for message in self._follows(held, verdict)
+        ]
         if follows:
             broker.enqueue_many(follows)
         ended = [one for one in judged if isinstance(one[1], (Succeed, Cancel, Discard))]
@@ -125,7 +129,7 @@ class Teller:
                     _log.error(
                         "queue %s: the result of job %s cannot be kept: %s", self._queue, one.id, error
                     )
-                    results.save_many([replace(one, value=None, error=failure_of(error))])
+                    results.save_many([one._replace(value=None, error=failure_of(error))])
 
     def _outcome(self, held: HeldJob, verdict: Verdict) -> Outcome:
         if isinstance(verdict, Succeed):

@@ -13,7 +13,7 @@ rescue(queue, t, most)
 
 local ids, priorities, attempts, enqueued, dues, sizes, error_sizes = {}, {}, {}, {}, {}, {}, {}
 local texts, leases = {}, {}
-local ends = t + lease
+local ends = integer(t + lease)
 -- Bytes of bodies after which no more jobs are taken: an answer has to fit into memory several times.
 local ENOUGH = 16 * 1024 * 1024
 local bytes = 0

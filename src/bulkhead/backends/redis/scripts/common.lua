@@ -14,7 +14,7 @@ local call = redis.call
 -- A number as an argument has all its digits, but newer servers write a large round one as 1e+12, which is no integer to them;
 -- and Lua's own conversion keeps 14 digits. Scores and instants may be written either way.
 local function integer(number)
-    return string.format('%.0f', number)
+    return string.format('%d', number)
 end
 
 -- A number that is kept with a job; 0 for what is none. Why: one hash that somebody else has changed must not stop a queue.
