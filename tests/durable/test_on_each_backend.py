@@ -177,7 +177,8 @@ class TestChains:
 
     def test_when_one_job_is_cancelled_the_chain_is(self, held_up):
         chain = held_up.enqueue_chain([aside.call(1), give.call(), give.call()])
-        wait_until(lambda: held_up.group_status(chain).states == ("succeeded", "queued", "queued"))
+        states = ("succeeded", "queued", "queued")
+        wait_until(lambda: held_up.group_status(chain).states == states, "the first job has ended")
         wait_until(lambda: held_up.backend.broker.find([f"{chain}.1"]) != [None])
         held_up.cancel(f"{chain}.1")
         assert held_up.group_status(chain).state == "cancelled"
