@@ -163,6 +163,8 @@ class Groups:
         """See `App.enqueue_group`."""
         group, keep = self._checked(group, keep)
         members = self._submissions(calls, group, _MOST_JOBS)
+        for one in members:
+            one.brought_by = (group,)
         passed = self._passed(members)
         kinds: dict[bytes, int] = {}
         follows: list[Follow] = []
@@ -191,6 +193,8 @@ class Groups:
         links = self._submissions(calls, chain, _MOST_LINKS)
         if not links:
             raise ConfigError("calls of a chain must be at least one, not none")
+        for number, one in enumerate(links):
+            one.brought_by = (chain, *(before.id for before in links[:number]))
         self._require_all(links, self._passed(links))
         then: tuple[Follow, ...] = ()
         for number in reversed(range(len(links))):
