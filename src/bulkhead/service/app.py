@@ -688,10 +688,14 @@ class App:
 
 
 def _middlewares(given: Sequence[Middleware]) -> tuple[Middleware, ...]:
+    if not isinstance(given, Iterable):
+        raise ConfigTypeError(f"middlewares must be several instances of Middleware, not {given!r}")
     made = tuple(given)
     for one in made:
         if not isinstance(one, Middleware):
             raise ConfigTypeError(f"middlewares must be instances of Middleware, not {one!r}")
+    if len(set(map(id, made))) < len(made):
+        raise ConfigError("middlewares must be different objects, and one of them is there twice")
     return made
 
 

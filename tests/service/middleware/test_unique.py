@@ -405,6 +405,18 @@ def test_of_producer_processes_at_once_exactly_one_wins(
     app.close()
 
 
+def test_one_that_is_listed_twice_is_refused() -> None:
+    one = Unique()
+    with pytest.raises(ConfigError, match="twice"):
+        App("memory://", middlewares=[one, one])
+
+
+@pytest.mark.parametrize("make", [lambda: App("memory://", middlewares=5), lambda: Unique(queues=5)])
+def test_what_is_no_list_is_refused_by_name(make: Callable[[], object]) -> None:
+    with pytest.raises(ConfigTypeError, match=r"middlewares|queues"):
+        make()
+
+
 def test_two_of_the_same_name_are_refused() -> None:
     with pytest.raises(ConfigError, match="another name"):
         App("memory://", middlewares=[Unique(tasks=["a"]), Unique(tasks=["b"])])

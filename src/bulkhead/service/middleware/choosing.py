@@ -78,6 +78,6 @@ def digest(data: bytes) -> str:
 def _names(option: str, values: Iterable[str] | None) -> frozenset[str] | None:
     if values is None:
         return None
-    if isinstance(values, str):
-        raise ConfigTypeError(f"{option} must be several names, not the str {values!r}")
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ConfigTypeError(f"{option} must be several names, not {values!r}")
     return frozenset(name(option, value) for value in values)
