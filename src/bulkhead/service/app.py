@@ -691,6 +691,8 @@ def _middlewares(given: Sequence[Middleware]) -> tuple[Middleware, ...]:
     for one in made:
         if not isinstance(one, Middleware):
             raise ConfigTypeError(f"middlewares must be instances of Middleware, not {one!r}")
+    if len(set(map(id, made))) < len(made):
+        raise ConfigError("middlewares must be different objects, and one of them is there twice")
     return made
 
 

@@ -99,7 +99,7 @@ class Teller:
         codec = held.envelope.codec
         if isinstance(verdict, Succeed):
             follows, previous = held.envelope.on_success, verdict.value
-        elif isinstance(verdict, Bury) and held.envelope.on_error:
+        elif isinstance(verdict, (Bury, Discard)) and held.envelope.on_error:
             told = _told(verdict)
             follows, previous = (
                 held.envelope.on_error,
