@@ -57,7 +57,7 @@ bench: $(VENV)/.installed-bench ## compare with other process pools: a table, an
 	$(BIN)/python benchmarks/bench.py $(or $(ARGS),--json benchmarks/figures.json --png benchmarks/chart.png)
 
 bench-queue: $(VENV)/.installed-bench-queue ## compare the durable queue with others, on a Redis of its own
-	$(BIN)/python benchmarks/bench_queue.py $(or $(ARGS),--json benchmarks/queue_figures.json)
+	$(BIN)/python benchmarks/bench_queue.py $(or $(ARGS),--json benchmarks/queue_figures.json --png benchmarks/queue_chart.png)
 
 # Quick where they are. Tests find them on the path.
 browser:
@@ -92,5 +92,5 @@ $(VENV)/.installed-bench: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-bench-queue: pyproject.toml | $(BIN)/python
 	@echo "installing bulkhead and the queues it is compared with into $(VENV)"
-	@$(PIP) -e ".[queue,redis,bench-queue]"
+	@$(PIP) -e ".[queue,redis,nats,bench-queue]"
 	@touch $@

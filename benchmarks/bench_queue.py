@@ -1,6 +1,6 @@
 """Measure bulkhead's durable queue beside others: no-op jobs end to end, enqueueing alone, latency at low load.
 
-    python benchmarks/bench_queue.py [--only NAME ...] [--jobs 20000] [--rounds 3] [--json queue_figures.json]
+    python benchmarks/bench_queue.py [--only NAME ...] [--jobs 20000] [--rounds 3] [--json FILE] [--png FILE]
 
 Every queue gets the same Redis (started here, append-only file, fsync every second), two processes that run jobs, and
 its own quickest way to enqueue from one process. "End to end" counts from the first enqueue until each job's result can
@@ -16,17 +16,20 @@ import importlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from chart import can_draw
+from keeper import die_with_parent
+from queue_chart import draw
 from tables import percentile, print_table
 
 HERE = Path(__file__).parent
@@ -44,10 +47,20 @@ ON_REDIS = (
     ("arq", "q_arq", "arq", 0.2),
     ("saq", "q_saq", "saq", 0.2),
 )
+ON_NATS = (("bulkhead, NATS", "q_bulkhead_nats", "nats", 0.2),)
 ON_SQLITE = (
     ("bulkhead, SQLite", "q_bulkhead_sqlite", "bulkhead", 1.0),
-    ("Huey, SQLite", "q_huey_sqlite", "huey", 0.2),
+    ("Huey, SQLite", "q_huey_sqlite", "huey", 0.1),
 )
+
+# Under the picture.
+PLACE = "Each with two processes that run jobs, results kept, on the same server (but for SQLite and NATS)"
+
+REDIS = (
+    *("redis-server", "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes"),
+    *("--appendfsync", "everysec", "--port"),
+)
+NATS = ("nats-server", "--addr", "127.0.0.1", "--jetstream", "--store_dir", "jetstream", "--port")
 
 LATENCIES = 40
 PATIENCE = 120.0
@@ -57,7 +70,9 @@ def main() -> None:
     options = _parse()
     samples: dict[str, list[dict[str, Any]]] = {}
     for number in range(options.rounds):
-        chosen = [one for one in (*ON_REDIS, *ON_SQLITE) if not options.only or one[0] in options.only]
+        chosen = [
+            one for one in (*ON_REDIS, *ON_SQLITE, *ON_NATS) if not options.only or one[0] in options.only
+        ]
         for name, module, package, share in chosen:
             if importlib.util.find_spec(package) is None:
                 print(f"  {name}: {package} is not installed", flush=True)
@@ -77,6 +92,8 @@ def main() -> None:
     _print(figures)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    if options.png:
+        draw(figures, f"{PLACE}, {os.cpu_count()} cores, {options.rounds} round(s)", options.png)
 
 
 def _figures(samples: list[dict[str, Any]]) -> dict[str, float]:
@@ -109,52 +126,51 @@ def _print(figures: dict[str, dict[str, float]]) -> None:
 
 
 def _measure(module: str, n: int) -> dict[str, Any]:
-    """Measure one queue in a process of its own, with a fresh server."""
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder, _redis(folder) as port:
-        environment = os.environ | {
-            "BENCH_REDIS_PORT": str(port),
-            "BENCH_SQLITE": f"{folder}/jobs.db",
-            "PYTHONPATH": str(HERE),
-        }
-        command = [sys.executable, str(HERE / "bench_queue.py"), "--measure", module, "--jobs", str(n)]
-        done = subprocess.run(
-            command,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=3 * PATIENCE,
-            cwd=folder,
-            check=False,
-        )
-        if done.returncode:
-            raise RuntimeError(
-                done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no reason told"
-            )
-        sample: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-        return sample
+    """Measure one queue in a process of its own, with a fresh server. Nothing of it outlives us: see keeper.py."""
+    measuring = [sys.executable, str(HERE / "bench_queue.py"), "--measure", module, "--jobs", str(n)]
+    theirs, ours = os.pipe()
+    with subprocess.Popen(
+        [sys.executable, str(HERE / "keeper.py"), *measuring],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])},
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as keeper:
+        os.close(theirs)
+        try:
+            told, complaint = keeper.communicate(timeout=3 * PATIENCE)
+        finally:
+            os.close(ours)
+    if keeper.returncode:
+        raise RuntimeError(complaint.strip().splitlines()[-1] if complaint.strip() else "no reason told")
+    sample: dict[str, Any] = json.loads(told.strip().splitlines()[-1])
+    return sample
 
 
 def _measure_here(module_name: str, n: int) -> None:
-    from queues.place import PORT
-
-    module = importlib.import_module(f"queues.{module_name}")
-    with _workers(module.WORKERS):
-        latencies = _latencies(module, PORT)
-        left = module.n_left(0)
-        began = time.perf_counter()
-        module.enqueue(n)
-        enqueued = time.perf_counter()
-        deadline = time.monotonic() + PATIENCE
-        while module.n_left(n + max(0, -left)) > 0:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{module.n_left(n)} of {n} jobs have no result after {PATIENCE:g} s")
-            time.sleep(0.01)
-        ended = time.perf_counter()
-    print(
-        json.dumps(
-            {"end_to_end": n / (ended - began), "enqueue": n / (enqueued - began), "latencies": latencies}
-        )
-    )
+    with contextlib.ExitStack() as servers:
+        port = servers.enter_context(_server(*REDIS))
+        os.environ["BENCH_REDIS_PORT"] = str(port)
+        if module_name == "q_bulkhead_nats":
+            os.environ["BENCH_NATS_PORT"] = str(servers.enter_context(_server(*NATS)))
+        os.environ["BENCH_SQLITE"] = str(Path("jobs.db").absolute())
+        module = importlib.import_module(f"queues.{module_name}")
+        with _workers(module.WORKERS):
+            latencies = _latencies(module, port)
+            left = module.n_left(0)
+            began = time.perf_counter()
+            module.enqueue(n)
+            enqueued = time.perf_counter()
+            deadline = time.monotonic() + PATIENCE
+            while module.n_left(n + max(0, -left)) > 0:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{module.n_left(n)} of {n} jobs have no result after {PATIENCE:g} s")
+                time.sleep(0.01)
+            ended = time.perf_counter()
+    sample = {"end_to_end": n / (ended - began), "enqueue": n / (enqueued - began), "latencies": latencies}
+    print(json.dumps(sample))
 
 
 def _latencies(module: Any, port: int) -> list[float]:
@@ -178,7 +194,11 @@ def _latencies(module: Any, port: int) -> list[float]:
 def _workers(commands: list[list[str]]) -> Iterator[None]:
     started = [
         subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=die_with_parent,  # noqa: PLW1509 - as below
         )
         for command in commands
     ]
@@ -196,13 +216,19 @@ def _workers(commands: list[list[str]]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _redis(folder: str) -> Iterator[int]:
+def _server(program: str, *options: str) -> Iterator[int]:
+    """Run a server of our own; its port is the last of the arguments."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
-    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", folder, "--save", ""]
+    found = shutil.which(program) or shutil.which(program, path="/usr/sbin:/usr/local/sbin")
+    if found is None:
+        raise FileNotFoundError(f"{program} is not installed")
     server = subprocess.Popen(
-        [*command, "--appendonly", "yes", "--appendfsync", "everysec"], stdout=subprocess.DEVNULL
+        [found, *options, str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=die_with_parent,  # noqa: PLW1509 - this process has one thread
     )
     try:
         deadline = time.monotonic() + 10
@@ -210,7 +236,7 @@ def _redis(folder: str) -> Iterator[int]:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.1):
                 break
             if time.monotonic() > deadline:
-                raise TimeoutError("redis-server does not answer")
+                raise TimeoutError(f"{program} does not answer")
             time.sleep(0.01)
         yield port
     finally:
@@ -224,8 +250,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=20_000, help="no-ops of a round (default: 20000)")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("--png", type=Path, help="draw them there")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.png and not can_draw():
+        parser.error("--png: matplotlib is not installed")
+    return options
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import time
 
 PORT = int(os.environ.get("BENCH_REDIS_PORT", "6379"))
 URL = f"redis://127.0.0.1:{PORT}/0"
+NATS = f"nats://127.0.0.1:{os.environ.get('BENCH_NATS_PORT', '4222')}"
 SQLITE = os.environ.get("BENCH_SQLITE", "bench.db")
 PYTHON = sys.executable
 PROCESSES = 2

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 from typing import TypeVar
+from uuid import uuid4
 
 import psutil
 import pytest
@@ -204,6 +205,42 @@ def test_a_server_that_comes_back_empty_gets_its_streams_anew(server: NatsServer
         server.start()
         assert persistently(lambda: backend.broker.enqueue_many([Message("b", "q", b"")])) == [True]
         assert ids_of(persistently(lambda: claims(backend.broker))) == ["b"]
+
+
+def test_after_a_restart_with_an_empty_store_a_consumer_that_was_first_sees_what_another_process_enqueues(
+    server: NatsServer, tmp_path: Path
+) -> None:
+    with connected(server.url) as producer, connected(server.url) as consumer:
+        keep(producer.broker, "a")
+        claims(consumer.broker)
+        server.kill()
+        (server.folder / "jetstream").rename(tmp_path / "away")
+        server.start()
+        assert persistently(lambda: consumer.broker.claim("q", 1, LONG)) == []
+        assert persistently(lambda: producer.broker.enqueue_many([Message("b", "q", b"")])) == [True]
+        assert ids_of(claims(consumer.broker)) == ["b"]
+
+
+@pytest.mark.parametrize("stream", ["{}-jobs", "{}-ready", "{}-index", "KV_{}-results", "KV_{}-registry"])
+def test_a_stream_that_somebody_has_deleted_is_made_anew_by_whoever_misses_it(
+    nats_server: NatsServer, stream: str
+) -> None:
+    namespace = uuid4().hex[:12]
+    with connected(nats_server.url, namespace) as backend:
+        broker = backend.broker
+
+        def delete() -> None:
+            subject = f"$JS.API.STREAM.DELETE.{stream.format(namespace)}"
+            answer = broker._link.call(lambda at: at.session.ask_one(subject))  # type: ignore[attr-defined]
+            assert answer["success"]
+
+        delete()
+        assert broker.claim("q", 1, LONG) == []
+        assert backend.results.get_many(["a"]) == [None]
+        assert backend.registry.entries("") == []
+        delete()
+        keep(broker, "a")
+        assert ids_of(claims(broker)) == ["a"]
 
 
 def test_a_consumer_that_is_killed_gives_its_job_to_another_within_its_lease_and_a_second(

@@ -176,6 +176,35 @@ def test_a_claim_skips_jobs_whose_hash_was_deleted_and_counts_are_right_then(
     assert _counts(backend) == (0, 0, 150, 0)
 
 
+@pytest.mark.parametrize("value", ["junk", "", "-1", "1e400", "nan", None])
+def test_a_job_whose_hash_was_changed_by_hand_holds_up_no_other(
+    redis_server: RedisServer, backend: Backend, namespace: str, value: str | None
+) -> None:
+    fields = ["due", "enqueued", "attempt", "priority", "body", "error", "token", "queue"]
+    names = [*fields, "string", "good"]
+    _keep(backend, *names)
+
+    def change() -> None:
+        for name in fields:
+            key = f"{{{namespace}}}:job:{name}"
+            redis_server.cli("hdel", key, name) if value is None else redis_server.cli(
+                "hset", key, name, value
+            )
+        redis_server.cli("set", f"{{{namespace}}}:job:string", "of somebody else")
+
+    change()
+    for place in Place:
+        backend.broker.records(place)
+    assert "good" in _claimed(backend, lease=SHORT)
+    change()
+    taken: list[str] = []
+    wait_until(lambda: taken.extend(_claimed(backend)) or "good" in taken, "the leases have ended")
+    assert {"enqueued", "attempt", "priority"} <= set(taken)
+    assert set(taken) <= {*names} - {"string"}
+    backend.broker.counts()
+    backend.broker.find(names)
+
+
 def test_a_claim_takes_no_more_than_fits_into_memory_and_leaves_the_rest(backend: Backend) -> None:
     body = bytes(6 * 1024 * 1024)
     assert all(backend.broker.enqueue_many([Message(str(n), "mail", body) for n in range(5)]))

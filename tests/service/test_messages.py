@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -130,7 +129,7 @@ class TestASigningApplication:
         assert signing.app.result(id, timeout=SOON) == "good"
         (outcome,) = signing.app.backend.results.get_many([id])
         signing.app.backend.results.save_many(
-            [replace(outcome, value=outcome.value.replace(b"good", b"evil"))]
+            [outcome._replace(value=outcome.value.replace(b"good", b"evil"))]
         )
         with pytest.raises(BadMessage, match="its signature is wrong"):
             signing.app.result(id)

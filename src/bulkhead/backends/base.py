@@ -17,6 +17,8 @@ Rules that hold for all three:
 - A server that cannot be reached raises `BrokerUnavailable` within a few seconds; the call may have been carried out.
   The next call connects anew.
 
+What comes with each job is a NamedTuple, which is made in half the time of a frozen dataclass.
+
 `bulkhead.testing.conformance` has the tests that every backend passes.
 """
 
@@ -26,6 +28,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 __all__ = [
     "Backend",
@@ -82,8 +85,7 @@ class OutcomeState(Enum):
     CANCELLED = "cancelled"
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """A job to be kept.
 
     Attributes:
@@ -106,8 +108,7 @@ class Message:
     remember: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Hold:
+class Hold(NamedTuple):
     """Names a claim: the job and the token of the attempt. A token is never given twice."""
 
     id: str
@@ -115,8 +116,7 @@ class Hold:
     token: str
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """A job that the claimer may run until the lease ends.
 
     Attributes:
@@ -299,8 +299,7 @@ class Broker(ABC):
         """Return the names of the paused queues."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of a job.
 
     Attributes:

@@ -37,6 +37,7 @@ from bulkhead.backends.base import (
     Burial,
     CancelAnswer,
     Claim,
+    Entry,
     Message,
     OutcomeState,
     Place,
@@ -44,6 +45,7 @@ from bulkhead.backends.base import (
     Standing,
 )
 from bulkhead.errors import (
+    BadMessage,
     BulkheadError,
     ConfigError,
     ConfigTypeError,
@@ -361,7 +363,7 @@ class Groups:
         while True:
             entry = registry.get(_key(group))
             if entry is not None:
-                return _unpack(entry.value)
+                return _read(entry)
             if registry.put(_key(group), _pack(made), expected=0, keep=bundle.keep) is not None:
                 return made
 
@@ -376,7 +378,7 @@ class Groups:
         entry = self._app.backend.registry.get(_key(group))
         if entry is None:
             raise _unknown(group)
-        return _unpack(entry.value), None
+        return _read(entry), None
 
     def _bundle(self, record: Record) -> Bundle | None:
         return self._app.sealer.open(record.id, record.queue, record.body).bundle
@@ -428,7 +430,7 @@ class Groups:
             bundle = None if record is None else self._bundle(record)
             entry = registry.get(_key(group))
             if entry is not None:
-                known = _unpack(entry.value)
+                known = _read(entry)
             elif bundle is not None:
                 known = _group_of(bundle)
             else:
@@ -471,6 +473,13 @@ def _follow(one: Submission, keep: float) -> Follow:
 
 def _group_of(bundle: Bundle) -> _Group:
     return _Group(bundle.is_chain, bundle.n, bundle.others, time.time() + bundle.keep)
+
+
+def _read(entry: Entry) -> _Group:
+    try:
+        return _unpack(entry.value)
+    except msgspec.MsgspecError as error:
+        raise BadMessage(f"what is kept as {entry.key!r} is no group: {error}") from None
 
 
 def _unknown(group: str) -> JobNotFound:

@@ -21,11 +21,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from bulkhead.backends.base import Burial, Claim
 from bulkhead.dispatcher import Dispatcher
-from bulkhead.errors import BadMessage, BrokerUnavailable, ConfigTypeError, DispatcherFinalized, UnknownTask
+from bulkhead.errors import BrokerUnavailable, ConfigTypeError, DispatcherFinalized
 from bulkhead.job import Job
 from bulkhead.service.batch import Batch, HeldJob, Marks
 from bulkhead.service.envelope import failure, failure_of
@@ -140,8 +138,8 @@ class QueueConsumer:
         if is_fetching:
             self._fetcher.start()
 
-    def take_one(self) -> str | None:
-        """Claim one job that is due, without waiting, and have it run; return its id."""
+    def take_one(self) -> HeldJob | None:
+        """Claim one job that is due, without waiting, and have it run; return it."""
         self._wait = 0.0
         n_openers = -1
         jobs: list[HeldJob] = []
@@ -150,7 +148,7 @@ class QueueConsumer:
             jobs = self._take(1)
             if self._n_openers != n_openers:
                 self._wait_for_errands()
-        return jobs[0].id if jobs else None
+        return jobs[0] if jobs else None
 
     @property
     def is_busy(self) -> bool:
@@ -306,10 +304,10 @@ class QueueConsumer:
                 self._done.put(lambda: open_group(self._app, claim, envelope))
                 return None
             task = self._app.find_task(envelope.task)
-        except (BadMessage, UnknownTask) as error:
+        except Exception as error:  # Why all: it must not take those that were claimed with it along
             self._done.put(_burial(self._app, claim, error))
             return None
-        held = HeldJob(claim, envelope, task, msgspec.msgpack.encode(envelope))
+        held = HeldJob(claim, envelope, task, self._app.sealer.bare(claim.body))
         if exhausted(envelope, claim.attempt):
             n = claim.attempt - 1
             held.verdict = Bury(
@@ -512,6 +510,7 @@ class QueueConsumer:
                 # Why before it is told: another attempt may begin in that moment, and its callback come first.
                 self._teller.call_back(held, held.task.options.on_retry, failure(verdict.error))
         for held, verdict in self._tell_broker([one for one in final if not isinstance(one[1], Lost)]):
+            held.ending = verdict
             self._teller.report(held, verdict)
         for held, verdict in final:
             if isinstance(verdict, Lost):

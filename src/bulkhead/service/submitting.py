@@ -77,12 +77,17 @@ class Submitting:
             options.max_retries if call.max_retries is None else call.max_retries,
             (backoff.initial, backoff.factor, backoff.jitter, backoff.maximum),
             options.keep_result if call.keep_result is None else call.keep_result,
-            tuple(self.follow(one) for kind, one in call.follows if kind == "on_success"),
-            tuple(self.follow(one) for kind, one in call.follows if kind == "on_error"),
+            self._follows(call, "on_success"),
+            self._follows(call, "on_error"),
             None,
             takes,
-            dict(call.headers or {}),
+            dict(call.headers) if call.headers else {},
         )
+
+    def _follows(self, call: Call, wanted: str) -> tuple[Follow, ...]:
+        if not call.follows:
+            return ()
+        return tuple(self.follow(one) for kind, one in call.follows if kind == wanted)
 
     def follow(self, call: Call, *, takes: bool = True) -> Follow:
         """Return a job that is enqueued when another has ended.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 from bulkhead import validate
 from bulkhead.errors import ConfigError, ConfigTypeError
@@ -104,8 +104,7 @@ class Task(Generic[P, R]):
         return f"<Task {self.name}>"
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """A job of a task that is not enqueued: `task.call(...)`. Immutable; may be enqueued many times."""
 
     task: Task[..., Any]
@@ -186,7 +185,7 @@ class Call:
             for option, value in (("on_success", on_success), ("on_error", on_error))
             if value is not None
         )
-        return replace(self, follows=self.follows + added, **changes)
+        return self._replace(follows=self.follows + added, **changes)
 
     def enqueue(self) -> str:
         """Enqueue it and return its id.
@@ -244,7 +243,7 @@ def _headers(value: Any) -> Mapping[str, str]:
         isinstance(text, str) for pair in value.items() for text in pair
     ):
         raise ConfigTypeError(f"headers must map str to str, not {value!r}")
-    return dict(value)
+    return {validate.text("headers", one): validate.text("headers", text) for one, text in value.items()}
 
 
 def _call(option: str, value: object) -> Call:

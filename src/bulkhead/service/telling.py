@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from bulkhead.service.app import App
     from bulkhead.service.batch import HeldJob
 
-__all__ = ["Teller", "guarded", "outcome_of"]
+__all__ = ["Teller", "guarded", "last_outcome", "outcome_of"]
 
 _log = logging.getLogger("bulkhead")
 
@@ -50,7 +49,12 @@ class Teller:
             BrokerUnavailable: Some, all or none of it is known.
         """
         broker = self._app.backend.broker
-        follows = [message for held, verdict in judged for message in self._follows(held, verdict)]
+        follows = [
+            message
+            for held, verdict in judged
+            if held.envelope.on_success or held.envelope.on_error
+            for message in self._follows(held, verdict)
+        ]
         if follows:
             broker.enqueue_many(follows)
         ended = [one for one in judged if isinstance(one[1], (Succeed, Cancel, Discard))]
@@ -125,7 +129,7 @@ class Teller:
                     _log.error(
                         "queue %s: the result of job %s cannot be kept: %s", self._queue, one.id, error
                     )
-                    results.save_many([replace(one, value=None, error=failure_of(error))])
+                    results.save_many([one._replace(value=None, error=failure_of(error))])
 
     def _outcome(self, held: HeldJob, verdict: Verdict) -> Outcome:
         if isinstance(verdict, Succeed):
@@ -170,6 +174,12 @@ def outcome_of(
         now,
         held.envelope.keep,
     )
+
+
+def last_outcome(held: HeldJob) -> Outcome:
+    """Return the outcome of a settled job of which nothing is kept."""
+    kinds = {Succeed: OutcomeState.SUCCEEDED, Cancel: OutcomeState.CANCELLED}
+    return outcome_of(held, kinds.get(type(held.ending), OutcomeState.FAILED))
 
 
 def guarded(call: Callable[..., object], *args: Any) -> None:

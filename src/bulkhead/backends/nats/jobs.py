@@ -82,7 +82,7 @@ class Jobs:
         self._cells = Cells(session, clock, layout.jobs_stream, layout.jobs, is_over)
         self._tickets = Tickets(session, layout)
         index = Cells(session, clock, layout.index_stream, layout.queues, _never)
-        self.queues = Queues(index, self._tickets, layout)
+        self.queues = Queues(session, index, self._tickets, layout)
         self._claims = Claims(session, clock, layout, self._cells, self._tickets)
         self._bells = Bells(session, layout.bell, lambda queue, found: self._tickets.heap(queue).add(found))
         self._looking = Looking(session, clock, layout, self._cells, self._tickets, self.queues, self._claims)

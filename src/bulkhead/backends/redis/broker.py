@@ -86,14 +86,12 @@ class RedisBroker(Broker):
         check_size([len(message.body) for message in messages])
         answers: list[bool] = []
         for part in batches(messages):
+            ids, queues, bodies, priorities, delays, dues, remembers = zip(*part, strict=True)
             columns = (
-                [message.id for message in part],
-                [message.queue for message in part],
-                [text(message.body) for message in part],
-                [message.priority for message in part],
-                [_delay(message) for message in part],
-                [_due(message) for message in part],
-                [_remember(message) for message in part],
+                *(ids, queues, [text(body) for body in bodies], priorities),
+                [micros(delay) if due is None else 0 for delay, due in zip(delays, dues, strict=True)],
+                [_due(due) for due in dues],
+                [millis(seconds) if seconds > 0 else 0 for seconds in remembers],
             )
             answers += _yes(self._link.run(_ENQUEUE, [self._stamp], [packed(columns)]))
         return answers
@@ -214,24 +212,16 @@ class RedisBroker(Broker):
         return b"".join(answers)
 
 
-def _delay(message: Message) -> int:
-    return micros(message.delay) if message.due_at is None else 0
-
-
-def _due(message: Message) -> int:
+def _due(due_at: float | None) -> int:
     # 0 stands for none; an instant long past is as good as any other past one.
-    return 0 if message.due_at is None else max(1, micros(message.due_at))
+    return 0 if due_at is None else max(1, micros(due_at))
 
 
-def _remember(message: Message) -> int:
-    return millis(message.remember) if message.remember > 0 else 0
+def _holds(holds: Sequence[Hold]) -> tuple[tuple[str, ...], ...]:
+    return tuple(zip(*holds, strict=True))
 
 
-def _holds(holds: Sequence[Hold]) -> tuple[list[str], ...]:
-    return [hold.id for hold in holds], [hold.queue for hold in holds], [hold.token for hold in holds]
-
-
-def _returns(returns: Sequence[Return]) -> tuple[list[Any], ...]:
+def _returns(returns: Sequence[Return]) -> tuple[Sequence[Any], ...]:
     return (
         *_holds([back.hold for back in returns]),
         [micros(back.delay) for back in returns],
@@ -240,7 +230,7 @@ def _returns(returns: Sequence[Return]) -> tuple[list[Any], ...]:
     )
 
 
-def _burials(burials: Sequence[Burial]) -> tuple[list[Any], ...]:
+def _burials(burials: Sequence[Burial]) -> tuple[Sequence[Any], ...]:
     return (
         *_holds([burial.hold for burial in burials]),
         [burial.reason for burial in burials],

@@ -35,6 +35,7 @@ from redis.retry import Retry
 
 from bulkhead import forks
 from bulkhead.backends.redis.address import Address
+from bulkhead.backends.redis.lines import Lines
 from bulkhead.backends.redis.script import Script
 from bulkhead.errors import BadMessage, BrokerUnavailable, BulkheadError, ConfigError, MessageTooLarge
 
@@ -80,6 +81,7 @@ class Link:
         self.address = address
         self._prefix = f"{{{namespace}}}:"
         self._client: Any = None
+        self._lines: Lines | None = None  # of that client; a cluster has none
         # Owner: what this value of forks.depth stands for; a copy of the process has another one.
         self._depth = -1
         self._is_closed = False
@@ -107,10 +109,12 @@ class Link:
         rest = (1 + len(keys), self.queues, *keys, *arguments)
 
         def call(client: Any) -> Any:
+            # Race: another thread may have made lines and client anew; each is as good.
+            ask = client.execute_command if self._lines is None else self._lines.ask
             try:
-                return client.execute_command("EVALSHA", script.sha, *rest)
+                return ask("EVALSHA", script.sha, *rest)
             except NoScriptError:  # the server is new, or was told to forget its scripts
-                return client.execute_command("EVAL", script.text, *rest)
+                return ask("EVAL", script.text, *rest)
 
         try:
             return self._carry_out(call, is_repeatable)
@@ -165,6 +169,7 @@ class Link:
         client = self._client
         if client is None or self._depth != forks.depth:
             client = self._made()
+            self._lines = None if self.address.is_cluster else Lines(client.connection_pool)
             self._client, self._depth = client, forks.depth
         return client
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from operator import attrgetter
+from functools import lru_cache
 
 import msgspec
 
@@ -31,7 +31,6 @@ _SWEEPING = script("sweep", "results_common")
 # What is packed behind the place: queue, task, state, value, error, attempt, enqueued, started, finished, keep.
 _Fields = tuple[str, str, str, bytes | None, bytes | None, int, float, float, float, float]
 _fields = msgspec.msgpack.Decoder(_Fields).decode
-_facts = attrgetter("attempt", "enqueued_at", "started_at", "finished_at", "keep")
 
 
 class RedisResults(ResultStore):
@@ -52,7 +51,7 @@ class RedisResults(ResultStore):
         for part in batches(kept):
             columns = (
                 [outcome.id for outcome in part],
-                [_place(outcome) for outcome in part],
+                [_place(outcome.state, outcome.queue) for outcome in part],
                 [micros(outcome.finished_at) for outcome in part],
                 [millis(outcome.keep) for outcome in part],
                 [text(_encoded(outcome)) for outcome in part],
@@ -99,13 +98,14 @@ class RedisResults(ResultStore):
             pass
 
 
-def _place(outcome: Outcome) -> str:
-    return f"{outcome.state.value}:{len(outcome.queue.encode())}:{outcome.queue}:"
+@lru_cache
+def _place(state: OutcomeState, queue: str) -> str:
+    return f"{state.value}:{len(queue.encode())}:{queue}:"
 
 
 def _encoded(outcome: Outcome) -> bytes:
-    what = (outcome.queue, outcome.task, outcome.state.value, outcome.value, outcome.error)
-    return packed((*what, *_facts(outcome)))
+    _, queue, task, state, *facts = outcome
+    return packed((queue, task, state.value, *facts))
 
 
 def _decoded(id: str, text: bytes) -> Outcome:

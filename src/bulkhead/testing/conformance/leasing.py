@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 import pytest
 
@@ -96,8 +95,8 @@ class Leasing(Contract):
         keep(broker, "ready", "held")
         [_ready, held] = claims(broker, 2)
         broker.nack([Return(_ready.hold)])
-        wrong = replace(held.hold, token="x")
-        for hold in (Hold("unknown", "q", held.hold.token), _ready.hold, wrong, replace(wrong, token="")):
+        wrong = held.hold._replace(token="x")
+        for hold in (Hold("unknown", "q", held.hold.token), _ready.hold, wrong, wrong._replace(token="")):
             assert broker.ack([hold]) == [False]
             assert broker.nack([Return(hold)]) == [False]
             assert broker.bury([Burial(hold, "why")]) == [False]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 import pytest
 
@@ -40,7 +39,7 @@ class ResultStoreContract(Contract):
             same = {
                 name: getattr(saved, name) for name in ("enqueued_at", "started_at", "finished_at", "keep")
             }
-            assert replace(kept, **same) == saved
+            assert kept._replace(**same) == saved
 
     def test_nothing_saved_is_nothing_kept(self, backend: Backend) -> None:
         backend.results.save_many([])

@@ -32,12 +32,16 @@ for i, id in ipairs(ids) do
         end
         if due <= t then
             stamp = stamp + 1
-            due = stamp
+            due = integer(stamp)
             call('HSET', keys[i], 'queue', queue, 'body', bodies[i], 'due', due)
+            bells[queue] = true
         else
             taken[due] = (taken[due] or -1) + 1
-            due = due + taken[due]
-            call('HSET', keys[i], 'queue', queue, 'body', bodies[i], 'due', due, 'enqueued', t)
+            if due < t + SECOND then
+                bells[queue] = true
+            end
+            due = integer(due + taken[due])
+            call('HSET', keys[i], 'queue', queue, 'body', bodies[i], 'due', due, 'enqueued', integer(t))
         end
         if priority ~= 0 then
             call('HSET', keys[i], 'priority', priority)
@@ -53,9 +57,6 @@ for i, id in ipairs(ids) do
         end
         set[#set + 1] = due
         set[#set + 1] = id
-        if due < t + SECOND then
-            bells[queue] = true
-        end
     end
 end
 
@@ -66,5 +67,5 @@ end
 for queue in pairs(bells) do
     ring(queue)
 end
-call('SET', KEYS[2], stamp)
+call('SET', KEYS[2], integer(stamp))
 return table.concat(answers)
