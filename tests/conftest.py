@@ -30,7 +30,7 @@ PATIENCE = 5.0
 ALONE = (
     "isolation",
     "test_kills_in_transfer.py",
-    "test_queue_storm.py",
+    "test_due_times.py",
     "test_random_interrupts.py",
     "test_priorities.py",
     "test_delays.py",

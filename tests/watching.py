@@ -14,6 +14,8 @@ from bulkhead import Dispatcher, Job
 # How long a condition may take to come true before a test gives up (seconds). Only a broken test takes so long.
 PATIENCE = 20.0
 
+SERVERS = ("redis-server", "nats-server")
+
 
 def wait_until(condition: Callable[[], object], what: str = "", *, within: float = PATIENCE) -> None:
     """Return when `condition()` is true; fail the test when it is not within so many seconds."""
@@ -30,6 +32,12 @@ def is_alive(pid: int) -> bool:
         return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
         return False
+
+
+def children() -> list[psutil.Process]:
+    """Return the processes below this one, without the servers that tests share (conftest.py)."""
+    found = psutil.Process().children(recursive=True)
+    return [child for child in found if child.is_running() and child.name() not in SERVERS]
 
 
 def alive(pids: Iterable[int]) -> list[int]:

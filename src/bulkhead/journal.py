@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from bulkhead import validate
 from bulkhead.backends.base import Outcome, OutcomeState
 from bulkhead.backends.sqlite import connect
 from bulkhead.composition import Chain, Group
@@ -65,7 +66,7 @@ class Journal:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         if not isinstance(path, (str, os.PathLike)):
             raise ConfigTypeError(f"journal must be a path, not {path!r} of type {type(path).__name__}")
-        self._backend = connect(f"sqlite:///{quote(str(Path(path).absolute()))}", _NAMESPACE)
+        self._backend = connect(f"sqlite:///{quote(os.fsencode(Path(path).absolute()))}", _NAMESPACE)
         self._results = self._backend.results
 
     def close(self) -> None:
@@ -155,11 +156,15 @@ def key_of(job_id: Hashable) -> str:
         ConfigTypeError: The id is not made of str, int, float, bytes, bool, None and tuples of them: others need not
             look the same in the next run.
     """
-    if not _is_plain(job_id):
+    try:
+        key = repr(job_id) if _is_plain(job_id) else None
+    except (ValueError, RecursionError) as error:  # an int of thousands of digits, tuples in tuples
+        raise ConfigTypeError(f"with a journal, an id must be short and plain: {error}") from None
+    if key is None:
         raise ConfigTypeError(
-            f"with a journal, an id must be made of str, int, float, bytes and tuples of them, not {job_id!r}"
+            "with a journal, an id must be made of str, int, float, bytes and tuples of them, "
+            f"not {validate.shown(job_id)}"
         )
-    key = repr(job_id)
     if len(key) > _LONGEST_KEY:
         raise ConfigTypeError(
             f"with a journal, an id must have at most {_LONGEST_KEY} characters, not {len(key)}"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bulkhead.errors import ConfigError, ConfigTypeError
 
-__all__ = ["function", "seconds", "shown", "whole_number"]
+__all__ = ["function", "seconds", "several", "shown", "text", "whole_number"]
 
 
 def whole_number(option: str, value: Any, *, at_least: int | None = None, at_most: int | None = None) -> int:
@@ -42,6 +43,26 @@ def seconds(option: str, value: Any, *, zero: bool = False) -> float:
         bound = "at least 0" if zero else "above 0"
         raise ConfigError(f"{option} must be a finite number of seconds {bound}, not {value!r}")
     return number
+
+
+def several(option: str, value: Any) -> list[Any]:
+    """Return the items of an iterable; a text, bytes or a mapping is none of ours."""
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes, bytearray, Mapping)):
+        raise ConfigTypeError(
+            f"{option} must be an iterable such as a list, not {shown(value)} of type {type(value).__name__}"
+        )
+    return list(value)
+
+
+def text(option: str, value: Any) -> str:
+    """Return `value` if it is a str that can be written in UTF-8."""
+    if not isinstance(value, str):
+        raise ConfigTypeError(f"{option} must be a str, not {shown(value)} of type {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{option} must be text that can be written in UTF-8, not {value!r}") from None
+    return value
 
 
 def function(option: str, value: Any) -> Any:

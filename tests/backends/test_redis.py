@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,10 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import trustme
+from redis import Redis
+from redis._parsers.base import BaseParser
 from servers import RedisCluster, RedisServer, wait_until
 
 from bulkhead import backends
@@ -171,6 +174,35 @@ def test_a_claim_skips_jobs_whose_hash_was_deleted_and_counts_are_right_then(
     assert _claimed(backend, 10) == [str(i) for i in range(1, 21, 2)]
     assert _claimed(backend, 300) == [str(i) for i in range(21, 300, 2)]
     assert _counts(backend) == (0, 0, 150, 0)
+
+
+@pytest.mark.parametrize("value", ["junk", "", "-1", "1e400", "nan", None])
+def test_a_job_whose_hash_was_changed_by_hand_holds_up_no_other(
+    redis_server: RedisServer, backend: Backend, namespace: str, value: str | None
+) -> None:
+    fields = ["due", "enqueued", "attempt", "priority", "body", "error", "token", "queue"]
+    names = [*fields, "string", "good"]
+    _keep(backend, *names)
+
+    def change() -> None:
+        for name in fields:
+            key = f"{{{namespace}}}:job:{name}"
+            redis_server.cli("hdel", key, name) if value is None else redis_server.cli(
+                "hset", key, name, value
+            )
+        redis_server.cli("set", f"{{{namespace}}}:job:string", "of somebody else")
+
+    change()
+    for place in Place:
+        backend.broker.records(place)
+    assert "good" in _claimed(backend, lease=SHORT)
+    change()
+    taken: list[str] = []
+    wait_until(lambda: taken.extend(_claimed(backend)) or "good" in taken, "the leases have ended")
+    assert {"enqueued", "attempt", "priority"} <= set(taken)
+    assert set(taken) <= {*names} - {"string"}
+    backend.broker.counts()
+    backend.broker.find(names)
 
 
 def test_a_claim_takes_no_more_than_fits_into_memory_and_leaves_the_rest(backend: Backend) -> None:
@@ -430,6 +462,28 @@ def test_more_than_the_server_is_told_to_take_is_too_large(tmp_path: Path) -> No
             backend.broker.enqueue_many([Message("a", "mail", bytes(2_000_000))])
         _keep(backend, "b")
         assert _claimed(backend) == ["b"]
+        backend.close()
+
+
+def test_so_it_is_when_its_answer_arrives_before_it_hangs_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RedisServer(tmp_path, options=["--proto-max-bulk-len", "1mb"]) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as line:
+            line.sendall(b"*1\r\n$2000000\r\n")  # nothing is on its way when the answer comes
+            answer = line.recv(4096).decode()
+        assert answer.startswith("-ERR ")
+        execute = Redis.execute_command
+
+        def told(client: Redis, name: str, *args: Any) -> Any:
+            if name == "EVALSHA":
+                raise BaseParser.parse_error(answer[1:].strip())
+            return execute(client, name, *args)
+
+        monkeypatch.setattr(Redis, "execute_command", told)
+        backend = backends.connect(server.url)
+        with pytest.raises(MessageTooLarge, match="proto-max-bulk-len"):
+            backend.broker.enqueue_many([Message("a", "mail", bytes(2_000_000))])
         backend.close()
 
 

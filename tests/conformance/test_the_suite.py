@@ -196,7 +196,7 @@ def test_a_breach_fails_the_test_that_is_named_for_it(
     suite, fact = BREACHES[breach]
     test = getattr(suite(), f"test_{fact}")
     names = test.__code__.co_varnames[1 : test.__code__.co_argcount]
-    monkeypatch.setattr(contract, "PATIENCE", 1.0)
+    monkeypatch.setattr(contract, "PATIENCE", 0.5)
 
     def run() -> None:
         given: dict[str, object] = {"backend": again(), "again": again, "end": "delete"}

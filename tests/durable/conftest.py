@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import threading
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +12,7 @@ from uuid import uuid4
 
 import durable_jobs
 import pytest
+from redis import Redis
 
 from bulkhead import App
 
@@ -62,16 +65,23 @@ def served(place: Callable[[Path], str], tmp_path_factory: pytest.TempPathFactor
 
 
 def _open_connections(app: App, n: int = 24) -> None:
-    """Let as many connections be open as the consumers' threads may ever use at once."""
-    together = threading.Barrier(n)
-
-    def ask(_: int) -> None:
-        together.wait()
-        for _ in range(20):
-            app.counts()
-
-    with ThreadPoolExecutor(n) as threads:
-        list(threads.map(ask, range(n)))
+    """Let as many connections to a Redis be open as the consumers' threads may ever use at once."""
+    if not app.url.startswith("redis"):
+        return
+    with Redis.from_url(app.url) as client:
+        pid = client.info("server")["process_id"]
+    # Why stopped: so that each waits for its answer, and none takes the connection of one that has got it.
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        questions = (app.counts, app.paused, lambda: app.backend.registry.get("nothing"))
+        with ThreadPoolExecutor(len(questions) * n) as threads:
+            asked = [threads.submit(one) for one in questions for _ in range(n)]
+            time.sleep(0.3)
+            os.kill(pid, signal.SIGCONT)
+            for one in asked:
+                one.result()
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 @pytest.fixture

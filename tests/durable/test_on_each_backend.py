@@ -177,7 +177,8 @@ class TestChains:
 
     def test_when_one_job_is_cancelled_the_chain_is(self, held_up):
         chain = held_up.enqueue_chain([aside.call(1), give.call(), give.call()])
-        wait_until(lambda: held_up.group_status(chain).states == ("succeeded", "queued", "queued"))
+        states = ("succeeded", "queued", "queued")
+        wait_until(lambda: held_up.group_status(chain).states == states, "the first job has ended")
         wait_until(lambda: held_up.backend.broker.find([f"{chain}.1"]) != [None])
         held_up.cancel(f"{chain}.1")
         assert held_up.group_status(chain).state == "cancelled"
@@ -198,7 +199,7 @@ class TestSchedules:
 
     def test_no_run_is_doubled_or_missing_and_each_is_enqueued_when_it_is_due(self, served):
         for name in BEATS:
-            wait_until(lambda: len(_runs(served, name)) >= 4)  # noqa: B023
+            wait_until(lambda: len(_runs(served, name)) >= 3)  # noqa: B023
             runs = _runs(served, name)
             dues = sorted(runs)
             assert [later - earlier for earlier, later in pairwise(dues)] == [1000] * (len(dues) - 1)
@@ -209,8 +210,10 @@ class TestSchedules:
             assert late[len(late) // 2] < 0.25
 
     def test_a_run_that_fails_does_not_end_it(self, served):
-        wait_until(lambda: len(_runs(served, "failing beat", "failed")) >= 3)
+        wait_until(lambda: len(_runs(served, "failing beat", "failed")) >= 2)
 
+    # Why one: it takes seconds, and on each place it is the same code.
+    @pytest.mark.parametrize("place", ["sqlite"], indirect=True)
     def test_it_is_listed_paused_resumed_and_cancelled_from_anywhere(self, served):
         served.add_schedule("listed", "@every 1s", give.call("x"), missed="skip")
         served.add_schedule("daily", "30 2 * * *", aside.call(), tz="Europe/Berlin")
@@ -236,7 +239,7 @@ class TestSchedules:
         paused = next(one for one in served.schedules() if one.name == "listed")
         assert paused.is_paused
         beats = len(_runs(served, BEATS[0]))
-        wait_until(lambda: len(_runs(served, BEATS[0])) >= beats + 3)
+        wait_until(lambda: len(_runs(served, BEATS[0])) >= beats + 2)
         assert next(one for one in served.schedules() if one.name == "listed") == paused
         served.resume_schedule("listed")
         wait_until(lambda: max(_runs(served, "listed")) > paused.next_due.timestamp() * 1000 + 1000)

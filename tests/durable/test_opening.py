@@ -150,6 +150,9 @@ class TestMiddlewares:
         work = app.task(_work)
         group = app.enqueue_group([work.call(1), work.call(2), work.call(3)])
         assert app.group_status(group).job_ids == (f"{group}.0", "stands", f"{group}.2")
+        app.enqueue(work.call(4).options(id="stands"))
+        app.cancel_group(group)
+        assert app.job("stands").state == "queued", "it is somebody else's"
         with pytest.raises(DuplicateJobId) as raised:
             app.enqueue_chain([work.call(1), work.call(2)])
         assert raised.value.job_ids == ("stands",)

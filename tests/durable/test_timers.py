@@ -335,6 +335,8 @@ class TestTrouble:
         timer_of(signed, clock).tick()
         assert ids(app) == []
         assert "not signed" in caplog.text
+        timer_of(app, clock).tick()
+        assert len(ids(app)) == 1, "it is left to those who can read it"
         signed.close()
 
     def test_pickled_arguments_come_through_where_they_are_signed(self, clock):

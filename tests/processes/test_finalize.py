@@ -9,14 +9,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from calling import Call
 from gates import Gate
 from jobs import echo, fail, fail_at_first, lines, note, nothing, spin
 from staffing import staffed
 from traces import Traces
-from watching import alive, wait_until
+from watching import alive, children, wait_until
 
 from bulkhead import (
     BulkheadError,
@@ -73,7 +72,7 @@ def test_accepted_jobs_end_then_all_processes_and_threads(
     closer.value()
     assert [tracker.status().state for tracker in trackers] == [JobState.SUCCEEDED] * 8
     assert alive(pids) == []
-    assert psutil.Process().children(recursive=True) == []
+    assert children() == []
     assert [thread.name for thread in threading.enumerate() if "bulkhead" in thread.name] == []
 
 
@@ -143,7 +142,7 @@ def test_finalize_while_the_workers_start_ends_them(start_method: str) -> None:
     for _ in range(3):
         disp = Dispatcher([Pool(0, 2, start_method=start_method), Pool(1, 2, start_method=start_method)])
         disp.finalize()
-        assert psutil.Process().children(recursive=True) == []
+        assert children() == []
         assert [pool.succeeded for pool in disp.stats().pools.values()] == [0, 0]
 
 

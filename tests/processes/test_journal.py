@@ -172,7 +172,10 @@ def test_a_journal_that_cannot_be_opened_is_refused_before_anything_starts(tmp_p
 
 def test_an_id_that_the_next_run_could_not_find_is_refused(tmp_path: Path) -> None:
     with Dispatcher([(0, 1)], journal=tmp_path / "run.db") as disp:
-        for bad in (object(), frozenset({1}), ("a", object())):
+        deep: tuple[object, ...] = ()
+        for _ in range(5000):
+            deep = (deep,)
+        for bad in (object(), frozenset({1}), ("a", object()), 10**5000, deep):
             with pytest.raises(ConfigTypeError, match="id"):
                 disp.dispatch(Job(pow, 2, 3).options(id=bad))
         assert disp.dispatch(Job(pow, 2, 3).options(id=("a", 1, b"x", None))).result() == 8

@@ -408,7 +408,7 @@ def test_segments_that_nobody_needs_go_back_to_the_system_while_the_pool_is_idle
         del found
         wait_until(lambda: not segments_of(worker), "that of the result goes", within=5)
         # One that comes free while nobody is at work, through the garbage collector.
-        held = own.dispatch(Job(nap, 0.05))
+        held = own.dispatch(Job(nap, 0.5))
         with pytest.raises(PoolFull) as caught:
             own.dispatch(Job(data_jobs.total, filled(1, LARGE)), timeout=0)
         held.result(PATIENCE)

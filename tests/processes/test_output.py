@@ -560,8 +560,9 @@ def test_what_is_off_costs_no_descriptor_no_thread_and_no_call(capfd: pytest.Cap
     with Dispatcher([(0, 1)]) as disp:
         assert disp._pools[0]._acting.output is None
         wait_until_whole(disp)
-        # Poller, alarm, the launcher's socket; for the worker jobs, results, life line, line, its box.
-        assert len(output_jobs.descriptors()) - before == 8
+        # Poller, alarm, the launcher's socket; for the worker jobs, results, life line, line, its box (twice:
+        # once to lock it).
+        assert len(output_jobs.descriptors()) - before == 9
         assert threading.active_count() - threads == 1
         own = output_jobs.descriptors()
         theirs = disp.dispatch(Job(output_jobs.descriptors)).result(PATIENCE)

@@ -10,12 +10,11 @@ from concurrent.futures import BrokenExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-import psutil
 import pytest
 from jobs import echo, fail, nap, nothing, pid
 from scripts import running
 from traces import Traces
-from watching import PATIENCE, alive, wait_until
+from watching import PATIENCE, alive, children, wait_until
 
 from bulkhead import ConfigError, ConfigTypeError, JobNotPicklable, PoolBroken, ProcessPoolExecutor
 from bulkhead.process_pool_executor import _usable_cpus
@@ -199,7 +198,7 @@ def test_shutdown_ends_the_processes(usual_start_method: str) -> None:
     executor.shutdown()
     assert all(future.done() for future in futures)
     assert alive(workers) == []
-    assert psutil.Process().children(recursive=True) == []
+    assert children() == []
     executor.shutdown()
     with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
         executor.submit(nothing)

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
@@ -19,6 +19,9 @@ from watching import PATIENCE, wait_until
 
 from bulkhead import App
 from bulkhead.service.app import QueuedJob
+
+# The queues of the template.
+MAIN, ALL = ("default",), ("default", "side")
 
 TEMPLATE = Path(__file__).with_name("tasks.py").read_text()
 
@@ -37,7 +40,7 @@ class Service:
         code = TEMPLATE.replace('URL = "memory://"', f"URL = {url!r}")
         code = code.replace("OPTIONS: dict[str, Any] = {}", f"OPTIONS: dict[str, Any] = {options!r}")
         for name, value in settings.items():
-            known = {"concurrency": "CONCURRENCY = 2", "pool": "POOL: dict[str, Any] = {}"}[name]
+            known = {"concurrency": "CONCURRENCY = 1", "pool": "POOL: dict[str, Any] = {}"}[name]
             code = code.replace(known, f"{known.partition(' =')[0]} = {value}")
         (folder / f"{self.name}.py").write_text(code)
         self.module: ModuleType = importlib.import_module(self.name)
@@ -47,8 +50,8 @@ class Service:
         return getattr(self.module, name)
 
     @contextlib.contextmanager
-    def working(self, queues: list[str] | None = None, *, grace: float = 30.0) -> Iterator[Working]:
-        """Have a worker in a thread meanwhile."""
+    def working(self, queues: Sequence[str] = MAIN, *, grace: float = 30.0) -> Iterator[Working]:
+        """Have a worker in a thread meanwhile; of the main queue only, as each queue has a pool to be started."""
         with Working(self.app, queues, grace) as made:
             yield made
 
@@ -62,9 +65,8 @@ class Service:
         code += f"sys.path.insert(0, {str(self.folder)!r})\n"
         code += f"from {self.name} import app\n"
         code += "if __name__ == '__main__':\n    import logging; logging.basicConfig(level='INFO')\n"
-        code += (
-            f"    print('ready', flush=True)\n    app.run(grace={grace})\n    print('ended', flush=True)\n"
-        )
+        code += f"    print('ready', flush=True)\n    app.run({list(MAIN)!r}, grace={grace})\n"
+        code += "    print('ended', flush=True)\n"
         script = Script(folder, code)
         try:
             script.wait_for_line("ready")
@@ -93,7 +95,7 @@ class Service:
 class Working:
     """`app.run` in a thread."""
 
-    def __init__(self, app: App, queues: list[str] | None, grace: float) -> None:
+    def __init__(self, app: App, queues: Sequence[str], grace: float) -> None:
         self.app = app
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(queues, grace))
@@ -125,7 +127,7 @@ class Working:
         error, self.error = self.error, None
         return error
 
-    def _run(self, queues: list[str] | None, grace: float) -> None:
+    def _run(self, queues: Sequence[str], grace: float) -> None:
         try:
             self.app.run(queues, grace=grace)
         except BaseException as error:
@@ -161,6 +163,14 @@ def shared_backend(request: pytest.FixtureRequest) -> str:
     return _backend(request)
 
 
+@pytest.fixture(
+    scope="session", params=["sqlite", *(pytest.param(name, marks=pytest.mark.slow) for name in SERVERS)]
+)
+def file_or_server(request: pytest.FixtureRequest) -> str:
+    """As `shared_backend`, for what is the same code on each; the servers are slow."""
+    return _backend(request)
+
+
 def _backend(request: pytest.FixtureRequest) -> str:
     server = SERVERS.get(request.param)
     return request.param if server is None else request.getfixturevalue(server).url
@@ -183,7 +193,10 @@ def _making(folder: Path) -> Iterator[Make]:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
-    """Makes services: `make(url, options={...}, concurrency=2)`; by default in memory."""
+    """Makes services: `make(url, options={...}, concurrency=2)`; by default in memory.
+
+    With one worker process unless said otherwise: each takes as long to start as most tests.
+    """
     with _making(tmp_path) as new:
         yield new
 
@@ -197,20 +210,20 @@ def module_make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
 
 @pytest.fixture
 def service(make: Make) -> Service:
-    """An application in memory."""
+    """An application in memory, with one worker process."""
     return make()
 
 
 @pytest.fixture
 def durable(make: Make) -> Service:
-    """An application in a file, for what takes several processes."""
-    return make("sqlite")
+    """An application in a file, for what takes several processes; two in each worker."""
+    return make("sqlite", concurrency=2)
 
 
 @pytest.fixture(params=LOCAL)
 def anywhere(request: pytest.FixtureRequest, make: Make) -> Service:
     """An application in memory and in a file."""
-    return make(request.param)
+    return make(request.param, concurrency=2)
 
 
 @pytest.fixture(scope="module")
@@ -218,8 +231,8 @@ def served_anywhere(backend: str, tmp_path_factory: pytest.TempPathFactory) -> I
     """An application on each backend, with a worker for a whole module: starting one takes longer than most tests."""
     before = Traces.now()
     with _making(tmp_path_factory.mktemp("served")) as new:
-        made = new(backend, options={"lease": 3.0})
-        with made.working():
+        made = new(backend, options={"lease": 3.0}, concurrency=2)
+        with made.working(ALL):
             made.app.result(made.pid.enqueue(), timeout=PATIENCE)
             yield made
     wait_until(lambda: not Traces.now().beyond(before), "nothing is left behind")

@@ -24,7 +24,7 @@ def no_licence() -> None:
 
 URL = "memory://"
 OPTIONS: dict[str, Any] = {}
-CONCURRENCY = 2
+CONCURRENCY = 1
 POOL: dict[str, Any] = {}
 
 app = App(URL, **OPTIONS)
@@ -223,3 +223,39 @@ def brief(path: str, seconds: float = 0.0) -> None:
 if __name__ == "__main__":
     Path(sys.argv[1]).touch()
     app.run(grace=float(sys.argv[2]) if len(sys.argv) > 2 else 30.0)
+
+
+@app.task(max_retries=0)
+def snooze_oddly(delay: Any) -> None:
+    odd = Snooze(1.0)
+    odd.delay = delay
+    raise odd
+
+
+@app.task(max_retries=0)
+def report(done: Any, total: Any, message: Any) -> str:
+    current_job().progress(done, total, message)
+    return "went on"
+
+
+@app.task(max_retries=0)
+def save(size: int) -> str:
+    current_job().save(bytes(size))
+    return "went on"
+
+
+@app.task(max_retries=0)
+def ask_in_a_copy() -> bool:
+    """Ask in a forked copy of the worker and here, and tell whether both are answered."""
+    job = current_job()
+    job.save("before")
+    copy = os.fork()
+    if copy == 0:
+        try:
+            job.save("in the copy")
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(copy, 0)
+    job.save("behind")
+    return status == 0

@@ -105,7 +105,8 @@ class TestAServerThatIsAway:
             wait_until(lambda: flaky.told and flaky.told[-1][0] == "failure")
             assert [entry[0] for entry in flaky.told] == ["processing", "retry", "processing", "failure"]
 
-    def test_does_not_keep_a_worker_from_stopping(self, flaky, gate, tmp_path):
+    def test_does_not_keep_a_worker_from_stopping(self, flaky, gate, tmp_path, monkeypatch):
+        monkeypatch.setattr("bulkhead.service.consumer._LAST_WORDS", 1.0)
         working = flaky.working(grace=0.2)
         with working as worker:
             flaky.hold.enqueue(str(tmp_path / "gate"), "a")
@@ -126,14 +127,17 @@ class TestAServerThatIsAway:
         with pytest.raises(BrokerUnavailable, match="nobody answers"):
             service.add.enqueue(1, 2)
 
-    def test_that_cannot_renew_does_not_end_jobs(self, flaky, path):
+    def test_that_cannot_renew_does_not_end_jobs(self, flaky, gate, tmp_path):
         with flaky.working():
-            id = flaky.nap.enqueue(path, 3.0)
-            wait_until(lambda: lines(path))
+            id = flaky.hold.enqueue(str(tmp_path / "gate"), "a")
+            gate.wait_begun(1)
             flaky.broker.fail("renew")
-            wait_until(lambda: flaky.broker.asked["renew"] >= 1)
+            asked = flaky.broker.asked["renew"]
+            wait_until(lambda: flaky.broker.asked["renew"] > asked)
             flaky.broker.mend()
-            assert flaky.app.result(id, timeout=SOON) == 1
+            gate.open()
+            assert flaky.app.result(id, timeout=SOON) == "a"
+            assert gate.begun == ["a"]
 
 
 class TestWhatIsTooLarge:
@@ -196,7 +200,7 @@ class TestWhatBreaks:
     def test_a_pool_that_breaks_leaves_the_jobs_of_other_queues_their_grace(self, make, gate, tmp_path):
         service = make(pool="{'initializer': no_licence}")
         id = service.hold_aside.enqueue(str(tmp_path / "gate"), "a")
-        with service.working() as worker:
+        with service.working(["default", "side"]) as worker:
             gate.wait_begun(1)
             service.app.enqueue_many([service.add.call(1, 2) for _ in range(5)])
             (consumer,) = service.app._consumers
@@ -253,7 +257,7 @@ class TestWhatBreaks:
 
 class TestALeaseThatIsLost:
     def test_and_claimed_again_by_the_same_worker_ends_the_first_run(self, make, path):
-        service = make(options={"lease": 0.5})
+        service = make(options={"lease": 0.5}, concurrency=2)
         broker = Flaky(service.app.backend.broker)
         backend = service.app.backend
         service.app._connected = (0, Backend(broker, backend.results, backend.registry))
@@ -263,12 +267,13 @@ class TestALeaseThatIsLost:
             broker.fail("renew")
             wait_until(lambda: len(lines(path)) == 2, "it is claimed again")
             broker.mend()
-            assert service.app.result(id, timeout=SOON) == 2
+            n_attempts = service.app.result(id, timeout=SOON)
             wait_until(lambda: not any(one.n_held for c in service.app._consumers for one in c._consumers))
         begun = [line.split()[1] for line in lines(path) if line.startswith("begun")]
         ended = [line.split()[1] for line in lines(path) if line.startswith("ended")]
-        assert len(begun) == 2
-        assert ended == begun[1:]
+        # More where the machine is so busy that the second lease is over before the broker is mended.
+        assert len(begun) == n_attempts >= 2
+        assert ended == begun[-1:]
 
     def test_refuses_what_a_job_saves(self, make, gate, tmp_path):
         service = make(options={"lease": 0.5})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -50,6 +51,15 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(options: Any) -> None:
+    # Why: while there is no worker yet that could stop in good order, or only one job runs.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        _work(options)
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+def _work(options: Any) -> None:
     logging.basicConfig(
         level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -78,7 +88,7 @@ def _run_one(app: App, queues: list[str] | None) -> None:
 
 def _imported(text: str) -> App:
     module_name, colon, attribute = text.partition(":")
-    if not colon or not module_name or not attribute:
+    if not colon or not module_name or module_name.startswith(".") or not attribute:
         _give_up(f"{text!r} is not MODULE:APP, such as jobs:app", 2)
     here = str(Path.cwd())
     if here not in sys.path:

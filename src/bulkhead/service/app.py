@@ -41,9 +41,10 @@ from bulkhead.service.groups import KEEP, Groups, GroupStatus
 from bulkhead.service.middleware.base import Middleware
 from bulkhead.service.middleware.heartbeat import ConsumerInfo, consumers
 from bulkhead.service.schedules import Schedule, Schedules
-from bulkhead.service.status import QueuedJob
+from bulkhead.service.status import QueuedJob, from_outcome
 from bulkhead.service.submitting import Submitting
 from bulkhead.service.task import DEFAULT_BACKOFF, Call, Callback, Task, TaskOptions, job_id
+from bulkhead.service.telling import last_outcome
 from bulkhead.service.timing import Missed
 
 __all__ = ["App"]
@@ -259,7 +260,7 @@ class App:
         """
         if existing not in ("refuse", "keep"):
             raise ConfigError(f"existing must be 'refuse' or 'keep', not {existing!r}")
-        submissions = [self.submitting.submission(call) for call in calls]
+        submissions = [self.submitting.submission(call) for call in validate.several("calls", calls)]
         if not submissions:
             return []
         self.submitting.submit(submissions)
@@ -631,9 +632,7 @@ class App:
         Blocking: as long as the job runs.
         """
         done = Consumer(self, self.catalog.chosen([queue]), 1).run_once()
-        if done is None:
-            return None
-        return self.find_jobs([done])[0]
+        return None if done is None else self.find_jobs([done.id])[0] or from_outcome(last_outcome(done))
 
     def close(self) -> None:
         """End the connections. The next call connects anew."""
@@ -688,10 +687,12 @@ class App:
 
 
 def _middlewares(given: Sequence[Middleware]) -> tuple[Middleware, ...]:
-    made = tuple(given)
+    made = tuple(validate.several("middlewares", given))
     for one in made:
         if not isinstance(one, Middleware):
             raise ConfigTypeError(f"middlewares must be instances of Middleware, not {one!r}")
+    if len(set(map(id, made))) < len(made):
+        raise ConfigError("middlewares must be different objects, and one of them is there twice")
     return made
 
 

@@ -43,7 +43,7 @@ class Asking:
 
     def find(self, ids: Sequence[str]) -> list[QueuedJob | None]:
         """Return what is known of jobs, in order."""
-        checked = [job_id(one) for one in ids]
+        checked = [job_id(one) for one in validate.several("ids", ids)]
         return [job for part in _parts(checked) for job in self._find(part)]
 
     def _find(self, ids: Sequence[str]) -> list[QueuedJob | None]:
@@ -68,10 +68,8 @@ class Asking:
         wanted = _state(state)
         if wanted in _PLACES:
             return self._page_of(_PLACES[wanted], queue, offset, limit)
-        offset, limit = _checked(offset, limit)
-        outcomes = self._app.backend.results.outcomes(
-            _OUTCOMES[wanted], queue=queue, offset=offset, limit=limit
-        )
+        page = _page(queue, offset, limit)
+        outcomes = self._app.backend.results.outcomes(_OUTCOMES[wanted], **page)
         return [from_outcome(one) for one in outcomes]
 
     def dead_page(self, queue: str | None, offset: int, limit: int) -> list[QueuedJob]:
@@ -79,9 +77,9 @@ class Asking:
         return self._page_of(Place.DEAD, queue, offset, limit)
 
     def _page_of(self, place: Place, queue: str | None, offset: int, limit: int) -> list[QueuedJob]:
-        offset, limit = _checked(offset, limit)
+        page = _page(queue, offset, limit)
         backend = self._app.backend
-        records = backend.broker.records(place, queue=queue, offset=offset, limit=limit)
+        records = backend.broker.records(place, **page)
         return [from_record(one, self._app.sealer, backend.registry) for one in records]
 
     def counts(self) -> dict[JobState, int]:
@@ -127,6 +125,7 @@ class Asking:
 
     def each_dead(self, queue: str | None, act: Callable[[Sequence[str]], list[bool]]) -> int:
         """Do something to all dead letters; return to how many it was done."""
+        queue = _queue(queue)
         broker = self._app.backend.broker
         # Why all are looked up first: a job that is enqueued anew may be a dead letter again in a moment.
         found: dict[str, None] = {}
@@ -138,11 +137,16 @@ class Asking:
         return sum(sum(act(part)) for part in _parts(list(found)))
 
 
-def _checked(offset: int, limit: int) -> tuple[int, int]:
-    return (
-        validate.whole_number("offset", offset, at_least=0),
-        validate.whole_number("limit", limit, at_least=1, at_most=10_000),
-    )
+def _page(queue: str | None, offset: int, limit: int) -> dict[str, Any]:
+    return {
+        "queue": _queue(queue),
+        "offset": validate.whole_number("offset", offset, at_least=0, at_most=2**53),
+        "limit": validate.whole_number("limit", limit, at_least=1, at_most=10_000),
+    }
+
+
+def _queue(queue: str | None) -> str | None:
+    return None if queue is None else validate.text("queue", queue)
 
 
 def _state(state: JobState | str) -> JobState:

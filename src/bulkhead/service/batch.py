@@ -134,6 +134,7 @@ class HeldJob:
         has_reported: It has told how far it is.
         seconds: How long the attempt took.
         notes: For middlewares, which need not be serialised.
+        ending: What has become of it, when it is settled.
     """
 
     claim: Claim
@@ -152,6 +153,7 @@ class HeldJob:
     has_reported: bool = False
     seconds: float = 0.0
     notes: dict[str, Any] = field(default_factory=dict)
+    ending: Any = None
 
     @property
     def id(self) -> str:

@@ -57,7 +57,7 @@ class Catalog:
 
     def find_task(self, task: str) -> Task[..., Any]:
         """Return the task of this name; raises UnknownTask."""
-        found = self.tasks.get(task)
+        found = self.tasks.get(validate.text("task", task))
         if found is None:
             known = ", ".join(sorted(self.tasks)) or "none"
             raise UnknownTask(f"there is no task {task!r}; known are: {known}")
@@ -88,7 +88,7 @@ class Catalog:
 
     def known_queue(self, queue: str) -> str:
         """Return the name of a queue that there is; raises UnknownQueue."""
-        if queue not in self._queues:
+        if validate.text("queue", queue) not in self._queues:
             raise UnknownQueue(f"there is no queue {queue!r}; known are: {', '.join(sorted(self._queues))}")
         return queue
 
@@ -98,7 +98,12 @@ class Catalog:
         Raises:
             UnknownQueue, ConfigError: There is no such queue, or none at all.
         """
-        names = self.queue_names() if queues is None else list(map(self.known_queue, dict.fromkeys(queues)))
+        if queues is not None:
+            given = validate.several("queues", queues)
+            if not given:
+                raise ConfigError("queues must name at least one queue, or be None for all")
+            return list(dict.fromkeys(map(self.known_queue, given)))
+        names = self.queue_names()
         if not names:
             raise ConfigError("the application has no queue: give it a task first")
         return names

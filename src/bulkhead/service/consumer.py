@@ -90,20 +90,20 @@ class Consumer:
         if self._error is not None:
             raise self._error
 
-    def run_once(self) -> str | None:
-        """Run one job, if one is due; return its id."""
+    def run_once(self) -> HeldJob | None:
+        """Run one job, if one is due; return it."""
         with self._working():
             (consumer,) = self._consumers
             consumer.start(is_fetching=False)
             try:
-                job_id = consumer.take_one()
+                held = consumer.take_one()
                 while not consumer.wait_idle(0.5):
                     self._raise_failure()
                 self._raise_failure()
             except BaseException:
                 self._leave(0.0)
                 raise
-        return job_id
+        return held
 
     def stop(self) -> None:
         """Let `run` end, as at a signal: once in good order, twice at once. Also before it has begun."""

@@ -7,8 +7,16 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from bulkhead.errors import BrokerUnavailable, BulkheadError, ConfigError, JobCancelled, Unrecoverable
+from bulkhead.errors import (
+    BrokerUnavailable,
+    BulkheadError,
+    ConfigError,
+    ConfigTypeError,
+    JobCancelled,
+    Unrecoverable,
+)
 from bulkhead.service.envelope import Envelope, decoded, encoded
+from bulkhead.validate import shown
 
 __all__ = ["JobContext", "current_job", "running"]
 
@@ -16,7 +24,8 @@ __all__ = ["JobContext", "current_job", "running"]
 _REPORT_EVERY = 0.2
 _LOOK_EVERY = 0.2
 
-_MISSING: Any = object()
+# Of a message about progress (arbitrary): it is sent anew each time.
+_MESSAGE_CHARACTERS = 1000
 
 
 class Line(Protocol):
@@ -117,19 +126,24 @@ class JobContext:
 
         Cheap to call often: one report in 0.2 s is sent, and the last of them when `done` reaches `total`.
 
+        Args:
+            done: How much is done.
+            total: Of how much.
+            message: Up to 1000 characters are shown.
+
         Raises:
-            ConfigError: A number is negative or not finite.
+            ConfigError: A number is negative or not finite, or something else is none, or no text.
         """
-        for name, value in (("done", done), ("total", total)):
-            if value is not None and not 0 <= value < float("inf"):
-                raise ConfigError(f"{name} must be finite and at least 0, not {value!r}")
+        done, total = _amount("done", done), None if total is None else _amount("total", total)
+        if not isinstance(message, str):
+            raise ConfigTypeError(f"message must be a str, not {shown(message)}")
         now = time.monotonic()
         if now - self._last_report < _REPORT_EVERY and done != total:
             return
         self._last_report = now
         if self._line is not None:
             with contextlib.suppress(BrokerUnavailable):  # it is for who looks, and no reason to fail
-                self._line.report(self.id, encoded("msgpack", (done, total, message)))
+                self._line.report(self.id, encoded("msgpack", (done, total, _clean(message))))
 
     @property
     def is_cancelled(self) -> bool:
@@ -148,6 +162,20 @@ class JobContext:
         """Raise JobCancelled if somebody has asked for the job to be cancelled."""
         if self.is_cancelled:
             raise JobCancelled(f"job {self.id} was cancelled")
+
+
+def _amount(option: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigTypeError(f"{option} must be a number, not {shown(value)}") from None
+    if not 0 <= number < float("inf"):
+        raise ConfigError(f"{option} must be finite and at least 0, not {value!r}")
+    return value if type(value) is int and value < 2**63 else number
+
+
+def _clean(message: str) -> str:
+    return message[:_MESSAGE_CHARACTERS].encode("utf-8", "replace").decode()
 
 
 running: JobContext | None = None

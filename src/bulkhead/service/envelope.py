@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 import pickle
 import sys
 from collections.abc import Callable
@@ -130,9 +131,14 @@ _pack = msgspec.msgpack.Encoder().encode
 _unpack_envelope = msgspec.msgpack.Decoder(Envelope).decode
 _unpack_failure = msgspec.msgpack.Decoder(Failure).decode
 
-_dump_json = msgspec.json.Encoder().encode
-_load_json = msgspec.json.Decoder().decode
 _load_msgpack = msgspec.msgpack.Decoder().decode
+
+
+def _dump_json(value: Any) -> bytes:
+    # Why not msgspec's: it writes NaN as null and bytes as text, and nobody is told.
+    text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    return text.encode()
+
 
 _ENCODERS: dict[str, Callable[[Any], bytes]] = {
     "msgpack": _pack,
@@ -141,7 +147,7 @@ _ENCODERS: dict[str, Callable[[Any], bytes]] = {
 }
 _DECODERS: dict[str, Callable[[bytes], Any]] = {
     "msgpack": _load_msgpack,
-    "json": _load_json,
+    "json": json.loads,
     "pickle": pickle.loads,
 }
 CODECS = tuple(_ENCODERS)
@@ -284,7 +290,7 @@ def _key(key: bytes | str | None) -> bytes | None:
         return None
     if not isinstance(key, (bytes, str)):
         raise ConfigTypeError(f"key must be bytes or a str, not of type {type(key).__name__}")
-    made = key.encode() if isinstance(key, str) else bytes(key)
+    made = key.encode("utf-8", "surrogatepass") if isinstance(key, str) else bytes(key)
     if len(made) < _SHORTEST_KEY:
         raise ConfigError(f"key must have at least {_SHORTEST_KEY} bytes, not {len(made)}")
     return made

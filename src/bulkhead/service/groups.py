@@ -37,6 +37,7 @@ from bulkhead.backends.base import (
     Burial,
     CancelAnswer,
     Claim,
+    Entry,
     Message,
     OutcomeState,
     Place,
@@ -44,6 +45,7 @@ from bulkhead.backends.base import (
     Standing,
 )
 from bulkhead.errors import (
+    BadMessage,
     BulkheadError,
     ConfigError,
     ConfigTypeError,
@@ -145,6 +147,10 @@ class _Group(msgspec.Struct, array_like=True, frozen=True):
     def seconds_left(self) -> float:
         return max(self.until - time.time(), 1.0)
 
+    def own_ids(self, group: str) -> list[str]:
+        """Return those that are enqueued for this group alone."""
+        return [_member_id(group, at) for at in range(self.n) if at not in self.others]
+
     def ids(self, group: str) -> list[str]:
         return [self.others.get(at) or _member_id(group, at) for at in range(self.n)]
 
@@ -163,6 +169,8 @@ class Groups:
         """See `App.enqueue_group`."""
         group, keep = self._checked(group, keep)
         members = self._submissions(calls, group, _MOST_JOBS)
+        for one in members:
+            one.brought_by = (group,)
         passed = self._passed(members)
         kinds: dict[bytes, int] = {}
         follows: list[Follow] = []
@@ -191,6 +199,8 @@ class Groups:
         links = self._submissions(calls, chain, _MOST_LINKS)
         if not links:
             raise ConfigError("calls of a chain must be at least one, not none")
+        for number, one in enumerate(links):
+            one.brought_by = (chain, *(before.id for before in links[:number]))
         self._require_all(links, self._passed(links))
         then: tuple[Follow, ...] = ()
         for number in reversed(range(len(links))):
@@ -254,14 +264,14 @@ class Groups:
             return False
         # Race: a worker that is just opening it looks for this mark behind its last enqueue, so that either it sees
         # the mark, or we see all its jobs.
-        self._mark(group)
+        own_ids = self._mark(group)
         self._app.backend.broker.cancel([group])
         deadline = time.monotonic() + _CANCEL_WAIT
-        self._cancel_jobs(status.job_ids)
+        self._cancel_jobs(own_ids)
         # Race: a job that ends now lets the next one of a chain follow.
         while status.is_chain and not self.status(group).is_settled and time.monotonic() < deadline:
             time.sleep(_LAST_LOOK)
-            self._cancel_jobs(status.job_ids)
+            self._cancel_jobs(own_ids)
         return True
 
     def open(self, claim: Claim, envelope: Envelope) -> None:
@@ -290,7 +300,7 @@ class Groups:
                 return
         known = self._note_opened(claim.id, bundle)
         if known.is_cancelled or is_cancelled:
-            self._cancel_jobs(known.ids(claim.id))
+            self._cancel_jobs(known.own_ids(claim.id))
         broker.ack([claim.hold])
 
     # Making
@@ -361,7 +371,7 @@ class Groups:
         while True:
             entry = registry.get(_key(group))
             if entry is not None:
-                return _unpack(entry.value)
+                return _read(entry)
             if registry.put(_key(group), _pack(made), expected=0, keep=bundle.keep) is not None:
                 return made
 
@@ -376,7 +386,7 @@ class Groups:
         entry = self._app.backend.registry.get(_key(group))
         if entry is None:
             raise _unknown(group)
-        return _unpack(entry.value), None
+        return _read(entry), None
 
     def _bundle(self, record: Record) -> Bundle | None:
         return self._app.sealer.open(record.id, record.queue, record.body).bundle
@@ -421,14 +431,15 @@ class Groups:
 
     # Cancelling
 
-    def _mark(self, group: str) -> None:
+    def _mark(self, group: str) -> list[str]:
+        """Note that it is to be cancelled; return the ids of its own jobs, not of those that stand for others."""
         registry = self._app.backend.registry
         while True:
             record = self._app.backend.broker.find([group])[0]
             bundle = None if record is None else self._bundle(record)
             entry = registry.get(_key(group))
             if entry is not None:
-                known = _unpack(entry.value)
+                known = _read(entry)
             elif bundle is not None:
                 known = _group_of(bundle)
             else:
@@ -439,7 +450,7 @@ class Groups:
                 registry.put(_key(group), _pack(marked), expected=version, keep=known.seconds_left)
                 is not None
             ):
-                return
+                return marked.own_ids(group)
 
     def _cancel_jobs(self, ids: Sequence[str]) -> None:
         backend = self._app.backend
@@ -471,6 +482,13 @@ def _follow(one: Submission, keep: float) -> Follow:
 
 def _group_of(bundle: Bundle) -> _Group:
     return _Group(bundle.is_chain, bundle.n, bundle.others, time.time() + bundle.keep)
+
+
+def _read(entry: Entry) -> _Group:
+    try:
+        return _unpack(entry.value)
+    except msgspec.MsgspecError as error:
+        raise BadMessage(f"what is kept as {entry.key!r} is no group: {error}") from None
 
 
 def _unknown(group: str) -> JobNotFound:

@@ -12,6 +12,7 @@ Race: a worker is killed in the middle of a message: its connection ends, the re
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import selectors
@@ -20,6 +21,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
@@ -36,8 +38,15 @@ _ANSWER_SECONDS = 30.0
 # A result that a job saves early may be so large (bytes). Arbitrary; a bound for what the consumer holds.
 _LARGEST = 256 << 20
 
+# Of that, what is left for all else in the message.
+_REST = 1 << 20
+
 # A Unix socket's name has at most 107 bytes on Linux (103 elsewhere); ours adds 25 to the folder for temporary files.
 _LONGEST_FOLDER = 75
+
+# Folders of consumers, and the file in each that its consumer has locked.
+_PREFIX = "bulkhead-"
+_OWNER = "owner"
 
 # What is told and not asked.
 _UNANSWERED = frozenset({"report"})
@@ -71,10 +80,18 @@ class Line:
     def __init__(self, address: str) -> None:
         self._address = address
         self._socket: socket.socket | None = None
+        self._pid = 0  # whose it is
         self._lock = threading.Lock()  # guards the socket: one question at a time
 
     def save(self, job_id: str, value: bytes) -> None:
         """Have a result kept; returns when it is."""
+        if len(value) > _LARGEST - _REST:
+            raise MessageTooLarge(
+                f"a result of {len(value)} bytes is larger than the {_LARGEST - _REST} that can be saved before the "
+                "end: keep it in a file of its own, and its name here",
+                size_bytes=len(value),
+                limit_bytes=_LARGEST - _REST,
+            )
         self._ask("save", job_id, value)
 
     def report(self, job_id: str, progress: bytes) -> None:
@@ -112,8 +129,10 @@ class Line:
             raise
 
     def _connected(self) -> socket.socket:
+        if self._pid != os.getpid():  # a copy of the job's process would read the answers meant for it
+            self._drop()
         if self._socket is None:
-            self._socket = _connected(self._address)
+            self._socket, self._pid = _connected(self._address), os.getpid()
         return self._socket
 
     def _drop(self) -> None:
@@ -150,7 +169,10 @@ class Link:
             "report": listener.job_reports,
             "is_cancelled": lambda job_id, _: listener.is_job_cancelled(job_id),
         }
-        self._folder = tempfile.mkdtemp(prefix="bulkhead-", dir=_place())
+        place = _place() or tempfile.gettempdir()
+        _remove_orphans(place)
+        self._folder = tempfile.mkdtemp(prefix=_PREFIX, dir=place)
+        self._mark = _marked(self._folder)
         self.address = f"{self._folder}/link"
         self._selector = selectors.DefaultSelector()
         self._ear = socket.socket(socket.AF_UNIX)
@@ -171,6 +193,7 @@ class Link:
             key.fileobj.close()  # type: ignore[union-attr]
         self._selector.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+        os.close(self._mark)
 
     def _run(self) -> None:
         while True:
@@ -200,8 +223,14 @@ class Link:
             self._selector.unregister(connection)
             connection.close()
             return
-        while (message := _taken(held)) is not None:
-            self._answer(connection, message)
+        try:
+            while (message := _taken(held)) is not None:
+                self._answer(connection, message)
+        except Exception:
+            # Two processes of a job have written at once: what they say has no meaning, and others are waiting.
+            _log.exception("what a job has sent to its consumer cannot be read; its line is cut")
+            self._selector.unregister(connection)
+            connection.close()
 
     def _answer(self, connection: socket.socket, message: Any) -> None:
         what, job_id, data = message
@@ -217,6 +246,27 @@ class Link:
         # Why no waiting: an answer is a few bytes, and a worker asks one thing at a time.
         with contextlib.suppress(OSError):
             connection.sendall(_framed(answer))
+
+
+def _marked(folder: str) -> int:
+    """Put a file with a lock into our folder, and return its descriptor: while we live, the lock is taken."""
+    made = os.open(f"{folder}/new", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    fcntl.flock(made, fcntl.LOCK_EX)
+    # Race: somebody who looks for orphans sees the file only when it is locked.
+    Path(folder, "new").rename(Path(folder, _OWNER))
+    return made
+
+
+def _remove_orphans(place: str) -> None:
+    """Remove the folders of consumers that were killed. Those of other users, or of who lives, are left alone."""
+    for owner in Path(place).glob(f"{_PREFIX}*/{_OWNER}"):
+        with contextlib.suppress(OSError):  # somebody else's, still locked, or just removed
+            mark = os.open(owner, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(owner.parent, ignore_errors=True)
+            finally:
+                os.close(mark)
 
 
 def _place() -> str | None:

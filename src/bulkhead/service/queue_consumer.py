@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from bulkhead.backends.base import Burial, Claim
 from bulkhead.dispatcher import Dispatcher
-from bulkhead.errors import BadMessage, BrokerUnavailable, ConfigTypeError, DispatcherFinalized, UnknownTask
+from bulkhead.errors import BrokerUnavailable, ConfigTypeError, DispatcherFinalized
 from bulkhead.job import Job
 from bulkhead.service.batch import Batch, HeldJob, Marks
 from bulkhead.service.envelope import failure, failure_of
@@ -45,7 +45,7 @@ __all__ = ["QueueConsumer"]
 _log = logging.getLogger("bulkhead")
 
 # A claim waits so long for a job (seconds); so long a stop may take to be noticed.
-_CLAIM_WAIT = 0.5
+_CLAIM_WAIT = 0.2
 
 # Jobs that come one after the other are claimed together so often (seconds).
 _GATHER = 0.005
@@ -138,8 +138,8 @@ class QueueConsumer:
         if is_fetching:
             self._fetcher.start()
 
-    def take_one(self) -> str | None:
-        """Claim one job that is due, without waiting, and have it run; return its id."""
+    def take_one(self) -> HeldJob | None:
+        """Claim one job that is due, without waiting, and have it run; return it."""
         self._wait = 0.0
         n_openers = -1
         jobs: list[HeldJob] = []
@@ -148,7 +148,7 @@ class QueueConsumer:
             jobs = self._take(1)
             if self._n_openers != n_openers:
                 self._wait_for_errands()
-        return jobs[0].id if jobs else None
+        return jobs[0] if jobs else None
 
     @property
     def is_busy(self) -> bool:
@@ -304,7 +304,7 @@ class QueueConsumer:
                 self._done.put(lambda: open_group(self._app, claim, envelope))
                 return None
             task = self._app.find_task(envelope.task)
-        except (BadMessage, UnknownTask) as error:
+        except Exception as error:  # Why all: it must not take those that were claimed with it along
             self._done.put(_burial(self._app, claim, error))
             return None
         held = HeldJob(claim, envelope, task, self._app.sealer.bare(claim.body))
@@ -510,6 +510,7 @@ class QueueConsumer:
                 # Why before it is told: another attempt may begin in that moment, and its callback come first.
                 self._teller.call_back(held, held.task.options.on_retry, failure(verdict.error))
         for held, verdict in self._tell_broker([one for one in final if not isinstance(one[1], Lost)]):
+            held.ending = verdict
             self._teller.report(held, verdict)
         for held, verdict in final:
             if isinstance(verdict, Lost):

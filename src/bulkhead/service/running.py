@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from bulkhead.errors import JobCancelled, JobDiscarded, Snooze, Unrecoverable
+from bulkhead import validate
+from bulkhead.errors import ConfigError, JobCancelled, JobDiscarded, Snooze, Unrecoverable
 from bulkhead.service import context
 from bulkhead.service.batch import marks_beside
 from bulkhead.service.context import JobContext
@@ -116,7 +117,7 @@ def _run(task: Task[..., Any], job: JobContext, envelope: Envelope) -> Answer:
             return DONE, job.saved, 0.0
         return _encoded(envelope.codec, value)
     except Snooze as snooze:
-        return SNOOZED, None, snooze.delay
+        return _snoozed(snooze)
     except JobCancelled as error:
         return (CANCELLED if job.is_cancelled else FAILED), _described(error), 0.0
     except JobDiscarded as error:
@@ -158,6 +159,13 @@ def _encoded(codec: str, value: Any) -> Answer:
         # Why no retry: the job has done its work, and would return the same again.
         error.add_note(f"the job has run; what it returned cannot be encoded in {codec}")
         return UNRECOVERABLE, _described(error), 0.0
+
+
+def _snoozed(snooze: Snooze) -> Answer:
+    try:
+        return SNOOZED, None, validate.seconds("delay", snooze.delay, zero=True)
+    except ConfigError as error:  # of a subclass of the user's, or set later
+        return FAILED, _described(error), 0.0
 
 
 def _described(error: BaseException) -> bytes:

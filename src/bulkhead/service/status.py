@@ -6,10 +6,12 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+import msgspec
+
 from bulkhead._kernel.lifecycle import SETTLED, JobState
-from bulkhead.backends.base import Outcome, OutcomeState, Place, Record, Registry
+from bulkhead.backends.base import Entry, Outcome, OutcomeState, Place, Record, Registry
 from bulkhead.errors import BadMessage
-from bulkhead.service.envelope import Failure, Sealer, decoded, failure
+from bulkhead.service.envelope import Failure, Sealer, failure
 
 __all__ = ["JobProgress", "QueuedJob", "from_outcome", "from_record", "progress_key"]
 
@@ -75,6 +77,10 @@ class QueuedJob:
         )
 
 
+# POSIX seconds of the last day that a datetime takes, in any time zone.
+_LAST_INSTANT = datetime(9999, 12, 30, tzinfo=UTC).timestamp()
+
+
 def progress_key(job_id: str) -> str:
     """Return the registry's key of a job's progress."""
     return f"progress/{job_id}"
@@ -95,8 +101,7 @@ def from_record(record: Record, sealer: Sealer, registry: Registry) -> QueuedJob
     is_dead = record.place is Place.DEAD
     progress = None
     if record.place is Place.RUNNING:
-        entry = registry.get(progress_key(record.id))
-        progress = None if entry is None else JobProgress(*decoded("msgpack", entry.value))
+        progress = _progress(registry.get(progress_key(record.id)))
     return QueuedJob(
         record.id,
         record.queue,
@@ -135,6 +140,8 @@ def from_outcome(outcome: Outcome) -> QueuedJob:
     )
 
 
+_read_progress = msgspec.msgpack.Decoder(tuple[int | float, int | float | None, str]).decode
+
 _PLACES = {
     Place.READY: JobState.QUEUED,
     Place.SCHEDULED: JobState.SCHEDULED,
@@ -143,9 +150,17 @@ _PLACES = {
 }
 
 
+def _progress(entry: Entry | None) -> JobProgress | None:
+    try:
+        return None if entry is None else JobProgress(*_read_progress(entry.value))
+    except msgspec.MsgspecError:  # not ours
+        return None
+
+
 def _described(told: Failure | None) -> tuple[str | None, str | None, str | None]:
     return (None, None, None) if told is None else (told.type, told.message, told.traceback)
 
 
 def _utc(posix: float) -> datetime:
-    return datetime.fromtimestamp(posix, UTC)
+    # Why a bound: a delay may be longer than a datetime goes, and one such job must not spoil a whole list.
+    return datetime.fromtimestamp(min(max(posix, 0.0), _LAST_INSTANT), UTC)

@@ -243,7 +243,7 @@ def _headers(value: Any) -> Mapping[str, str]:
         isinstance(text, str) for pair in value.items() for text in pair
     ):
         raise ConfigTypeError(f"headers must map str to str, not {value!r}")
-    return dict(value)
+    return {validate.text("headers", one): validate.text("headers", text) for one, text in value.items()}
 
 
 def _call(option: str, value: object) -> Call:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bulkhead.service.app import App
     from bulkhead.service.batch import HeldJob
 
-__all__ = ["Teller", "guarded", "outcome_of"]
+__all__ = ["Teller", "guarded", "last_outcome", "outcome_of"]
 
 _log = logging.getLogger("bulkhead")
 
@@ -99,7 +99,7 @@ class Teller:
         codec = held.envelope.codec
         if isinstance(verdict, Succeed):
             follows, previous = held.envelope.on_success, verdict.value
-        elif isinstance(verdict, Bury) and held.envelope.on_error:
+        elif isinstance(verdict, (Bury, Discard)) and held.envelope.on_error:
             told = _told(verdict)
             follows, previous = (
                 held.envelope.on_error,
@@ -174,6 +174,12 @@ def outcome_of(
         now,
         held.envelope.keep,
     )
+
+
+def last_outcome(held: HeldJob) -> Outcome:
+    """Return the outcome of a settled job of which nothing is kept."""
+    kinds = {Succeed: OutcomeState.SUCCEEDED, Cancel: OutcomeState.CANCELLED}
+    return outcome_of(held, kinds.get(type(held.ending), OutcomeState.FAILED))
 
 
 def guarded(call: Callable[..., object], *args: Any) -> None:

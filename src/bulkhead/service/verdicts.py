@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bulkhead import validate
 from bulkhead.retry import Backoff
 from bulkhead.service.envelope import Envelope, failure
 from bulkhead.service.running import CANCELLED, DISCARDED, DONE, SNOOZED, UNRECOVERABLE, Answer
@@ -44,6 +45,9 @@ class TryAgain:
     delay: float
     error: bytes
 
+    def __post_init__(self) -> None:
+        validate.seconds("delay", self.delay, zero=True)
+
 
 @dataclass(frozen=True, slots=True)
 class Bury:
@@ -58,6 +62,9 @@ class GiveBack:
     """It has not failed and is to run again after `delay` seconds; the attempt is not counted."""
 
     delay: float = 0.0
+
+    def __post_init__(self) -> None:
+        validate.seconds("delay", self.delay, zero=True)
 
 
 @dataclass(frozen=True, slots=True)

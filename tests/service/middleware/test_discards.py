@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 import msgspec
 import pytest
 from consuming import consuming, held, placed
+from watching import wait_until
 
 from bulkhead import App, Backoff, ConfigError, JobDiscarded, JobState, Unrecoverable
 from bulkhead.service.app import QueuedJob
@@ -56,6 +57,11 @@ def say(text: str) -> str:
     return text
 
 
+@dropping.task(backoff=QUICK)
+def note(told: list[str]) -> list[str]:
+    return told
+
+
 @pytest.fixture
 def app(namespace: str) -> Iterator[App]:
     with placed(dropping, "memory://", namespace) as app:
@@ -65,6 +71,14 @@ def app(namespace: str) -> Iterator[App]:
 def failed(job: QueuedJob) -> tuple[str | None, str | None]:
     assert job.state == JobState.FAILED
     return job.error_type, job.error_message
+
+
+def test_what_follows_a_failure_follows_a_job_that_is_dropped(app: App) -> None:
+    app.enqueue(fail.call("no luck").options(on_error=note.call().options(id="follows")))
+    with consuming(app):
+        wait_until(lambda: app.find_jobs(["follows"])[0] is not None, "it is enqueued")
+        kind, text, *_ = app.result("follows", timeout=20)
+    assert (kind, "no luck" in text) == ("Discarded", True)
 
 
 def test_jobs_are_dropped_and_the_others_run(app: App) -> None:

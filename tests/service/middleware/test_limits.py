@@ -352,9 +352,9 @@ def start(shared_url: str, namespace: str) -> Iterator[Callable[..., Script]]:
     ("shared_url", "per"),
     [
         ("sqlite", "queue"),
-        ("redis", "task"),
         pytest.param("sqlite", "task", marks=pytest.mark.slow),
         pytest.param("redis", "queue", marks=pytest.mark.slow),
+        pytest.param("redis", "task", marks=pytest.mark.slow),
     ],
     indirect=["shared_url"],
 )

@@ -13,6 +13,8 @@ from scripts import running
 from watching import wait_until
 
 from bulkhead import App, ConfigError, ConfigTypeError, DuplicateJobId, JobState, Unrecoverable
+from bulkhead.errors import BrokerUnavailable
+from bulkhead.service.groups import open_group
 from bulkhead.service.middleware import Middleware, Submission, Unique, unique
 
 settling = App("memory://", middlewares=[Unique()])
@@ -232,6 +234,84 @@ def test_a_job_whose_own_id_is_taken_holds_no_lock(app_with: Callable[..., App])
     app.enqueue(app.call("work", 2))
 
 
+def test_a_call_that_is_repeated_after_an_error_finds_its_own_lock(
+    app_with: Callable[..., App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = app_with(Unique())
+    broker = app.backend.broker
+    with monkeypatch.context() as patch:
+        for step in ("enqueue_many", "find"):
+            patch.setattr(broker, step, out_of_reach)
+        with pytest.raises(BrokerUnavailable):
+            app.enqueue(app.call("work", 1).options(id="own"))
+
+    assert app.enqueue(app.call("work", 1).options(id="own")) == "own"
+    assert refused(app, 1) == "own"
+
+
+def test_a_call_that_is_repeated_after_its_job_was_kept_leaves_the_job_its_lock(
+    app_with: Callable[..., App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = app_with(Unique())
+    unique_one, broker = app.middlewares[0], app.backend.broker
+    with monkeypatch.context() as patch:
+        patch.setattr(unique_one, "_confirm", out_of_reach)
+        patch.setattr(broker, "find", out_of_reach)
+        with pytest.raises(BrokerUnavailable):
+            app.enqueue(app.call("work", 1).options(id="own"))
+
+    assert refused(app, 1) == "own"
+    with pytest.raises(DuplicateJobId):
+        app.enqueue(app.call("work", 1).options(id="own"))
+    (entry,) = app.backend.registry.entries("unique/")
+    assert unique._unpack(entry.value).is_confirmed
+
+
+def out_of_reach(*_: object) -> None:
+    raise BrokerUnavailable("out of reach")
+
+
+def test_members_of_a_group_stand_from_the_moment_that_it_is_enqueued(app_with: Callable[..., App]) -> None:
+    app = app_with(Unique())
+    group = app.enqueue_group([app.call("work", 1), app.call("work", 2)])
+
+    assert refused(app, 2) == f"{group}.1"
+    again = app.enqueue_group([app.call("work", 2), app.call("work", 3)])
+    assert app.group_status(again).job_ids == (f"{group}.1", f"{again}.1")
+    app.cancel_group(group)
+    app.enqueue(app.call("work", 1))
+
+
+def test_a_group_that_is_enqueued_again_after_an_error_has_all_its_jobs(
+    app_with: Callable[..., App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = app_with(Unique())
+    calls = [app.call("work", number) for number in range(3)]
+    with monkeypatch.context() as patch:
+        patch.setattr(app.backend.broker, "enqueue_many", out_of_reach)
+        with pytest.raises(BrokerUnavailable):
+            app.enqueue_group(calls, id="group")
+    app.enqueue_group(calls, id="group")
+
+    (opener,) = app.backend.broker.find(["group"])
+    assert opener is not None
+    bundle = app.sealer.open("group", "default", opener.body).bundle
+    assert bundle is not None
+    assert [at for at, _, _ in bundle.members] == [0, 1, 2]
+
+
+def test_a_job_of_a_chain_stands_while_those_before_it_run(app_with: Callable[..., App]) -> None:
+    app = app_with(Unique())
+    chain = app.enqueue_chain([app.call("work", number) for number in range(3)])
+    (opener,) = app.backend.broker.claim("default", 1, 30.0)
+    envelope = app.sealer.open(opener.id, opener.queue, opener.body)
+    open_group(app, opener, envelope)
+
+    assert refused(app, 2) == f"{chain}.2"
+    app.cancel_group(chain)
+    app.enqueue(app.call("work", 2))
+
+
 PRODUCER = """
 import os
 from bulkhead import App
@@ -323,6 +403,18 @@ def test_of_producer_processes_at_once_exactly_one_wins(
     app = App(f"sqlite:///{tmp_path}/jobs.db", namespace="race")
     assert app.backend.broker.counts()["default"].ready == 20
     app.close()
+
+
+def test_one_that_is_listed_twice_is_refused() -> None:
+    one = Unique()
+    with pytest.raises(ConfigError, match="twice"):
+        App("memory://", middlewares=[one, one])
+
+
+@pytest.mark.parametrize("make", [lambda: App("memory://", middlewares=5), lambda: Unique(queues=5)])
+def test_what_is_no_list_is_refused_by_name(make: Callable[[], object]) -> None:
+    with pytest.raises(ConfigTypeError, match=r"middlewares|queues"):
+        make()
 
 
 def test_two_of_the_same_name_are_refused() -> None:

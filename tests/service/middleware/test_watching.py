@@ -25,7 +25,12 @@ import os, time
 from bulkhead import App
 from bulkhead.service.middleware import Heartbeat
 
-app = App(os.environ["URL"], namespace=os.environ["NAMESPACE"], middlewares=[Heartbeat(every=0.0, expiry=2.5)])
+app = App(
+    os.environ["URL"],
+    namespace=os.environ["NAMESPACE"],
+    lease=0.9,
+    middlewares=[Heartbeat(every=0.0, expiry=1.5)],
+)
 
 @app.task(concurrency=2)
 def work(seconds):

@@ -82,7 +82,7 @@ class Jobs:
         self._cells = Cells(session, clock, layout.jobs_stream, layout.jobs, is_over)
         self._tickets = Tickets(session, layout)
         index = Cells(session, clock, layout.index_stream, layout.queues, _never)
-        self.queues = Queues(index, self._tickets, layout)
+        self.queues = Queues(session, index, self._tickets, layout)
         self._claims = Claims(session, clock, layout, self._cells, self._tickets)
         self._bells = Bells(session, layout.bell, lambda queue, found: self._tickets.heap(queue).add(found))
         self._looking = Looking(session, clock, layout, self._cells, self._tickets, self.queues, self._claims)
@@ -186,7 +186,12 @@ class Jobs:
         await self._tickets.move_due(queue.token, self._clock.now())
         taken = await self._claims.take(queue, n, lease)
         self._remember(taken)
-        return [_claim(held.job) for held in taken]
+        claims = [_claim(held.job) for held in taken]
+        # Race: the queue may have been paused after the look above, and what came since then must not be given out.
+        if claims and (await self.queues.get(name)).is_paused:
+            await self.nack([Return(one.hold, counts=False) for one in claims])
+            return []
+        return claims
 
     def _until_next(self, queue: str) -> float:
         due = self._tickets.heap(queue).next_due()

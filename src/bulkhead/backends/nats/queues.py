@@ -1,18 +1,20 @@
 """What is written down of each queue: its name, which priorities its jobs have had, and whether it is paused.
 
 Who claims reads it each time, so that a pause holds from the moment that `pause` returns, and a priority that is new
-is looked at. Who enqueues adds a priority once.
+is looked at. Who enqueues adds a priority, and does so again now and then: the server may have lost it.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from bulkhead.backends.nats.cells import Cell, Cells
 from bulkhead.backends.nats.layout import Layout
 from bulkhead.backends.nats.names import token_of
+from bulkhead.backends.nats.session import Session
 from bulkhead.backends.nats.tickets import Tickets
 from bulkhead.errors import BrokerUnavailable
 
@@ -20,6 +22,8 @@ __all__ = ["Queue", "Queues"]
 
 # Attempts to change a record that others change, too; each fails only because another one has succeeded.
 _ATTEMPTS = 50
+# Seconds after which a priority is announced anew: somebody else may have made the stream anew, and nothing tells us.
+_FRESH = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +43,24 @@ class Queue:
 class Queues:
     """The queues of a namespace."""
 
-    def __init__(self, cells: Cells, tickets: Tickets, layout: Layout) -> None:
+    def __init__(self, session: Session, cells: Cells, tickets: Tickets, layout: Layout) -> None:
+        self._session = session
         self._cells = cells
         self._tickets = tickets
         self._layout = layout
         self._announced: set[tuple[str, int]] = set()
+        self._since = (session.epoch, time.monotonic())
 
     def forget(self) -> None:
         """Announce everything anew: the streams may have been made anew."""
         self._announced.clear()
+        self._since = (self._session.epoch, time.monotonic())
 
     async def announce(self, found: Iterable[tuple[str, int]]) -> None:
         """See to it that claimers look at these queues and priorities."""
+        epoch, when = self._since
+        if epoch != self._session.epoch or time.monotonic() - when > _FRESH:
+            self.forget()
         for name, priority in set(found) - self._announced:
             await self.change(name, lambda queue, priority=priority: _with(queue, priority))  # type: ignore[misc]
             self._announced.add((name, priority))

@@ -37,6 +37,10 @@ _RECONNECT_PAUSE = 0.2
 # Seconds between two looks whether JetStream is there again; a restarted server needs a moment for it.
 _JETSTREAM_PAUSE = 0.1
 
+# What an answer has whose stream does not exist. Such answers are short (bytes), and others are not looked through.
+_NO_STREAM = b'"err_code":10059'
+_LONGEST_REFUSAL = 400
+
 # Subject, payload, headers.
 Question = tuple[str, bytes, dict[str, str] | None]
 # What JetStream answers, decoded.
@@ -180,7 +184,7 @@ class Session:
         deaf = [place for place, message in enumerate(messages) if _is_deaf(message)]
         deadline = asyncio.get_running_loop().time() + self.options.timeout
         while deaf:
-            # Nobody listens on that subject: JetStream is not up yet, or the stream is gone.
+            # JetStream is not up yet, or the stream is gone: nobody listens on its subjects, and reading it is refused.
             if asyncio.get_running_loop().time() > deadline:
                 raise BrokerUnavailable(f"JetStream does not answer at {self._where()}: is it enabled?")
             await asyncio.sleep(_JETSTREAM_PAUSE)
@@ -290,7 +294,9 @@ def _groups(questions: Sequence[Question]) -> list[list[Question]]:
 
 
 def _is_deaf(message: Msg) -> bool:
-    return not message.data and message.headers is not None and message.headers.get("Status") == "503"
+    if message.data:
+        return len(message.data) < _LONGEST_REFUSAL and _NO_STREAM in message.data
+    return message.headers is not None and message.headers.get("Status") == "503"
 
 
 def _credentials(options: Options) -> dict[str, Any]:

@@ -61,6 +61,10 @@ _UNAVAILABLE = (
 )
 _NOT_NOW = ("BUSY", "MISCONF", "NOREPLICAS", "UNBLOCKED")
 
+# Race: a server that is sent too much at once says so and hangs up; mostly only the latter is seen, for its answer is
+# dropped when more of the argument arrives.
+_TOO_MUCH = "Protocol error: invalid bulk length"
+
 # Bytes. No server can be told to take less in one argument.
 _ALWAYS_TAKEN = 1024 * 1024
 
@@ -203,7 +207,7 @@ class Link:
                 f"puts there; delete that key, or choose another namespace: {message}"
             ) from error
         # Race: closed while another thread was using a connection, redis-py may say anything.
-        if isinstance(error, _UNAVAILABLE) or message.startswith(_NOT_NOW) or self._is_closed:
+        if isinstance(error, _UNAVAILABLE) or message.startswith((*_NOT_NOW, _TOO_MUCH)) or self._is_closed:
             raise BrokerUnavailable(f"{where} cannot be asked: {message or type(error).__name__}") from error
         raise error
 

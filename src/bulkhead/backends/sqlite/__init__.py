@@ -21,8 +21,9 @@ Not on a network file system: SQLite's locks and its shared memory need one mach
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
 
 from bulkhead.backends.base import Backend
 from bulkhead.backends.sqlite.broker import SqliteBroker
@@ -60,7 +61,7 @@ def _path(url: str) -> Path:
         raise ConfigError(
             f"url {url!r} must be sqlite:///relative.db or sqlite:////absolute.db: what follows two slashes is a host"
         )
-    name = unquote(parts.path)[1:]
+    name = os.fsdecode(unquote_to_bytes(parts.path))[1:]  # a name need not be UTF-8
     if not name or name.endswith("/") or "\0" in name:
         raise ConfigError(f"url {url!r} must name a file: sqlite:///relative.db or sqlite:////absolute.db")
     if name == ":memory:":

@@ -25,8 +25,21 @@ UPDATE jobs SET state = {READY}, visible = NULL WHERE seq IN (
 )
 """
 
+# Why casts: SQLite keeps whatever was written into a column, and one damaged row must not hold up a whole queue.
+_BODY = "CAST(body AS BLOB)"
+_FACTS = ", ".join(
+    f"CAST({column} AS {kind})"
+    for column, kind in (
+        ("rank", "INTEGER"),
+        ("attempt", "INTEGER"),
+        ("enqueued", "REAL"),
+        ("due", "REAL"),
+    )
+)
+_ERROR = "CAST(error AS BLOB)"
+
 IN_LINE = f"""
-SELECT seq, id, body, rank, attempt, enqueued, due, error FROM jobs
+SELECT seq, id, {_BODY}, {_FACTS}, {_ERROR} FROM jobs
 WHERE namespace = ? AND queue = ? AND state = {READY} ORDER BY rank, due, seq LIMIT ?
 """
 
@@ -65,8 +78,8 @@ SET seq = (SELECT MAX(seq) + 1 FROM jobs), state = {READY}, due = ?, enqueued = 
 WHERE namespace = ? AND id = ? AND state = {DEAD}
 """
 
-RECORD = """
-SELECT id, queue, state, body, rank, attempt, enqueued, due, visible, reason, error, is_cancelled FROM jobs
+RECORD = f"""
+SELECT id, queue, state, {_BODY}, {_FACTS}, visible, reason, {_ERROR}, is_cancelled FROM jobs
 """
 
 # Of each place: which jobs are in it, and their order. :now is the time.
@@ -78,12 +91,12 @@ PLACES = {
 }
 
 COUNT_READY = f"""
-SELECT queue, COUNT(*), MIN(due) FROM jobs INDEXED BY jobs_ready
+SELECT queue, COUNT(*), CAST(MIN(due) AS REAL) FROM jobs INDEXED BY jobs_ready
 WHERE namespace = ? AND state = {READY} GROUP BY queue
 """
-COUNT_LAPSED = (
-    "SELECT queue, COUNT(*), MIN(due) FROM jobs WHERE namespace = ? AND visible <= ? GROUP BY queue"
-)
+COUNT_LAPSED = """
+SELECT queue, COUNT(*), CAST(MIN(due) AS REAL) FROM jobs WHERE namespace = ? AND visible <= ? GROUP BY queue
+"""
 COUNT_LATER = """
 SELECT queue, state, COUNT(*) FROM jobs INDEXED BY jobs_later
 WHERE namespace = ? AND visible > ? GROUP BY queue, state

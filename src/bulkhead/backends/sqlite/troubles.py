@@ -26,6 +26,14 @@ _ADVICE = {
 }
 _ADVICE[sqlite3.SQLITE_LOCKED] = _ADVICE[sqlite3.SQLITE_BUSY]
 
+# Why apart: trying again does not help, and who does so for ever holds up all others.
+_REFUSED_VALUES = {
+    sqlite3.SQLITE_CONSTRAINT,
+    sqlite3.SQLITE_MISMATCH,
+    sqlite3.SQLITE_RANGE,
+    sqlite3.SQLITE_TOOBIG,
+}
+
 
 def is_busy(error: sqlite3.Error) -> bool:
     """Whether trying again may help: another connection holds the lock."""
@@ -39,6 +47,8 @@ def translated(error: sqlite3.Error, path: Path) -> BulkheadError:
         return ConfigError(
             f"{path} is no SQLite database: name another file in the url, or move this one away"
         )
+    if code in _REFUSED_VALUES or isinstance(error, (sqlite3.DataError, sqlite3.InterfaceError)):
+        return BulkheadError(f"{path} does not take one of the values of this call: {error}")
     advice = _ADVICE.get(code, "SQLite has refused")
     return BrokerUnavailable(f"{path}: {advice} ({getattr(error, 'sqlite_errorname', 'no code')}: {error})")
 

@@ -41,6 +41,7 @@ class Submission:
         envelope: It as it travels, without the headers below.
         headers: Texts that travel with the job; a middleware may add to them.
         duplicate_of: Set to the id of a job that stands for this one, which then is not enqueued.
+        brought_by: Of a job of a group or chain: the ids of what has to come before it is at the broker.
     """
 
     id: str
@@ -50,6 +51,7 @@ class Submission:
     envelope: Envelope
     headers: dict[str, str] = field(default_factory=dict)
     duplicate_of: str | None = None
+    brought_by: tuple[str, ...] = ()
 
 
 class Middleware:
@@ -83,8 +85,9 @@ class Middleware:
     ) -> None:
         """Around the enqueueing of jobs, in the producer. What is not passed to `forward` is not enqueued.
 
-        What is raised here reaches the caller. Jobs that follow others, and members of groups, do not come through
-        here: they were part of the job that did.
+        What is raised here reaches the caller. The jobs of a group or chain come through here when it is enqueued,
+        which is a moment later, and may fail. Jobs that follow others by `options(on_success=…)` do not: they are part
+        of the job that does.
         """
         forward(submissions)
 

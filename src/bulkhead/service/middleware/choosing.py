@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from bulkhead import validate
 from bulkhead.errors import ConfigError, ConfigTypeError
 from bulkhead.service.task import name
 
@@ -78,6 +79,4 @@ def digest(data: bytes) -> str:
 def _names(option: str, values: Iterable[str] | None) -> frozenset[str] | None:
     if values is None:
         return None
-    if isinstance(values, str):
-        raise ConfigTypeError(f"{option} must be several names, not the str {values!r}")
-    return frozenset(name(option, value) for value in values)
+    return frozenset(name(option, value) for value in validate.several(option, values))

@@ -12,6 +12,9 @@ releases it when the job is settled.
   confirmed lock looks whether its job still waits or runs, and takes the lock over if not.
 - A producer stands still between lock and job for longer than that, and another one has taken over: the first one
   finds out when it confirms, and deletes its job again if that does not run yet.
+- A producer that was told an error, or another timer, enqueues the same job under the same id: it takes its own lock
+  over, as nothing says that the job is there.
+- A job of a group or chain is not at the broker before its turn: so long those that bring it speak for it.
 """
 
 from __future__ import annotations
@@ -56,17 +59,21 @@ _TRIES = 100
 
 
 class _Holder(msgspec.Struct, array_like=True, frozen=True):
-    """What a lock says: for which job, and whether that is known to be enqueued."""
+    """What a lock says: for which job, whether that is known to be enqueued, and which jobs may still bring it."""
 
     id: str
     is_confirmed: bool = False
+    brought_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class _Lock:
+    """A lock that was taken; `is_renewed` when the job had it already, as an earlier call for it has failed."""
+
     key: str
     version: int
     job: Submission
+    is_renewed: bool = False
 
 
 _pack = msgspec.msgpack.Encoder().encode
@@ -161,16 +168,17 @@ class Unique(Middleware):
 
     def _lock(self, key: str, job: Submission, locks: list[_Lock]) -> None:
         registry = self._app.backend.registry
-        value = _pack(_Holder(job.id))
-        expected = 0
+        value = _pack(_Holder(job.id, brought_by=job.brought_by))
+        expected, is_renewed = 0, False
         for _ in range(_TRIES):
             version = registry.put(key, value, expected=expected, keep=_PENDING)
             if version is not None:
                 job.headers[self._header] = key
-                locks.append(_Lock(key, version, job))
+                locks.append(_Lock(key, version, job, is_renewed))
                 return
             entry = registry.get(key)
-            if entry is not None and self._stands(entry):
+            is_renewed = entry is not None and _is_own(entry, job)
+            if entry is not None and not is_renewed and self._stands(entry):
                 job.duplicate_of = _unpack(entry.value).id
                 return
             expected = 0 if entry is None else entry.version
@@ -181,15 +189,17 @@ class Unique(Middleware):
         holder = _unpack(entry.value)
         if not holder.is_confirmed or self.seconds is not None:
             return True
-        (record,) = self._app.backend.broker.find([holder.id])
-        return record is not None and record.place is not Place.DEAD
+        # Race: its own id comes last, as it is enqueued before the one that brings it is gone.
+        records = self._app.backend.broker.find([*holder.brought_by, holder.id])
+        return any(record is not None and record.place is not Place.DEAD for record in records)
 
     def _confirm(self, lock: _Lock) -> None:
         registry, job = self._app.backend.registry, lock.job
-        if job.duplicate_of is not None:  # by its own id, or by another middleware
+        is_there = job.duplicate_of == job.id and lock.is_renewed
+        if job.duplicate_of is not None and not is_there:  # by its own id, or by another middleware
             registry.delete(lock.key, expected=lock.version)
             return
-        value = _pack(_Holder(job.id, is_confirmed=True))
+        value = _pack(_Holder(job.id, True, job.brought_by))
         if registry.put(lock.key, value, expected=lock.version, keep=self._keep(job)) is not None:
             return
         # Race: the job is settled already, and the lock released. Or we were too slow, and another one has it.
@@ -228,6 +238,13 @@ class Unique(Middleware):
             # Race: its producer may confirm it between the two.
             if registry.delete(key, expected=entry.version):
                 return
+
+
+def _is_own(entry: Entry, job: Submission) -> bool:
+    """Tell whether a lock is that of the very job, which may not be there."""
+    holder = _unpack(entry.value)
+    # Why also a confirmed one of a job of a group: it is confirmed before the group is enqueued.
+    return holder.id == job.id and (not holder.is_confirmed or bool(job.brought_by))
 
 
 def arguments_key(job: Submission) -> str:

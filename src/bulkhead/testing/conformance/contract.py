@@ -15,13 +15,28 @@ import pytest
 from bulkhead.backends.base import Backend, Broker, Claim, Message
 from bulkhead.errors import BrokerUnavailable
 
-__all__ = ["LONG", "ODD_NAMES", "SHORT", "Again", "Contract", "claims", "ids_of", "keep", "soonest", "until"]
+__all__ = [
+    "LONG",
+    "ODD_NAMES",
+    "SHORT",
+    "TICK",
+    "Again",
+    "Contract",
+    "claims",
+    "ids_of",
+    "keep",
+    "soonest",
+    "until",
+]
 
 T = TypeVar("T")
 
 # Seconds of a lease that a test lets run out, and of one that it does not.
 SHORT = 0.15
 LONG = 60.0
+
+# By how many seconds the server's clock may be off, which may have only milliseconds.
+TICK = 0.01
 
 # Longest wait in seconds for what has to come.
 PATIENCE = 10.0

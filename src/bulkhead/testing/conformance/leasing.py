@@ -7,7 +7,17 @@ import time
 import pytest
 
 from bulkhead.backends.base import Backend, Burial, CancelAnswer, Claim, Hold, Place, Return, Standing
-from bulkhead.testing.conformance.contract import LONG, SHORT, Again, Contract, claims, ids_of, keep, until
+from bulkhead.testing.conformance.contract import (
+    LONG,
+    SHORT,
+    TICK,
+    Again,
+    Contract,
+    claims,
+    ids_of,
+    keep,
+    until,
+)
 
 __all__ = ["Leasing"]
 
@@ -17,13 +27,13 @@ class Leasing(Contract):
 
     def test_while_a_lease_holds_nobody_else_gets_the_job(self, backend: Backend, again: Again) -> None:
         keep(backend.broker, "a")
-        [claim] = claims(backend.broker, lease=0.4)
         start = time.monotonic()
+        [claim] = claims(backend.broker, lease=SHORT)
         other = again().broker
         found: list[Claim] = []
         while not found:
             found = other.claim("q", 1, LONG)
-        assert time.monotonic() - start > 0.3
+        assert time.monotonic() - start > SHORT - TICK
         assert (found[0].id, found[0].attempt) == ("a", 2)
         assert found[0].hold.token != claim.hold.token
 
@@ -118,7 +128,7 @@ class Leasing(Contract):
 
     def test_a_renewed_lease_holds_longer(self, backend: Backend, again: Again) -> None:
         keep(backend.broker, "a", "b")
-        [renewed, _other] = claims(backend.broker, 2, lease=0.3)
+        [renewed, _other] = claims(backend.broker, 2, lease=SHORT)
         assert backend.broker.renew([renewed.hold], LONG) == [Standing.HELD]
         assert ids_of(claims(again().broker)) == ["b"]
         [record] = backend.broker.find(["a"])
@@ -168,13 +178,13 @@ class Leasing(Contract):
         keep(backend.broker, "a")
         [claim] = claims(backend.broker)
         before = time.time()
-        assert backend.broker.nack([Return(claim.hold, delay=0.2)]) == [True]
+        assert backend.broker.nack([Return(claim.hold, delay=0.1)]) == [True]
         [record] = backend.broker.find(["a"])
         assert record is not None
         assert record.place is Place.SCHEDULED
         [later] = claims(backend.broker)
-        assert time.time() >= before + 0.198
-        assert later.due_at == pytest.approx(before + 0.2, abs=0.1)
+        assert time.time() >= before + 0.098
+        assert later.due_at == pytest.approx(before + 0.1, abs=0.1)
         assert later.enqueued_at == pytest.approx(claim.enqueued_at, abs=0.002)
 
     def test_a_job_given_back_comes_after_those_that_were_due_before(self, backend: Backend) -> None:

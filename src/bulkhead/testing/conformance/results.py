@@ -8,7 +8,7 @@ import pytest
 
 from bulkhead.backends.base import Backend, Outcome, OutcomeState
 from bulkhead.errors import MessageTooLarge
-from bulkhead.testing.conformance.contract import ODD_NAMES, Again, Contract, ids_of, until
+from bulkhead.testing.conformance.contract import ODD_NAMES, SHORT, TICK, Again, Contract, ids_of, until
 
 __all__ = ["ResultStoreContract"]
 
@@ -90,11 +90,11 @@ class ResultStoreContract(Contract):
     def test_an_outcome_is_kept_for_its_time_and_no_longer(self, backend: Backend) -> None:
         store = backend.results
         start = time.monotonic()
-        store.save_many([_outcome("short", keep=0.3), _outcome("long")])
+        store.save_many([_outcome("short", keep=SHORT), _outcome("long")])
         seen = store.get_many(["short"])[0] is not None
-        assert seen or time.monotonic() - start > 0.25
+        assert seen or time.monotonic() - start > SHORT - TICK
         until(lambda: store.get_many(["short"]) == [None])
-        assert time.monotonic() - start >= 0.25
+        assert time.monotonic() - start > SHORT - TICK
         assert ids_of(store.outcomes(SUCCEEDED)) == ["long"]
         assert store.counts()[SUCCEEDED] == 1
         assert store.delete(["short"]) == [False]

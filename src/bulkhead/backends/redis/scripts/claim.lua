@@ -20,15 +20,15 @@ local bytes = 0
 
 local function take(id, priority)
     local key = job_key(id)
-    local job = call('HMGET', key, 'body', 'queue', 'due', 'enqueued', 'attempt', 'error')
+    local job = fields(id, 'body', 'queue', 'due', 'enqueued', 'attempt', 'error')
     if not (job[1] and job[2] == queue and job[3]) then
         return
     end
     local n = #ids + 1
-    local attempt = (tonumber(job[5]) or 0) + 1
+    local attempt = whole(job[5]) + 1
     call('HSET', key, 'attempt', attempt, 'token', token .. n)
     ids[n], priorities[n], attempts[n] = id, priority, attempt
-    dues[n], enqueued[n] = tonumber(job[3]), tonumber(job[4] or job[3])
+    dues[n], enqueued[n] = whole(job[3]), whole(job[4] or job[3])
     sizes[n], error_sizes[n] = #job[1], job[6] and #job[6] or -1
     texts[#texts + 1] = job[1]
     texts[#texts + 1] = job[6] or ''

@@ -17,6 +17,24 @@ local function integer(number)
     return string.format('%d', number)
 end
 
+-- A number that is kept with a job; 0 for what is none. Why: one hash that somebody else has changed must not stop a queue.
+local function whole(text)
+    local number = tonumber(text)
+    if number and number > -2 ^ 53 and number < 2 ^ 53 then
+        return math.floor(number)
+    end
+    return 0
+end
+
+-- A priority as it is written in keys and lists; '0' for what is none.
+local function level_of(text)
+    local number = tonumber(text)
+    if number and number == math.floor(number) and math.abs(number) <= 1000 then
+        return text
+    end
+    return '0'
+end
+
 local function now()
     local clock = call('TIME')
     return clock[1] * SECOND + clock[2]
@@ -26,8 +44,14 @@ local function job_key(id)
     return P .. 'job:' .. id
 end
 
+-- Fields of a job; none where there is no hash, or something else lies in its place.
+local function fields(id, ...)
+    local job = redis.pcall('HMGET', job_key(id), ...)
+    return job.err and {} or job
+end
+
 local function waiting_key(priority, queue)
-    return P .. 'queue:' .. (priority or '0') .. ':' .. queue
+    return P .. 'queue:' .. level_of(priority or '0') .. ':' .. queue
 end
 
 local function running_key(queue)
@@ -42,7 +66,7 @@ end
 local function levels_of(queue)
     local levels = {}
     for level in string.gmatch(call('HGET', KEYS[1], queue) or '', '[^,]+') do
-        levels[#levels + 1] = level
+        levels[#levels + 1] = level_of(level)
     end
     return levels
 end
@@ -50,6 +74,7 @@ end
 -- Remember that the queue may have jobs of this priority.
 local function note(queue, priority)
     local levels = levels_of(queue)
+    priority = level_of(priority)
     local place = 1
     for _, level in ipairs(levels) do
         if tonumber(level) == tonumber(priority) then
@@ -88,10 +113,10 @@ local function rescue(queue, t, limit)
         return
     end
     for _, id in ipairs(ids) do
-        local job = call('HMGET', job_key(id), 'queue', 'token', 'due', 'priority')
+        local job = fields(id, 'queue', 'token', 'due', 'priority')
         if job[1] == queue and job[2] and job[3] then
             note(queue, job[4] or '0')
-            call('ZADD', waiting_key(job[4], queue), job[3], id)
+            call('ZADD', waiting_key(job[4], queue), integer(whole(job[3])), id)
         end
     end
     call('ZREM', running, unpack(ids))
@@ -132,18 +157,19 @@ end
 
 -- What is known of a job as find and records return it, or false.
 local function record(id, t)
-    local job = call('HMGET', job_key(id), 'body', 'queue', 'due', 'enqueued', 'priority', 'attempt', 'token', 'buried',
-        'reason', 'error', 'cancelled')
+    local job = fields(id, 'body', 'queue', 'due', 'enqueued', 'priority', 'attempt', 'token', 'buried', 'reason', 'error',
+        'cancelled')
     if not (job[1] and job[2] and job[3]) then
         return false
     end
     local place, ends = 'dead', false
     if not job[8] then
         ends = leased_until(id, job[2], job[7], t) or false
-        place = ends and 'running' or (tonumber(job[3]) <= t and 'ready' or 'scheduled')
+        place = ends and 'running' or (whole(job[3]) <= t and 'ready' or 'scheduled')
     end
-    return { id, place, job[2], job[5] or '0', job[6] or '0', job[4] or job[3], job[8] or job[3], ends, job[9] or '',
-        job[11] or '0', job[1], job[10] }
+    local enqueued, due = integer(whole(job[4] or job[3])), integer(whole(job[8] or job[3]))
+    return { id, place, job[2], integer(whole(level_of(job[5] or '0'))), integer(whole(job[6])), enqueued, due, ends,
+        job[9] or '', job[11] or '0', job[1], job[10] }
 end
 
 -- A part of several sorted sets merged by score: pairs of a set's key and a member.

@@ -10,7 +10,7 @@ for i, id in ipairs(ids) do
     if job[1] and job[1] == tokens[i] then
         answers[i] = '1'
         local due = t + delays[i]
-        local attempt = tonumber(job[5]) - (counts[i] and 0 or 1)
+        local attempt = whole(job[5]) - (counts[i] and 0 or 1)
         withdraw(id, queue, job[2])
         call('HSET', key, 'due', due, 'enqueued', job[4] or job[3], 'attempt', attempt)
         if errors[i] then
