@@ -348,6 +348,7 @@ def test_an_answer_that_came_too_late_is_not_taken_for_that_to_another_question(
     backend = backends.connect(f"{own.url}?timeout=0.3")
     try:
         _keep(backend, "a")
+        assert backend.broker.delete(["unknown"]) == [False]  # the server knows the script
         os.kill(own.pid, signal.SIGSTOP)
         with pytest.raises(BrokerUnavailable):
             backend.broker.delete(["a"])

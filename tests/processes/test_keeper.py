@@ -20,7 +20,8 @@ MEASUREMENT = """
 import os, subprocess, sys, time
 sleep = "import time; time.sleep(600)"
 child = subprocess.Popen([sys.executable, "-c", sleep], start_new_session=True)
-made = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', '{sleep}'], start_new_session=True).pid)"
+options = "start_new_session=True, stdout=subprocess.DEVNULL"
+made = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', '{sleep}'], {options}).pid)"
 orphan = subprocess.run([sys.executable, "-c", made], stdout=subprocess.PIPE).stdout.decode().strip()
 with open(sys.argv[1] + ".part", "w") as file:
     file.write(f"{os.getpid()} {child.pid} {orphan}")
