@@ -344,6 +344,23 @@ def test_a_frozen_server_is_reported_when_the_timeout_is_over(own: RedisServer) 
         backend.close()
 
 
+def test_an_answer_that_came_too_late_is_not_taken_for_that_to_another_question(own: RedisServer) -> None:
+    backend = backends.connect(f"{own.url}?timeout=0.3")
+    try:
+        _keep(backend, "a")
+        assert backend.broker.delete(["unknown"]) == [False]  # the server knows the script
+        os.kill(own.pid, signal.SIGSTOP)
+        with pytest.raises(BrokerUnavailable):
+            backend.broker.delete(["a"])
+        os.kill(own.pid, signal.SIGCONT)
+        wait_until(lambda: backend.broker.find(["a"]) == [None], "the server has deleted the job")
+        assert backend.broker.delete(["a"]) == [False]
+        assert backend.broker.counts() == {}
+    finally:
+        os.kill(own.pid, signal.SIGCONT)
+        backend.close()
+
+
 def test_who_waits_for_a_job_learns_that_the_server_ends_and_gets_the_job_after_its_restart(
     own: RedisServer, owned: Backend
 ) -> None:
