@@ -36,7 +36,7 @@ from bulkhead.errors import BrokerUnavailable, ConfigError, MessageTooLarge
         ("sqlite:///jobs.db?busy_timeout=0", "busy_timeout"),
         ("sqlite:///jobs.db?busy_timeout=nan", "busy_timeout"),
         ("sqlite:///jobs.db?busy_timeout=", "busy_timeout"),
-        ("sqlite:///jobs.db?timeout=5", "none of synchronous, busy_timeout"),
+        ("sqlite:///jobs.db?timeout=5", "known: synchronous, busy_timeout"),
         ("sqlite:///jobs.db#part", "sqlite:///relative.db"),
         ("memory://one/two", "memory://name"),
         ("memory://?synchronous=full", "memory://name"),

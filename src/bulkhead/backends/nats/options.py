@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from urllib.parse import parse_qsl, unquote, urlsplit
+from typing import Any
+from urllib.parse import unquote, urlsplit
 
+from bulkhead.backends.url_options import Reader, existing_file, one_of, read_options, seconds
 from bulkhead.errors import ConfigError
 
 __all__ = ["Options", "read"]
-
-_KNOWN = ("replicas", "storage", "timeout", "creds_file", "ca_file")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,7 @@ def read(url: str, namespace: str) -> Options:
     if parts.path not in ("", "/") or parts.fragment:
         raise ConfigError(f"url {_shown(url)!r} has a path: write nats://host:4222?option=value")
     servers = tuple(f"{parts.scheme}://{_checked(host, url)}" for host in hosts.split(","))
-    return Options(servers, namespace, **_access(access), **_extras(parts.query, url))  # type: ignore[arg-type]
+    return Options(servers, namespace, **_access(access), **_options(parts.query))  # type: ignore[arg-type]
 
 
 def _checked(host: str, url: str) -> str:
@@ -74,49 +73,17 @@ def _access(access: str) -> dict[str, str]:
     return {"user": unquote(user), "password": unquote(password)}
 
 
-def _extras(query: str, url: str) -> dict[str, object]:
-    found: dict[str, object] = {}
-    for name, text in parse_qsl(query, keep_blank_values=True):
-        if name not in _KNOWN:
-            raise ConfigError(f"url {_shown(url)!r}: unknown option {name!r}; there are {', '.join(_KNOWN)}")
-        found[name] = _READERS[name](name, text)
-    return found
+def _options(query: str) -> dict[str, Any]:
+    given = read_options(query, _READERS)
+    return given if "replicas" not in given else {**given, "replicas": int(given["replicas"])}
 
 
-def _replicas(name: str, text: str) -> int:
-    if text not in ("1", "2", "3", "4", "5"):
-        raise ConfigError(f"url option {name} must be 1 to 5, not {text!r}")
-    return int(text)
-
-
-def _storage(name: str, text: str) -> str:
-    if text not in ("file", "memory"):
-        raise ConfigError(f"url option {name} must be file or memory, not {text!r}")
-    return text
-
-
-def _timeout(name: str, text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0.1 <= seconds <= 60:
-        raise ConfigError(f"url option {name} must be 0.1 to 60 seconds, not {text!r}")
-    return seconds
-
-
-def _file(name: str, text: str) -> str:
-    if not Path(text).is_file():
-        raise ConfigError(f"url option {name} must be the path of a file, not {text!r}")
-    return text
-
-
-_READERS = {
-    "replicas": _replicas,
-    "storage": _storage,
-    "timeout": _timeout,
-    "creds_file": _file,
-    "ca_file": _file,
+_READERS: dict[str, Reader] = {
+    "replicas": one_of("1", "2", "3", "4", "5"),
+    "storage": one_of("file", "memory"),
+    "timeout": seconds(0.1, 60),
+    "creds_file": existing_file,
+    "ca_file": existing_file,
 }
 
 

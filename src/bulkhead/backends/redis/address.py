@@ -7,12 +7,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
+from bulkhead.backends.url_options import Reader, existing_file, one_of, read_options, seconds
 from bulkhead.errors import ConfigError
 
 __all__ = ["Address"]
@@ -99,22 +98,13 @@ def _database(path: str, is_cluster: bool) -> int:
 def _options(parts: SplitResult, has_tls: bool) -> dict[str, Any]:
     if parts.fragment:
         raise ConfigError(f"url has {'#' + parts.fragment!r} at its end, which means nothing")
-    known = _OPTIONS | (_TLS_OPTIONS if has_tls else {})
-    given: dict[str, Any] = {}
-    for name, value in parse_qsl(parts.query, keep_blank_values=True):
-        if name not in known:
-            needs_tls = " without TLS (rediss://)" if name in _TLS_OPTIONS else ""
-            raise ConfigError(
-                f"url has the option {name!r}, which is unknown{needs_tls}; known: {', '.join(known)}"
-            )
-        if name in given:
-            raise ConfigError(f"url has the option {name!r} twice")
-        given[name] = known[name](name, value)
-    return given
+    if not has_tls and (of_tls := [name for name, _ in parse_qsl(parts.query) if name in _TLS_OPTIONS]):
+        raise ConfigError(f"url has the option {of_tls[0]!r}, which has no meaning without TLS (rediss://)")
+    return read_options(parts.query, _OPTIONS | (_TLS_OPTIONS if has_tls else {}))
 
 
 def _tls(given: dict[str, Any]) -> dict[str, Any]:
-    verify = given.get("verify", True)
+    verify = given.get("verify", "yes") == "yes"
     return {
         "ssl_ca_certs": given.get("ca_file"),
         "ssl_certfile": given.get("cert_file"),
@@ -124,32 +114,10 @@ def _tls(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _seconds(name: str, text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0.1 <= seconds <= 3600:
-        raise ConfigError(f"option {name} of the url must be 0.1 to 3600 seconds, not {text!r}")
-    return seconds
-
-
-def _file(name: str, text: str) -> str:
-    if not Path(text).is_file():
-        raise ConfigError(f"option {name} of the url must name a file, and there is none at {text!r}")
-    return text
-
-
-def _yes_or_no(name: str, text: str) -> bool:
-    if text not in {"yes", "no"}:
-        raise ConfigError(f"option {name} of the url must be yes or no, not {text!r}")
-    return text == "yes"
-
-
-_OPTIONS: dict[str, Callable[[str, str], Any]] = {"timeout": _seconds}
-_TLS_OPTIONS: dict[str, Callable[[str, str], Any]] = {
-    "ca_file": _file,
-    "cert_file": _file,
-    "key_file": _file,
-    "verify": _yes_or_no,
+_OPTIONS: dict[str, Reader] = {"timeout": seconds(0.1, 3600)}
+_TLS_OPTIONS: dict[str, Reader] = {
+    "ca_file": existing_file,
+    "cert_file": existing_file,
+    "key_file": existing_file,
+    "verify": one_of("yes", "no"),
 }

@@ -23,19 +23,22 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from bulkhead.backends.base import Backend
 from bulkhead.backends.sqlite.broker import SqliteBroker
 from bulkhead.backends.sqlite.file import File
 from bulkhead.backends.sqlite.registry import SqliteRegistry
 from bulkhead.backends.sqlite.results import SqliteResultStore
+from bulkhead.backends.url_options import Reader, one_of, read_options, seconds
 from bulkhead.errors import ConfigError
 
 __all__ = ["connect"]
 
-# Longest busy_timeout, in seconds; arbitrary.
-_LONGEST = 3600.0
+_OPTIONS: dict[str, Reader] = {
+    "synchronous": one_of("normal", "full"),
+    "busy_timeout": seconds(0.001, 3600),
+}
 
 
 def connect(url: str, namespace: str) -> Backend:
@@ -47,8 +50,9 @@ def connect(url: str, namespace: str) -> Backend:
         BrokerUnavailable: The file cannot be opened or written.
     """
     path = _path(url)
-    options = _options(url)
-    file = File(path, is_full=_is_full(options), busy_seconds=_busy_seconds(options))
+    options = read_options(urlsplit(url).query, _OPTIONS)
+    is_full = options.get("synchronous") == "full"
+    file = File(path, is_full=is_full, busy_seconds=options.get("busy_timeout", 5.0))
     file.open()
     return Backend(
         SqliteBroker(file, namespace), SqliteResultStore(file, namespace), SqliteRegistry(file, namespace)
@@ -72,34 +76,3 @@ def _path(url: str) -> Path:
     if path.is_dir():
         raise ConfigError(f"url {url!r}: {path} is a folder; name a file in it")
     return path
-
-
-def _options(url: str) -> dict[str, str]:
-    known = ("synchronous", "busy_timeout")
-    options: dict[str, str] = {}
-    for name, value in parse_qsl(urlsplit(url).query, keep_blank_values=True):
-        if name not in known or name in options:
-            trouble = "twice" if name in options else f"which is none of {', '.join(known)}"
-            raise ConfigError(f"url {url!r} has the option {name!r} {trouble}")
-        options[name] = value
-    return options
-
-
-def _is_full(options: dict[str, str]) -> bool:
-    value = options.get("synchronous", "normal").lower()
-    if value not in ("normal", "full"):
-        raise ConfigError(f"synchronous in the url must be normal or full, not {value!r}")
-    return value == "full"
-
-
-def _busy_seconds(options: dict[str, str]) -> float:
-    text = options.get("busy_timeout", "5")
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds <= _LONGEST:
-        raise ConfigError(
-            f"busy_timeout in the url must be a number of seconds above 0 and up to {_LONGEST:g}, not {text!r}"
-        )
-    return seconds
