@@ -232,11 +232,13 @@ class Snooze(BulkheadError):
 
     delay: float = 0.0
 
-    def __init__(self, delay: float | str = 0.0, **facts: Any) -> None:
-        if not isinstance(delay, str):  # a text is the message, as pickling gives it back
-            facts["delay"] = _delay(delay)
-            delay = f"snoozed for {facts['delay']:g} s"
-        super().__init__(delay, **facts)
+    def __init__(self, delay: float = 0.0, **facts: Any) -> None:
+        checked = _delay(delay)
+        super().__init__(f"snoozed for {checked:g} s", **{**facts, "delay": checked})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Why not as the others: the only argument is the delay and not the message.
+        return type(self), (self.delay,), self.__dict__
 
 
 class JobDiscarded(BulkheadError):

@@ -50,7 +50,7 @@ BUILTINS = {
 PLAIN = [
     one
     for one in vars(errors).values()
-    if isinstance(one, type) and issubclass(one, BulkheadError) and one is not JobsFailed
+    if isinstance(one, type) and issubclass(one, BulkheadError) and one not in (JobsFailed, errors.Snooze)
 ]
 
 
@@ -176,3 +176,18 @@ def test_a_group_that_was_made_without_ids_can_be_taken_apart() -> None:
     assert (group.job_ids, group.total) == ((), 0)
     part = group.subgroup(ValueError)
     assert part.job_ids == (None,)
+
+
+@pytest.mark.parametrize("delay", ["5", None, True, float("nan"), -1])
+def test_a_snooze_takes_seconds_and_nothing_else(delay: Any) -> None:
+    with pytest.raises(errors.ConfigError, match="delay must be"):
+        errors.Snooze(delay)
+
+
+def test_a_snooze_keeps_its_delay_and_facts_when_it_is_pickled_or_copied() -> None:
+    assert bulkhead.Snooze is errors.Snooze
+    snooze = errors.Snooze(2.5, why="busy")
+    snooze.add_note("a note")
+    for same in (pickle.loads(pickle.dumps(snooze)), copy.copy(snooze)):
+        assert (same.delay, same.why, str(same)) == (2.5, "busy", "snoozed for 2.5 s")
+        assert same.__notes__ == ["a note"]

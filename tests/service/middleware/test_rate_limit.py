@@ -85,6 +85,22 @@ def test_what_was_reserved_and_not_claimed_is_free_again(app_with: Callable[...,
     assert take(limit, 9) == []
 
 
+def test_a_clock_that_was_set_back_keeps_nobody_from_asking_for_longer_than_a_minute(
+    app_with: Callable[..., App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = RateLimit(1, 1.0)
+    app_with(limit)
+    now, since = time.time(), time.monotonic()
+    monkeypatch.setattr(time, "time", lambda: now + 3600)
+    assert len(take(limit, 1)) == 1
+    monkeypatch.setattr(time, "time", lambda: now)
+    assert take(limit, 1) == []
+    # The clock is right again, and the bucket has ended; a minute has gone by here.
+    monkeypatch.setattr(time, "time", lambda: now + 3602)
+    monkeypatch.setattr(time, "monotonic", lambda: since + 61)
+    assert len(take(limit, 1)) == 1
+
+
 def test_queues_count_by_themselves(app_with: Callable[..., App]) -> None:
     limit = RateLimit(2, 60.0, burst=2)
     app_with(limit)

@@ -108,7 +108,8 @@ class RateLimit(Limit):
             if granted:
                 self._held[key, threading.get_ident()] = mark
             else:
-                self._not_before[key] = time.monotonic() + wait
+                # Why bounded: a wall clock that was set back must not keep the queue from asking for so long.
+                self._not_before[key] = time.monotonic() + min(wait, _LONGEST_WAIT)
         return granted
 
     def use(self, key: str, n_reserved: int, jobs: Sequence[HeldJob]) -> Sequence[HeldJob]:
