@@ -739,6 +739,36 @@ def test_on_a_cluster_a_slot_that_has_moved_is_found(redis_cluster: RedisCluster
     backend.close()
 
 
+def test_on_a_cluster_a_slot_that_two_nodes_send_on_to_each_other_is_waited_for(
+    redis_cluster: RedisCluster, namespace: str
+) -> None:
+    nodes = redis_cluster.nodes
+    backend = backends.connect(redis_cluster.url, namespace)
+    assert backend.broker.counts() == {}
+    slot = nodes[0].cli("cluster", "keyslot", f"{{{namespace}}}:queues").strip()
+    names = [node.cli("cluster", "myid").strip() for node in nodes]
+    owner = next(
+        n for n, node in enumerate(nodes) if not node.cli("get", f"{{{namespace}}}:none").startswith("MOVED")
+    )
+    other = (owner + 1) % 3
+
+    def settle() -> None:
+        for node in nodes:
+            node.cli("cluster", "setslot", slot, "node", names[owner])
+
+    # As for a moment while a slot is moved: neither takes it for its own.
+    nodes[other].cli("cluster", "setslot", slot, "node", names[owner])
+    nodes[owner].cli("cluster", "setslot", slot, "node", names[other])
+    settling = threading.Timer(0.2, settle)
+    settling.start()
+    try:
+        _keep(backend, "a")
+    finally:
+        settling.join()
+    assert _claimed(backend) == ["a"]
+    backend.close()
+
+
 def test_on_a_cluster_a_node_that_ends_is_reported_and_used_again_when_it_is_back(
     redis_cluster: RedisCluster, namespace: str
 ) -> None:

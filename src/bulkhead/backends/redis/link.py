@@ -3,7 +3,8 @@
 A link has a pool of connections for each process: a forked copy makes its own. A call takes a connection that nobody
 uses, so any number of threads may call at once. redis-py never repeats a call here: whether that is right is known to
 who calls. One that gives the same answer when it is carried out twice is repeated after a lost connection; any other
-one is not, for the answer would be another one (a job that was kept in the first go would look like a duplicate).
+one is not, for the answer would be another one (a job that was kept in the first go would look like a duplicate). One
+that no node of a cluster would carry out, as its slot is being moved or the cluster is down, is repeated in any case.
 
 All keys of a namespace have the hash tag `{namespace}`, and so lie on one node of a cluster.
 """
@@ -150,14 +151,15 @@ class Link:
                 client.connection_pool.disconnect()
 
     def _carry_out(self, call: Callable[[Any], Any], is_repeatable: bool) -> Any:
-        pauses = iter(_PAUSES if is_repeatable else ())
+        pauses = iter(_PAUSES)
         while True:
             try:
                 return call(self._connected())
             except BulkheadError:
                 raise
             except Exception as error:
-                pause = next(pauses, None) if _is_lost(error) else None
+                may_repeat = _is_untouched(error) or (is_repeatable and _is_lost(error))
+                pause = next(pauses, None) if may_repeat else None
                 if pause is None or self._is_closed:
                     self._refuse(error)
             time.sleep(pause)
@@ -227,6 +229,11 @@ class Link:
                 size_bytes=size,
                 limit_bytes=int(limit),
             ) from error
+
+
+def _is_untouched(error: Exception) -> bool:
+    """Tell whether no node has carried the call out: each sent it on to another one, or took none."""
+    return isinstance(error, ClusterError)
 
 
 def _is_lost(error: Exception) -> bool:
