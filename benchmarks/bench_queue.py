@@ -34,7 +34,8 @@ from tables import percentile, print_table
 
 HERE = Path(__file__).parent
 
-# Name, module, package that it needs, how many jobs are enough for a figure (a share of --jobs).
+# Name, module (with where its jobs are kept, if that is not Redis), package that it needs, how many jobs are enough
+# for a figure (a share of --jobs).
 ON_REDIS = (
     ("bulkhead", "q_bulkhead", "bulkhead", 1.0),
     ("bulkhead, one by one", "q_bulkhead_single", "bulkhead", 1.0),
@@ -47,9 +48,9 @@ ON_REDIS = (
     ("arq", "q_arq", "arq", 0.2),
     ("saq", "q_saq", "saq", 0.2),
 )
-ON_NATS = (("bulkhead, NATS", "q_bulkhead_nats", "nats", 0.2),)
+ON_NATS = (("bulkhead, NATS", "q_bulkhead@nats", "nats", 0.2),)
 ON_SQLITE = (
-    ("bulkhead, SQLite", "q_bulkhead_sqlite", "bulkhead", 1.0),
+    ("bulkhead, SQLite", "q_bulkhead@sqlite", "bulkhead", 1.0),
     ("Huey, SQLite", "q_huey_sqlite", "huey", 0.1),
 )
 
@@ -149,11 +150,13 @@ def _measure(module: str, n: int) -> dict[str, Any]:
     return sample
 
 
-def _measure_here(module_name: str, n: int) -> None:
+def _measure_here(contestant: str, n: int) -> None:
+    module_name, _, place = contestant.partition("@")
     with contextlib.ExitStack() as servers:
         port = servers.enter_context(_server(*REDIS))
         os.environ["BENCH_REDIS_PORT"] = str(port)
-        if module_name == "q_bulkhead_nats":
+        os.environ["BENCH_PLACE"] = place or "redis"
+        if place == "nats":
             os.environ["BENCH_NATS_PORT"] = str(servers.enter_context(_server(*NATS)))
         os.environ["BENCH_SQLITE"] = str(Path("jobs.db").absolute())
         module = importlib.import_module(f"queues.{module_name}")

@@ -10,6 +10,7 @@ PORT = int(os.environ.get("BENCH_REDIS_PORT", "6379"))
 URL = f"redis://127.0.0.1:{PORT}/0"
 NATS = f"nats://127.0.0.1:{os.environ.get('BENCH_NATS_PORT', '4222')}"
 SQLITE = os.environ.get("BENCH_SQLITE", "bench.db")
+JOBS = {"redis": URL, "nats": NATS, "sqlite": f"sqlite:///{SQLITE}"}[os.environ.get("BENCH_PLACE", "redis")]
 PYTHON = sys.executable
 PROCESSES = 2
 
