@@ -85,11 +85,16 @@ class Script:
         children = psutil.Process(self.pid).children(recursive=True)
         return [child.pid for child in children if not is_alive(child.pid)]
 
-    def end(self) -> None:
-        """Kill what is left of the script."""
+    def kill_all(self) -> None:
+        """Kill the script and all processes below it."""
         for pid in self.processes():
+            # Race: a worker ends by itself when its launcher or the script is gone.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def end(self) -> None:
+        """Kill what is left of the script."""
+        self.kill_all()
         self._process.kill()
         self._process.wait()
 
