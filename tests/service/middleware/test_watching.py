@@ -64,8 +64,7 @@ def test_living_consumers_are_listed_with_what_they_do(shared_url: str, namespac
             other.wait()
             assert [info.pid for info in app.consumers()] == [one.pid]
 
-        for pid in one.processes():
-            os.kill(pid, signal.SIGKILL)
+        one.kill_all()
         assert [info.pid for info in app.consumers()] == [one.pid]
         wait_until(lambda: app.consumers() == [], "the killed one is gone")
     app.close()
