@@ -1,6 +1,5 @@
 """Limits of jobs at once: over all consumers, and in each."""
 
-import contextlib
 import os
 import signal
 import threading
@@ -386,11 +385,7 @@ def test_the_permits_of_a_killed_consumer_come_back_after_the_lease(
     start("queue", 1.5)
     wait_until(lambda: len(lines(ran)) == 5, "one job of the second")
 
-    for pid in killed.processes():
-        with contextlib.suppress(
-            ProcessLookupError
-        ):  # a worker that has ended with its launcher or its consumer
-            os.kill(pid, signal.SIGKILL)
+    killed.kill_all()
     at = time.monotonic()
 
     # The second one has room for three more, for which there is no permit before the four of the first come back.
