@@ -153,6 +153,15 @@ class BulkheadBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         self._executor = executor
         return n_workers
 
+    def start_call(self) -> None:
+        """Begin a call: forget the batches that a failed call of the same Parallel has cut and not submitted.
+
+        Why here: joblib (1.6) keeps them in the Parallel, and would submit them as part of this call.
+        """
+        left = getattr(self.parallel, "_ready_batches", None)
+        while left is not None and not left.empty():
+            left.get_nowait()
+
     def submit(self, func: Any, callback: Callable[[Any], object] | None = None) -> Future[Any]:
         """Have a batch run in a worker, then `callback` called with its future. Its errors are the future's."""
         calls = self._calls

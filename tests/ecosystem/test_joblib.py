@@ -227,6 +227,26 @@ def test_an_error_comes_with_its_type_and_the_next_call_works(backend: BulkheadB
         assert parallel(delayed(echo)(n) for n in range(4)) == [0, 1, 2, 3]
 
 
+@in_pool
+def test_a_call_does_not_run_what_a_failed_one_has_left(
+    backend: BulkheadBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dispatch = Parallel.dispatch_one_batch
+
+    def dispatch_and_fail(self: Any, iterator: Any) -> Any:
+        is_dispatched = dispatch(self, iterator)
+        # joblib has cut two batches, and learns of the first one's failure before it submits the second.
+        wait_until(lambda: self._aborting, "the failure is known")
+        return is_dispatched
+
+    with Parallel(n_jobs=2, batch_size=1) as parallel:
+        with monkeypatch.context() as patch:
+            patch.setattr(Parallel, "dispatch_one_batch", dispatch_and_fail)
+            with pytest.raises(ValueError, match="no luck"):
+                parallel(delayed(fail)() for _ in range(5))
+        assert parallel(delayed(echo)(n) for n in range(4)) == [0, 1, 2, 3]
+
+
 def test_a_worker_that_dies_fails_its_call_and_the_next_one_works(backend: BulkheadBackend) -> None:
     for _ in range(2):
         with pytest.raises(WorkerCrashed):
