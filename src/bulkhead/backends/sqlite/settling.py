@@ -9,6 +9,7 @@ from bulkhead.backends.base import Ending, Settler
 from bulkhead.backends.sqlite.broker import SqliteBroker
 from bulkhead.backends.sqlite.file import File
 from bulkhead.backends.sqlite.results import SqliteResultStore
+from bulkhead.backends.sqlite.sizes import check_size
 
 __all__ = ["SqliteSettler"]
 
@@ -24,6 +25,8 @@ class SqliteSettler(Settler):
     def settle(self, endings: Sequence[Ending]) -> list[bool]:
         """See `Settler`."""
         self._results.check_sizes(one.outcome for one in endings if one.outcome is not None)
+        for one in endings:
+            check_size("the failure of a job", one.error)
         return self._file.change_many(endings, self._settle)
 
     def _settle(self, connection: sqlite3.Connection, endings: Sequence[Ending]) -> list[bool]:
