@@ -28,13 +28,18 @@ _OUTCOMES = script("outcomes", "results_common")
 _COUNTS = script("results_counts", "results_common")
 _SWEEPING = script("sweep", "results_common")
 
-# What is packed behind the place, the attempt and when the job was enqueued:
-# queue, task, state, value, error, attempt, enqueued, started, finished, keep.
-_Fields = tuple[str, str, str, bytes | None, bytes | None, int, float, float, float, float]
+# What is packed behind the place: attempt, enqueued, queue, task, state, value, error, started, finished, keep.
+# The scripts read the first two (results_common.lua).
+_Fields = tuple[int, float, str, str, str, bytes | None, bytes | None, float, float, float]
 _fields = msgspec.msgpack.Decoder(_Fields).decode
 
-# The first byte of a packed list; digits are below. Earlier versions had nothing between place and list.
-_LEAST_LIST = 0x90
+# Earlier versions packed them in the order of `Outcome`.
+_EarlierFields = tuple[str, str, str, bytes | None, bytes | None, int, float, float, float, float]
+_earlier_fields = msgspec.msgpack.Decoder(_EarlierFields).decode
+
+
+# Why: most are kept for the same time.
+_millis = lru_cache(millis)
 
 
 class RedisResults(ResultStore):
@@ -99,7 +104,7 @@ def columns_of(outcomes: Sequence[Outcome | None]) -> tuple[list[object], ...]:
     return (
         [one and _place(one.state, one.queue) for one in outcomes],
         [one and micros(one.finished_at) for one in outcomes],
-        [one and millis(one.keep) for one in outcomes],
+        [one and _millis(one.keep) for one in outcomes],
         [one and text(_encoded(one)) for one in outcomes],
     )
 
@@ -120,15 +125,15 @@ def _place(state: OutcomeState, queue: str) -> str:
 
 
 def _encoded(outcome: Outcome) -> bytes:
-    _, queue, task, state, *facts = outcome
-    order = b"%d:%d:" % (outcome.attempt, micros(outcome.enqueued_at))
-    return order + packed((queue, task, state.value, *facts))
+    _, queue, task, state, value, error, attempt, enqueued, started, finished, keep = outcome
+    return packed((attempt, enqueued, queue, task, state.value, value, error, started, finished, keep))
 
 
 def _decoded(id: str, text: bytes) -> Outcome:
     _, size, rest = text.split(b":", 2)
-    start = int(size) + 1
-    if rest[start] < _LEAST_LIST:
-        start = rest.index(b":", rest.index(b":", start) + 1) + 1
-    queue, task, state, *facts = _fields(memoryview(rest)[start:])
-    return Outcome(id, queue, task, OutcomeState(state), *facts)
+    data = memoryview(rest)[int(size) + 1 :]
+    try:
+        attempt, enqueued, queue, task, state, value, error, *times = _fields(data)
+    except msgspec.ValidationError:
+        queue, task, state, value, error, attempt, enqueued, *times = _earlier_fields(data)
+    return Outcome(id, queue, task, OutcomeState(state), value, error, attempt, enqueued, *times)

@@ -28,8 +28,7 @@ class RedisSettler(Settler):
     def settle(self, endings: Sequence[Ending]) -> list[bool]:
         """See `Settler`."""
         sizes = [_size(ending) for ending in endings]
-        for size in sizes:
-            check_size([size])
+        check_size([max(sizes, default=0)])
         answers = [self._settle(part) for part in sized_batches(endings, sizes)]
         return [answer == ord("1") for answer in b"".join(answers)]
 
@@ -48,6 +47,9 @@ class RedisSettler(Settler):
 
 
 def _size(ending: Ending) -> int:
-    outcome = ending.outcome
-    size = len(ending.error or b"")
-    return size if outcome is None else size + len(outcome.value or b"") + len(outcome.error or b"")
+    outcome, error = ending.outcome, ending.error
+    size = 0 if error is None else len(error)
+    if outcome is not None:
+        value, failure = outcome.value, outcome.error
+        size += (0 if value is None else len(value)) + (0 if failure is None else len(failure))
+    return size

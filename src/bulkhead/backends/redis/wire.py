@@ -39,6 +39,9 @@ def batches(things: Sequence[T]) -> Iterator[Sequence[T]]:
 
 def sized_batches(things: Sequence[T], sizes: Sequence[int]) -> Iterator[Sequence[T]]:
     """Yield parts of at most `MAX_BATCH`, in order, which are cut when they have grown to some MiB."""
+    if sum(sizes) < _ENOUGH:
+        yield from batches(things)
+        return
     start = weight = 0
     for at, size in enumerate(sizes):
         weight += size

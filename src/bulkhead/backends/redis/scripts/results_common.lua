@@ -1,8 +1,8 @@
 -- What each script of the results has besides.
 --
 -- A result begins with where it is listed: "<state>:<bytes of the queue's name>:<queue>:". The same before its id is its
--- member in {namespace}:results-end, which is scored by when it expires. "<attempt>:<enqueued>:" follows (not in those that
--- were saved by earlier versions), then what only clients read.
+-- member in {namespace}:results-end, which is scored by when it expires. A packed list follows, whose first two are the attempt
+-- and when the job was enqueued (not in those that were saved by earlier versions); the others are read by clients only.
 
 local ENDS = P .. 'results-end'
 local LISTS = P .. 'results' -- "<state>:<queue>" of each list
@@ -42,16 +42,26 @@ local function sweep(t, limit)
     return #members
 end
 
+-- The attempt and the instant at the beginning of a packed list; nil of one by an earlier version.
+local function order_of(blob)
+    -- The list's own header is one byte.
+    local behind, attempt = cmsgpack.unpack_one(blob, 1)
+    if type(attempt) == 'number' then
+        local _, enqueued = cmsgpack.unpack_one(blob, behind)
+        return attempt, enqueued
+    end
+end
+
 -- Tell whether an outcome comes too late to take the place of one that is kept: base.py, `is_outdated`.
 local function is_outdated(place, blob, entry)
     local state, _, _, rest = split(entry)
-    local attempt, enqueued = string.match(rest, '^(%d+):(%d+):')
-    local new_attempt, new_enqueued = string.match(blob, '^(%d+):(%d+):')
-    if enqueued ~= new_enqueued or not enqueued then
+    local attempt, enqueued = order_of(rest)
+    local new_attempt, new_enqueued = order_of(blob)
+    if enqueued ~= new_enqueued then
         return false
     end
     if attempt ~= new_attempt then
-        return tonumber(new_attempt) < tonumber(attempt)
+        return new_attempt < attempt
     end
     return state ~= 'running' and split(place) == 'running'
 end
