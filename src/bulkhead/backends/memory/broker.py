@@ -81,7 +81,7 @@ class MemoryBroker(Broker):
     def bury(self, burials: Sequence[Burial]) -> list[bool]:
         """See `Broker`."""
         with self._guard:
-            return [self.end(Ending(dead.hold, None, dead.reason, dead.error)) for dead in burials]
+            return [self.end(Ending(dead.hold, None, dead.reason or "", dead.error)) for dead in burials]
 
     def end(self, ending: Ending) -> bool:
         """End a claim; False where it was lost. Concurrency: who calls has the guard."""

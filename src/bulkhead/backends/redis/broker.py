@@ -128,7 +128,9 @@ class RedisBroker(Broker):
 
     def bury(self, burials: Sequence[Burial]) -> list[bool]:
         """See `Broker`."""
-        return self._settler.settle([Ending(dead.hold, None, dead.reason, dead.error) for dead in burials])
+        return self._settler.settle(
+            [Ending(dead.hold, None, dead.reason or "", dead.error) for dead in burials]
+        )
 
     def find(self, ids: Sequence[str]) -> list[Record | None]:
         """See `Broker`."""

@@ -106,7 +106,12 @@ class SqliteBroker(Broker):
 
     def bury(self, burials: Sequence[Burial]) -> list[bool]:
         """See `Broker`."""
-        return self._change([Ending(dead.hold, None, dead.reason, dead.error) for dead in burials], self.end)
+
+        def bury(connection: sqlite3.Connection, part: Sequence[Burial]) -> list[bool]:
+            now = time.time()
+            return [self._bury(connection, burial, now) for burial in part]
+
+        return self._change(burials, bury)
 
     def end(self, connection: sqlite3.Connection, endings: Sequence[Ending]) -> list[bool]:
         """End claims, as part of a transaction; False where one was lost."""
@@ -210,7 +215,11 @@ class SqliteBroker(Broker):
         hold, _, reason, error = ending
         if reason is None:
             return self._remove(connection, hold.id, statements.REMOVE_HELD, self._key(hold))
-        return connection.execute(statements.BURY, (now, reason, error, *self._key(hold))).rowcount == 1
+        return self._bury(connection, Burial(hold, reason, error), now)
+
+    def _bury(self, connection: sqlite3.Connection, dead: Burial, now: float) -> bool:
+        values = (now, dead.reason, dead.error, *self._key(dead.hold))
+        return connection.execute(statements.BURY, values).rowcount == 1
 
     def _row(self, message: Message, now: float) -> tuple[object, ...]:
         due = now + max(message.delay, 0.0) if message.due_at is None else max(message.due_at, now)
