@@ -58,7 +58,8 @@ class SqliteResultStore(ResultStore):
     def check_sizes(self, outcomes: Iterable[Outcome]) -> None:
         """Raise `MessageTooLarge` when there is no room for one of these."""
         for outcome in outcomes:
-            check_size("the result of a job", outcome.value, outcome.error)
+            if outcome.value is not None or outcome.error is not None:
+                check_size("the result of a job", outcome.value, outcome.error)
 
     def put(self, connection: sqlite3.Connection, outcomes: Iterable[Outcome]) -> None:
         """Keep these, whatever there is, as part of a transaction."""

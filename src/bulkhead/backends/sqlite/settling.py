@@ -26,7 +26,8 @@ class SqliteSettler(Settler):
         """See `Settler`."""
         self._results.check_sizes(one.outcome for one in endings if one.outcome is not None)
         for one in endings:
-            check_size("the failure of a job", one.error)
+            if one.error is not None:
+                check_size("the failure of a job", one.error)
         return self._file.change_many(endings, self._settle)
 
     def _settle(self, connection: sqlite3.Connection, endings: Sequence[Ending]) -> list[bool]:
