@@ -256,7 +256,7 @@ class QueueConsumer:
             found = set(chosen)
             left_out = [held for held in self._fresh if held not in found]
             for held in left_out:
-                held.verdict = GiveBack(_LEFT_OUT)
+                held.verdict = GiveBack(_LEFT_OUT, keeps_place=False)
             self._admit([*chosen, *left_out])
         return chosen
 

@@ -99,7 +99,7 @@ class MemoryBroker(Broker):
             if place is Place.DEAD:
                 found.sort(key=lambda job: (-job.due_at, -job.arrival))
             elif place is Place.SCHEDULED:
-                found.sort(key=lambda job: (job.due_at, job.arrival))
+                found.sort(key=lambda job: (job.visible_at, job.arrival))
             else:
                 found.sort(key=lambda job: (-job.priority, job.due_at, job.arrival))
             return [job.record(now) for job in found[offset : offset + limit]]
@@ -203,7 +203,10 @@ class MemoryBroker(Broker):
         if job is None:
             return False
         due = time.time() + max(back.delay, 0.0)
-        job.move(due_at=due, visible_at=due)
+        if back.keeps_place:
+            job.visible_at, job.token = due, None
+        else:
+            job.move(due_at=due, visible_at=due)
         job.attempt -= not back.counts
         job.error = job.error if back.error is None else back.error
         self._queues[job.queue].put(job)

@@ -227,6 +227,7 @@ def _returns(returns: Sequence[Return]) -> tuple[Sequence[Any], ...]:
         [micros(back.delay) for back in returns],
         [back.counts for back in returns],
         [text(back.error) for back in returns],
+        [back.keeps_place for back in returns],
     )
 
 
