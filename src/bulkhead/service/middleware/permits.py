@@ -82,7 +82,13 @@ def without(permits: Permits, gone: Container[str]) -> Permits:
 
 
 def admitted(
-    permits: Permits, n: int, me: str, mine: int, jobs: Sequence[tuple[str, float]], now: float
+    permits: Permits,
+    n: int,
+    me: str,
+    mine: int,
+    jobs: Sequence[tuple[str, float]],
+    now: float,
+    most: int | None = None,
 ) -> tuple[Permits, list[bool]]:
     """Give as many of these jobs a permit as can have one.
 
@@ -93,6 +99,7 @@ def admitted(
         mine: How many it has, as it knows itself.
         jobs: Their ids, and when they were enqueued.
         now: POSIX seconds.
+        most: How many of them may have one at most; None is all.
 
     Returns:
         What is known then, and for each job whether it has a permit.
@@ -100,13 +107,13 @@ def admitted(
     permits = released(permits, me, mine)
     waiting = {job: one for job, one in permits.waiting.items() if now - one.seen < FORGOTTEN}
     n_free = n - permits.n_used
-    answers = []
+    answers: list[bool] = []
     for job, enqueued_at in jobs:
         n_before = sum(
             now - one.since >= PATIENCE and (one.enqueued_at, other) < (enqueued_at, job)
             for other, one in waiting.items()
         )
-        is_granted = n_free > n_before
+        is_granted = n_free > n_before and (most is None or sum(answers) < most)
         if is_granted:
             n_free -= 1
             waiting.pop(job, None)
