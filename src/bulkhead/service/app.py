@@ -439,7 +439,8 @@ class App:
 
         Args:
             calls: The jobs, of any queues; none to 100,000, without ids of their own.
-            id: Own id, up to 180 characters, instead of a random one.
+            id: Own id, up to 180 characters, instead of a random one. It may not end with "." and digits, as those of
+                jobs of groups do.
             keep: For how many seconds from then the group is known, and its jobs' outcomes are kept at least:
                 choose it longer than they take. Later the group is JobNotFound, and its jobs are as any others.
 
@@ -592,7 +593,7 @@ class App:
     # Running
 
     def run(self, queues: Iterable[str] | None = None, *, grace: float = 30.0) -> None:
-        """Be a worker: run the jobs of these queues until SIGTERM, SIGINT or `stop`.
+        """Be a worker: run the jobs of these queues until SIGTERM, SIGINT, SIGHUP or `stop`.
 
         At the first signal nothing further begins; jobs that run have `grace` seconds to end and are given back
         otherwise, their processes ended. A second signal gives them back at once.
