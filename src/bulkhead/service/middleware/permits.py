@@ -23,6 +23,9 @@ PATIENCE = 5.0
 # One that has not asked for so long is gone: cancelled, or its consumer died (seconds). Well above their pauses.
 FORGOTTEN = 10.0
 
+# The clocks of consumers may differ by so much (seconds); what is from later is none of ours.
+_AHEAD = 60.0
+
 # So many are written down at most (arbitrary): each question reads them all.
 _MOST_WAITING = 50
 
@@ -105,7 +108,7 @@ def admitted(
         What is known then, and for each job whether it has a permit.
     """
     permits = released(permits, me, mine)
-    waiting = {job: one for job, one in permits.waiting.items() if now - one.seen < FORGOTTEN}
+    waiting = {job: one for job, one in permits.waiting.items() if -_AHEAD < now - one.seen < FORGOTTEN}
     n_free = n - permits.n_used
     answers: list[bool] = []
     for job, enqueued_at in jobs:
