@@ -1,8 +1,8 @@
 """For how long a job is given back that may not begin: the longer, the longer none of its kind could.
 
 A job that is given back is claimed again when its pause is over. With a short pause hundreds of them would keep a
-consumer busy that has nothing to do, with a long one a place that comes free would stay free. So the pause is a share of
-the time for which none of the kind has begun: where jobs are short, and places come free all the time, it stays short.
+consumer busy that has nothing to do, with a long one a place that comes free would stay free. So the pause is a share
+of the time for which none of the kind has begun: where jobs are short, and places come free all the time, it is short.
 
 Pure but for the clock and the jitter. Bounded: kinds of which nobody has asked for a while are forgotten.
 """

@@ -10,8 +10,8 @@ whether the job can be had |
 | ack | record says GONE, acknowledge ticket | a ticket that leads nowhere; whoever gets it drops it |
 | nack | record waits with the next turn, new ticket, acknowledge the old one | the old ticket; whoever gets it puts \
 the new one before it drops the old one |
-| nack, keeping the place | record waits, ticket is given back itself | the ticket comes back when the lease would have \
-ended |
+| nack, keeping the place | record waits, ticket is given back itself | the ticket comes back when the lease \
+would have ended |
 | bury | record says DEAD, ticket into the list of the dead, acknowledge the old one | the same |
 | revive | ticket of the next turn, record waits with it, out of the list | a ticket whose record never came; it is \
 dropped after a minute, and the job is still dead; later, an entry of the list that is skipped |

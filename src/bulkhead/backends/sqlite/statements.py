@@ -51,7 +51,8 @@ HELD = "namespace = ? AND id = ? AND token = ?"
 RENEW = f"UPDATE jobs SET state = {RUNNING}, visible = ? WHERE {HELD} RETURNING is_cancelled"
 
 NACK = f"""
-UPDATE jobs SET state = ?, due = ifnull(?, due), visible = ?, token = NULL, attempt = attempt - ?, error = ifnull(?, error)
+UPDATE jobs SET state = ?, due = ifnull(?, due), visible = ?, token = NULL, attempt = attempt - ?,
+    error = ifnull(?, error)
 WHERE {HELD}
 """
 
