@@ -241,11 +241,11 @@ def _counted(app, monkeypatch) -> list[str]:
     return calls
 
 
-@pytest.mark.parametrize("id", ["a.1", "a.0", "x.y.12"])
+@pytest.mark.parametrize("own", ["a.1", "a.0", "x.y.12"])
 @pytest.mark.parametrize("enqueue", ["enqueue_group", "enqueue_chain"])
-def test_an_id_that_a_job_of_another_group_may_have_is_refused(memory_app, id, enqueue):
+def test_an_id_that_a_job_of_another_group_may_have_is_refused(memory_app, own, enqueue):
     with pytest.raises(ConfigError, match="digits"):
-        getattr(memory_app, enqueue)([add.call(1)], id=id)
+        getattr(memory_app, enqueue)([add.call(1)], id=own)
     assert memory_app.counts()[JobState.QUEUED] == 0
 
 
