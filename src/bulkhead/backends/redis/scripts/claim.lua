@@ -23,6 +23,7 @@ local function take(id, priority)
     local key = job_key(id)
     local job = fields(id, 'body', 'queue', 'due', 'enqueued', 'attempt', 'error')
     if not (job[1] and job[2] == queue and job[3]) then
+        put_right(id, queue)
         return
     end
     local n = #ids + 1

@@ -109,6 +109,25 @@ local function ring_if_soon(queue, due, t)
     end
 end
 
+-- Put a job that was found in a set of a queue which its hash does not name in line where it says. Why: somebody has changed
+-- the hash by hand, and a job in no set would wait for ever.
+local function put_right(id, queue)
+    local job = fields(id, 'body', 'queue', 'due', 'priority', 'buried')
+    local place = job[2]
+    if not job[1] or not place or place == queue or job[5] then
+        return
+    end
+    -- Race: it may be there already, and what was found be left of an earlier job of this id.
+    for _, key in ipairs({ waiting_key(job[4], place), running_key(place), P .. 'back:' .. place }) do
+        if call('ZSCORE', key, id) then
+            return
+        end
+    end
+    note(place, job[4] or '0')
+    call('ZADD', waiting_key(job[4], place), integer(whole(job[3])), id)
+    ring(place)
+end
+
 -- Put jobs whose lease has run out back to those that wait. Their token stays: as long as nobody else claims such a job, its
 -- late consumer may still settle it.
 local function rescue(queue, t, limit)
@@ -122,6 +141,8 @@ local function rescue(queue, t, limit)
         if job[1] == queue and job[2] and job[3] then
             note(queue, job[4] or '0')
             call('ZADD', waiting_key(job[4], queue), integer(whole(job[3])), id)
+        else
+            put_right(id, queue)
         end
     end
     call('ZREM', running, unpack(ids))
@@ -139,6 +160,8 @@ local function put_in_line(queue, t, limit)
         if job[1] == queue and job[2] then
             note(queue, job[3] or '0')
             call('ZADD', waiting_key(job[3], queue), integer(whole(job[2])), id)
+        else
+            put_right(id, queue)
         end
     end
     call('ZREM', back, unpack(ids))
