@@ -20,6 +20,7 @@ BACKENDS: dict[str, str | None] = {
     "memory": None,
     "sqlite": None,
     "redis": "redis_server",
+    "redis cluster": "redis_cluster",
     "nats": "nats_server",
 }
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from datetime import tzinfo
 from functools import partial
@@ -116,6 +117,7 @@ class App:
         self._schedules = Schedules(self)
         self._groups = Groups(self)
         for middleware in self.middlewares:
+            _claim_middleware(middleware, self)
             middleware.attach(self)
         self._consumers: dict[Consumer, None] = {}  # those that run
 
@@ -695,6 +697,15 @@ def _middlewares(given: Sequence[Middleware]) -> tuple[Middleware, ...]:
     if len(set(map(id, made))) < len(made):
         raise ConfigError("middlewares must be different objects, and one of them is there twice")
     return made
+
+
+def _claim_middleware(one: Middleware, app: App) -> None:
+    """Check that no other application has this middleware: it keeps what it knows of one."""
+    known = one.__dict__.get("_used_by")
+    other = None if known is None else known()
+    if other is not None:
+        raise ConfigError(f"middlewares must be made for each application, and {one!r} is used by {other!r}")
+    object.__setattr__(one, "_used_by", weakref.ref(app))  # Why so: it may be a frozen dataclass
 
 
 def _raise_unknown(id: str) -> Any:  # noqa: A002

@@ -124,6 +124,7 @@ class QueueConsumer:
         for middleware in reversed(app.middlewares):
             self._dequeue = _around(middleware, name, self._dequeue)
         self._judges = [one for one in reversed(app.middlewares) if type(one).judge is not Middleware.judge]
+        self._askers = [one.asked for one in app.middlewares if type(one).asked is not Middleware.asked]
         self._fresh: dict[HeldJob, None] = {}  # what was claimed in this round. Owner: who fetches
         self._has_claimed = False  # likewise
         self._has_found_all = False  # likewise: some, and no more were due
@@ -286,6 +287,8 @@ class QueueConsumer:
         while True:
             asked = time.monotonic()
             claims = self._app.backend.broker.claim(self.name, n, self._app.lease, wait=self._wait)
+            for told in self._askers:
+                guarded(told, self.name, len(claims))
             self._has_found_all = 0 < len(claims) < n
             jobs = [job for claim in claims if (job := self._opened(claim)) is not None]
             for held in jobs:

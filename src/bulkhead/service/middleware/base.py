@@ -109,6 +109,9 @@ class Middleware:
         """
         return forward(n)
 
+    def asked(self, queue: str, n: int) -> None:
+        """In the consumer, when the server was asked for jobs of a queue and has given `n`; in that queue's thread."""
+
     def handle(self, job: JobContext, forward: Callable[[JobContext], Any]) -> Any:
         """Around the run of a job, in the worker process. Returns what the task returns.
 
