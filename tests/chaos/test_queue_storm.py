@@ -27,6 +27,9 @@ from bulkhead.backends.base import QueueCounts
 LEASE = 2.0
 N_PRODUCERS = N_CONSUMERS = 3
 
+# Seconds that a consumer has to end when it is told to.
+GRACE = 10
+
 # Seconds between two blows.
 PAUSE = 0.4
 
@@ -66,13 +69,15 @@ class Storm:
         for one in self._consumers:
             one.send_signal(signal.SIGCONT)
             one.terminate()
-        for one in self._consumers:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                one.wait(40)
-            one.kill()
-            one.wait()
-        self._app.close()
-        self._log.close()
+        try:
+            for one in self._consumers:
+                one.wait(GRACE + 10)
+        finally:
+            for one in self._consumers:
+                one.kill()
+                one.wait()
+            self._app.close()
+            self._log.close()
 
     def counts(self) -> QueueCounts:
         return self._app.backend.broker.counts().get("default", QueueCounts())
@@ -131,7 +136,7 @@ class Storm:
         return one.ready + one.scheduled + one.running == 0
 
     def _consumer(self) -> subprocess.Popen[bytes]:
-        return self._launch("-m", "bulkhead", "worker", "storm_app:app", "--grace", "10")
+        return self._launch("-m", "bulkhead", "worker", "storm_app:app", "--grace", str(GRACE))
 
     def _launch(self, *arguments: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import psutil
 import pytest
 from gates import Gate
 from jobs import lines
@@ -96,6 +98,14 @@ class TestTheCommand:
                 assert script.wait() == 0
         finally:
             signal.signal(signal.SIGHUP, before)
+
+    def test_hears_a_signal_that_another_of_its_threads_was_given(self, durable, command):
+        with command(f"{durable.name}:app") as script:
+            assert durable.app.result(durable.add.enqueue(1, 2), timeout=SOON) == 3
+            threads = [thread.id for thread in psutil.Process(script.pid).threads()]
+            other = max(set(threads) - {script.pid})
+            assert ctypes.CDLL(None).tgkill(script.pid, other, signal.SIGTERM) == 0
+            assert script.wait() == 0
 
     def test_gives_back_what_runs_at_a_second_signal(self, durable, command, path):
         with command(f"{durable.name}:app", "--grace", "60") as script:

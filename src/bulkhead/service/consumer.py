@@ -50,6 +50,9 @@ _PULSE = 1.0
 # Between two looks at batches (seconds), at most.
 _BATCH_PULSE = 0.1
 
+# A thread that waits for orders looks up so often (seconds).
+_LOOK_UP = 0.5
+
 # When the grace is over, the broker has so long to learn what is given back (seconds).
 _LAST_WORDS = 5.0
 
@@ -85,10 +88,17 @@ class Consumer:
         with _signals_handled(self.stop), self._working(), self._timing():
             for one in self._consumers:
                 one.start()
-            self._error = self._orders.get()
+            self._error = self._wait_for_order()
             self._leave(grace)
         if self._error is not None:
             raise self._error
+
+    def _wait_for_order(self) -> BaseException | None:
+        # Race: the system may give a signal to another thread (it does to a process that was just continued), which
+        # wakes nobody; its handler runs when this thread does something next.
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._orders.get(timeout=_LOOK_UP)
 
     def run_once(self) -> HeldJob | None:
         """Run one job, if one is due; return it."""
@@ -296,7 +306,8 @@ def _signals_handled(stop: Callable[[], None]) -> Iterator[None]:
         yield
         return
     numbers = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) in (signal.SIG_DFL, signal.getsignal(signal.SIGTERM)):
+    closed = signal.getsignal(signal.SIGHUP)
+    if closed is not signal.SIG_IGN and closed in (signal.SIG_DFL, signal.getsignal(signal.SIGTERM)):
         numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, lambda *_: stop()) for number in numbers}
     try:
