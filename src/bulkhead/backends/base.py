@@ -273,8 +273,8 @@ class Broker(ABC):
         """Return the counts of each queue that holds a job."""
 
     @abstractmethod
-    def delete(self, ids: Sequence[str]) -> list[bool]:
-        """Remove jobs that are ready, scheduled or dead; False for one that is running or unknown."""
+    def delete(self, ids: Sequence[str], *, dead_only: bool = False) -> list[bool]:
+        """Remove jobs that are ready, scheduled or dead, or dead ones alone; False for any other, or an unknown one."""
 
     @abstractmethod
     def cancel(self, ids: Sequence[str]) -> list[CancelAnswer]:

@@ -37,6 +37,7 @@ from bulkhead.service import context
 from bulkhead.service.asking import Asking
 from bulkhead.service.catalog import Catalog
 from bulkhead.service.consumer import Consumer
+from bulkhead.service.dead_letters import KEEP_DEAD, MAX_DEAD
 from bulkhead.service.envelope import CodecName, Sealer
 from bulkhead.service.groups import KEEP, Groups, GroupStatus
 from bulkhead.service.middleware.base import Middleware
@@ -79,6 +80,9 @@ class App:
             that are not are never read: they become dead letters.
         lease: For how many seconds a worker's right to a job holds unless it renews it, which it does all the time:
             after so long without a sign of life its jobs run elsewhere. At least 0.1.
+        max_dead: So many dead letters are kept at most, over all queues; None keeps all. Workers delete the oldest
+            beyond that once a minute.
+        keep_dead: For so many seconds each is kept, half a year by default; None is for ever.
         middlewares: Around what is enqueued, dequeued and run; the first is outermost.
 
     Raises:
@@ -96,6 +100,8 @@ class App:
         codec: CodecName = "msgpack",
         key: bytes | str | None = None,
         lease: float = 30.0,
+        max_dead: int | None = MAX_DEAD,
+        keep_dead: float | None = KEEP_DEAD,
         middlewares: Sequence[Middleware] = (),
     ) -> None:
         backends.check(url, namespace)
@@ -108,6 +114,8 @@ class App:
         self.lease = validate.seconds("lease", lease)
         if self.lease < _SHORTEST_LEASE:
             raise ConfigError(f"lease must be at least {_SHORTEST_LEASE} s, not {lease!r}")
+        self.max_dead = None if max_dead is None else validate.whole_number("max_dead", max_dead, at_least=0)
+        self.keep_dead = None if keep_dead is None else validate.seconds("keep_dead", keep_dead)
         self.middlewares = _middlewares(middlewares)
         self.catalog = Catalog()
         self.submitting = Submitting(self)
@@ -418,12 +426,12 @@ class App:
         Raises:
             JobNotFound: There is no dead letter with this id.
         """
-        if not self._asking.is_dead(id) or not self.backend.broker.delete([id])[0]:
+        if not self.backend.broker.delete([job_id(id)], dead_only=True)[0]:
             raise JobNotFound(f"there is no dead letter {id!r}", job_id=id)
 
     def delete_all_dead(self, *, queue: str | None = None) -> int:
         """Delete all dead letters, of one queue or of all; return how many."""
-        return self._asking.each_dead(queue, self.backend.broker.delete)
+        return self._asking.each_dead(queue, partial(self.backend.broker.delete, dead_only=True))
 
     # Groups and chains
 

@@ -43,6 +43,7 @@ import msgspec
 
 from bulkhead.backends.base import Entry
 from bulkhead.errors import BadMessage, BrokerUnavailable, ConfigError, ConfigTypeError, ScheduleNotFound
+from bulkhead.service.dead_letters import DeadLetters
 from bulkhead.service.envelope import Envelope, Follow, decoded
 from bulkhead.service.middleware.base import Submission
 from bulkhead.service.task import Call, name
@@ -300,6 +301,7 @@ class Timer:
         self._clock = clock
         self._is_over = threading.Event()
         self._complain = _Complaints()
+        self._dead_letters = DeadLetters(app)
         self._thread = thread("timer", self._run)
 
     def start(self) -> None:
@@ -340,6 +342,7 @@ class Timer:
         while not self._is_over.wait(wait):
             try:
                 wait, pause = self.tick(), _FIRST_PAUSE
+                self._dead_letters.look_now_and_then()
                 continue
             except BrokerUnavailable as error:
                 _log.warning("schedules: %s; trying again in %g s", error, pause)

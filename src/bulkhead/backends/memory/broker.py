@@ -110,10 +110,10 @@ class MemoryBroker(Broker):
             now = time.time()
             return {name: queue.counts(now) for name, queue in self._queues.items()}
 
-    def delete(self, ids: Sequence[str]) -> list[bool]:
+    def delete(self, ids: Sequence[str], *, dead_only: bool = False) -> list[bool]:
         """See `Broker`."""
         with self._guard:
-            return [self._forget(self._idle(id)) for id in ids]
+            return [self._forget(self._dead(id) if dead_only else self._idle(id)) for id in ids]
 
     def cancel(self, ids: Sequence[str]) -> list[CancelAnswer]:
         """See `Broker`."""
@@ -178,6 +178,10 @@ class MemoryBroker(Broker):
     def _idle(self, id: str) -> Job | None:
         job = self._jobs.get(id)
         return None if job is None or job.place(time.time()) is Place.RUNNING else job
+
+    def _dead(self, id: str) -> Job | None:
+        job = self._jobs.get(id)
+        return job if job is not None and job.is_dead else None
 
     def _forget(self, job: Job | None) -> bool:
         if job is None:

@@ -351,11 +351,12 @@ class Jobs:
 
     # Others' jobs
 
-    async def delete(self, ids: Sequence[str]) -> list[bool]:
+    async def delete(self, ids: Sequence[str], dead_only: bool) -> list[bool]:
         """As `Broker.delete`."""
 
         def step(_: int, job: Job, now: float) -> Job | None:
-            return None if job.stage is Stage.GONE or job.is_running(now) else _gone(job, now)
+            is_left = job.stage is not Stage.DEAD if dead_only else job.stage is Stage.GONE
+            return None if is_left or job.is_running(now) else _gone(job, now)
 
         changed = await self._amend(ids, step)
         await self._tickets.take_away([change.old for change in changed if change is not None])

@@ -158,11 +158,14 @@ class SqliteBroker(Broker):
         """See `Broker`."""
         return self._file.look(self._counts)
 
-    def delete(self, ids: Sequence[str]) -> list[bool]:
+    def delete(self, ids: Sequence[str], *, dead_only: bool = False) -> list[bool]:
         """See `Broker`."""
 
         def delete(connection: sqlite3.Connection, part: Sequence[str]) -> list[bool]:
             now = time.time()
+            if dead_only:
+                key = self._namespace
+                return [self._remove(connection, id, statements.REMOVE_DEAD, (key, id)) for id in part]
             return [self._remove_idle(connection, id, now, dead_too=True) for id in part]
 
         return self._change(ids, delete)

@@ -68,6 +68,8 @@ DELETE FROM jobs WHERE namespace = ? AND id = ? AND (state <> {RUNNING} OR visib
 RETURNING remember
 """
 
+REMOVE_DEAD = f"DELETE FROM jobs WHERE namespace = ? AND id = ? AND state = {DEAD} RETURNING remember"
+
 REQUEST = f"UPDATE jobs SET is_cancelled = 1 WHERE namespace = ? AND id = ? AND state = {RUNNING}"
 
 REMEMBER = "INSERT OR REPLACE INTO taken (namespace, id, until) VALUES (?, ?, ?)"
