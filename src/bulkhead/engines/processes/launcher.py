@@ -29,10 +29,12 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from bulkhead.engines.processes import blackbox, main_module, worker_main
 from bulkhead.engines.processes.channel import HEADER, frame
+from bulkhead.engines.processes.memory import descendants_of
 from bulkhead.errors import MissingMainGuard
 
 __all__ = ["Report", "Says", "Told", "Unsuitable", "main", "run"]
@@ -351,10 +353,7 @@ class _Launcher:
 
     def _orphans(self) -> list[Any]:
         """Return what jobs of workers that are gone have left behind, adopted by this process."""
-        import psutil
-
-        known = _pids(self._children) | self._not_ours
-        return [one for one in psutil.Process().children() if one.pid not in known]
+        return _processes(_children_of(os.getpid()) - _pids(self._children) - self._not_ours)
 
     def _end_all(self) -> None:
         if _children_of(os.getpid()) <= self._not_ours:
@@ -421,9 +420,9 @@ def _receive(sock: socket.socket, size: int) -> bytes:
 
 
 def _children_of(pid: int) -> set[int]:
-    """Return the pids of a process's children. Why not psutil's: its import takes longer than most finalizes."""
+    """Return the pids of the children that a process's first thread has. Why not psutil's: see `_processes`."""
     try:
-        with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+        with open(f"/proc/{pid}/task/{pid}/children", "rb") as file:
             return set(map(int, file.read().split()))
     except OSError:
         import psutil
@@ -520,12 +519,20 @@ def _signal_group(pgid: int, rung: signal.Signals) -> None:
 
 def _strays(pid: int) -> list[Any]:
     """Return the descendants of a worker that have left its group."""
-    import psutil
+    return _processes(one for one in descendants_of(pid) if _group_of(one) != pid)
 
-    try:
-        return [one for one in psutil.Process(pid).children(recursive=True) if _group_of(one.pid) != pid]
-    except psutil.Error:
-        return []
+
+def _processes(pids: Iterable[int]) -> list[Any]:
+    """Return those that there are, by what psutil knows them again."""
+    found = []
+    for pid in pids:
+        import psutil  # Why here: its import takes longer than most finalizes, which find nobody
+
+        try:
+            found.append(psutil.Process(pid))
+        except psutil.Error:
+            pass
+    return found
 
 
 def _signal_stray(stray: Any, rung: signal.Signals) -> None:
@@ -585,7 +592,7 @@ def _reap(child: _Child) -> Report:
 def _oom_kills() -> int:
     """Return how many processes the kernel's out-of-memory killer has ended since boot, or 0 where it does not tell."""
     try:
-        with open("/proc/vmstat", encoding="ascii") as file:
-            return next((int(line.split()[1]) for line in file if line.startswith("oom_kill ")), 0)
+        with open("/proc/vmstat", "rb") as file:
+            return next((int(line.split()[1]) for line in file if line.startswith(b"oom_kill ")), 0)
     except OSError:
         return 0
