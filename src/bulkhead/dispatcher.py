@@ -122,6 +122,10 @@ class Dispatcher:
         progress: bool | Callable[[Progress], object] = False,
     ) -> None:
         refuse_while_importing()
+        # Why here: launchers import this module with the caller's main module, and need no statistics. Why not later: a
+        # signal handler that asks for some must not come upon a half of it.
+        import bulkhead.stats  # noqa: F401
+
         configs = pools_from(pools)
         limit = validate.whole_number("max_history", max_history, at_least=0)
         self._history = History(validate.seconds("job_expiry", job_expiry), limit)
