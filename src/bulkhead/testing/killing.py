@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import signal as signals
 import time
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from bulkhead import validate
 from bulkhead._kernel.lifecycle import JobState
-from bulkhead.dispatcher import Dispatcher
 from bulkhead.errors import ConfigError, UnknownPriority, WaitTimeout
-from bulkhead.tracker import Tracker
+
+if TYPE_CHECKING:
+    from bulkhead.dispatcher import Dispatcher
+    from bulkhead.tracker import Tracker
 
 __all__ = ["kill_worker"]
 
