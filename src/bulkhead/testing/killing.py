@@ -13,7 +13,6 @@ from bulkhead.errors import ConfigError, UnknownPriority, WaitTimeout
 
 if TYPE_CHECKING:
     from bulkhead.dispatcher import Dispatcher
-    from bulkhead.tracker import Tracker
 
 __all__ = ["kill_worker"]
 
@@ -61,7 +60,7 @@ def _find(dispatcher: Dispatcher, priority: int, wanted: tuple[str, ...]) -> int
     if priority not in pools:
         raise UnknownPriority(f"priority {priority!r} has no pool", priority=priority, known=tuple(pools))
     # Why not all that are busy: a job that its worker has not begun is given to another one when this one dies.
-    begun = {status.pid for status in map(Tracker.status, dispatcher.jobs(JobState.RUNNING))}
+    begun = {tracker.status().pid for tracker in dispatcher.jobs(JobState.RUNNING)}
     found = [
         (one.state, one.pid) for one in pools[priority].processes if one.state == "idle" or one.pid in begun
     ]
