@@ -147,7 +147,9 @@ def run(
     code = 1
     try:
         launcher = _Launcher(sock, method, caller, inherited)
-        gc.collect()
+        # Why not of a fork: it would copy all pages of the caller, and end the caller's garbage a second time.
+        if method != "fork":
+            gc.collect()
         gc.freeze()  # Why: workers share these pages until someone writes to them, and the collector would.
         launcher.say(Says.READY)
         launcher.serve()
