@@ -2,7 +2,7 @@
 
 With chunks that are too large a worker ends up with several long jobs while the other has nothing left; with chunks
 that are too small the way there and back counts. bulkhead finds the size by itself. For every peer first all chunk
-sizes are tried; then its best one takes part in the rounds. The jobs are loops of a fixed number of turns, so that
+sizes are tried; then its best one takes part in the rounds. The jobs are a fixed amount of hashing, so that
 the CPU time that a library needs in the caller is lost to the workers, as it is for a script that computes.
 """
 
@@ -31,7 +31,7 @@ from rounds import Rounds, measure_in_rounds
 from settings import WORKERS, Settings, StartMethod
 from tables import ABSENT, duration, median, print_table
 from watchdog import watched
-from workload import spin
+from workload import digest
 
 __all__ = ["measure_uneven"]
 
@@ -42,7 +42,7 @@ SHORT_SECONDS = 0.0002
 SEED = 11
 """The long jobs lie at the same random places for every contestant (the number is arbitrary)."""
 WARM_UP_JOBS = 200
-CALIBRATION_TURNS = 50_000
+CALIBRATION_TURNS = 400
 CALIBRATIONS = 40
 """The fastest counts: others only ever make it slower."""
 TRIES = 2
@@ -102,7 +102,7 @@ def measure_uneven(settings: Settings) -> Report:
 
 
 def _jobs(count: int) -> list[int]:
-    """Return the number of turns of each job's loop."""
+    """Return the number of turns of each job."""
     short = round(SHORT_SECONDS / _seconds_per_turn())
     is_long = [i % LONG_ONE_IN == 0 for i in range(count)]
     random.Random(SEED).shuffle(is_long)
@@ -112,7 +112,7 @@ def _jobs(count: int) -> list[int]:
 def _seconds_per_turn() -> float:
     def once() -> float:
         start = time.perf_counter()
-        spin(CALIBRATION_TURNS)
+        digest(CALIBRATION_TURNS)
         return time.perf_counter() - start
 
     return min(once() for _ in range(CALIBRATIONS)) / CALIBRATION_TURNS
@@ -122,16 +122,16 @@ def _try_sizes(
     contestant: Contestant[Map], sizes: Sizes, jobs: Sequence[int], method: StartMethod
 ) -> dict[int | None, float]:
     with watched(), contestant.open(WORKERS, method) as mapped:
-        timed(mapped, spin, jobs[:WARM_UP_JOBS], None)
-        return {size: min(timed(mapped, spin, jobs, size) for _ in range(TRIES)) for size in sizes}
+        timed(mapped, digest, jobs[:WARM_UP_JOBS], None)
+        return {size: min(timed(mapped, digest, jobs, size) for _ in range(TRIES)) for size in sizes}
 
 
 def _measure(
     contestant: Contestant[Map], size: int | None, jobs: Sequence[int], method: StartMethod
 ) -> float:
     with contestant.open(WORKERS, method) as mapped:
-        timed(mapped, spin, jobs[:WARM_UP_JOBS], size)
-        return timed(mapped, spin, jobs, size)
+        timed(mapped, digest, jobs[:WARM_UP_JOBS], size)
+        return timed(mapped, digest, jobs, size)
 
 
 def _row(
