@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from datetime import tzinfo
 from functools import partial
-from typing import Any, Literal, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
 from bulkhead import backends, forks, validate
 from bulkhead._kernel.lifecycle import JobState
@@ -36,7 +36,6 @@ from bulkhead.retry import Backoff
 from bulkhead.service import context
 from bulkhead.service.asking import Asking
 from bulkhead.service.catalog import Catalog
-from bulkhead.service.consumer import Consumer
 from bulkhead.service.dead_letters import KEEP_DEAD, MAX_DEAD
 from bulkhead.service.envelope import CodecName, Sealer
 from bulkhead.service.groups import KEEP, Groups, GroupStatus
@@ -48,6 +47,9 @@ from bulkhead.service.submitting import Submitting
 from bulkhead.service.task import DEFAULT_BACKOFF, Call, Callback, Task, TaskOptions, job_id
 from bulkhead.service.telling import last_outcome
 from bulkhead.service.timing import Missed
+
+if TYPE_CHECKING:
+    from bulkhead.service.consumer import Consumer
 
 __all__ = ["App"]
 
@@ -622,7 +624,7 @@ class App:
         Concurrency: several calls in several threads are workers of their own.
         """
         grace = validate.seconds("grace", grace, zero=True)
-        consumer = Consumer(self, self.catalog.chosen(queues))
+        consumer = self._consumer(self.catalog.chosen(queues))
         self._consumers[consumer] = None
         try:
             consumer.run(grace=grace)
@@ -642,8 +644,14 @@ class App:
 
         Blocking: as long as the job runs.
         """
-        done = Consumer(self, self.catalog.chosen([queue]), 1).run_once()
+        done = self._consumer(self.catalog.chosen([queue]), 1).run_once()
         return None if done is None else self.find_jobs([done.id])[0] or from_outcome(last_outcome(done))
+
+    def _consumer(self, queues: Sequence[str], n_workers: int | None = None) -> Consumer:
+        # Why here: neither who only enqueues needs it, nor worker processes, which import this module, too.
+        from bulkhead.service.consumer import Consumer
+
+        return Consumer(self, queues, n_workers)
 
     def close(self) -> None:
         """End the connections. The next call connects anew."""
