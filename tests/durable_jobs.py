@@ -8,16 +8,18 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from gates import pass_gate
 from jobs import note as note_line
-from watching import wait_until
+from waiting import wait_until
 
 from bulkhead import App
-from bulkhead.service.consumer import Consumer
 from bulkhead.service.context import current_job
+
+if TYPE_CHECKING:
+    from bulkhead.service.consumer import Consumer
 
 __all__ = ["BEATS", "app", "consuming", "placed"]
 
@@ -116,6 +118,8 @@ def placed(url: str) -> Iterator[App]:
 @contextlib.contextmanager
 def consuming(n: int = 1, queues: Sequence[str] = ("default", "side")) -> Iterator[list[Consumer]]:
     """Have consumers in threads of this process meanwhile."""
+    from bulkhead.service.consumer import Consumer  # Why here: workers import this module
+
     consumers = [Consumer(app, list(queues)) for _ in range(n)]
     threads = [threading.Thread(target=one.run, kwargs={"grace": 0.5}) for one in consumers]
     for thread in threads:

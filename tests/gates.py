@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jobs import lines, note
-from watching import wait_until
+from waiting import wait_until
 
-from bulkhead import Job
+if TYPE_CHECKING:
+    from bulkhead import Job
 
 __all__ = ["Gate", "pass_gate"]
 
@@ -29,6 +31,8 @@ class Gate:
 
     def job(self, name: str = "", **options: object) -> Job:
         """Return a job that returns its name when the gate, or its own door, is open."""
+        from bulkhead import Job  # Why here: workers import this module, and make no jobs
+
         self._made += 1
         return Job(pass_gate, str(self._folder), name or f"job-{self._made}").options(**options)
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from jobs import note
-from watching import wait_until
+from waiting import wait_until
 
 from bulkhead.engines.processes.memory import rss_of
 

@@ -8,7 +8,6 @@ import signal
 import time
 from typing import Any, NoReturn
 
-import numpy as np
 from jobs import note
 
 __all__ = [
@@ -38,6 +37,8 @@ def total(previous: list[int]) -> int:
 
 
 def numbers(size: int) -> Any:
+    import numpy as np  # Why here: few workers need it
+
     return np.arange(size, dtype=np.int64)
 
 

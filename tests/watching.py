@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
+from waiting import PATIENCE, wait_until
 
 from bulkhead import Dispatcher, Job
 
-# How long a condition may take to come true before a test gives up (seconds). Only a broken test takes so long.
-PATIENCE = 20.0
-
 SERVERS = ("redis-server", "nats-server")
-
-
-def wait_until(condition: Callable[[], object], what: str = "", *, within: float = PATIENCE) -> None:
-    """Return when `condition()` is true; fail the test when it is not within so many seconds."""
-    end = time.monotonic() + within
-    while not condition():
-        if time.monotonic() > end:
-            raise AssertionError(f"not within {within} s: {what or condition}")
-        time.sleep(0.002)
 
 
 def is_alive(pid: int) -> bool:

@@ -55,6 +55,9 @@ class Pool:
         initargs: Arguments of `initializer`.
         start_method: "forkserver" (the default), "spawn", or "fork", which copies the caller as it is when the
             dispatcher is made and is safe only while the caller has no other threads.
+        preload: Names of modules that are imported once, as the caller's main module is, before workers are started as
+            copies of who has imported them; for "forkserver", the others take no notice. One that cannot be imported so
+            (it raises, starts threads, opens connections) leaves all of them to the workers, and a warning says so.
         capture_output: Have what jobs print (Python, C code, processes they start) written to the caller's
             `sys.stdout` and `sys.stderr` line by line, and its last 64 KiB kept as `Tracker.output`. "tagged", the same
             as True, puts `[pool 0 · job 17 · pid 4242] ` before each line, "plain" nothing; "silent" keeps it only.
@@ -80,6 +83,7 @@ class Pool:
     initializer: Callable[..., object] | None = None
     initargs: tuple[Any, ...] = ()
     start_method: StartMethod | None = None
+    preload: Iterable[str] = ()
     capture_output: bool | CaptureMode = False
     forward_logging: bool = False
 
@@ -106,6 +110,7 @@ class Pool:
         put(self, "initargs", tuple(self.initargs))
         if self.start_method is not None and self.start_method not in _START_METHODS:
             raise ConfigError(f"start_method must be one of {_START_METHODS}, not {self.start_method!r}")
+        put(self, "preload", tuple(map(_module_name, validate.several("preload", self.preload))))
         _check_output(self.capture_output, self.forward_logging)
 
     @property
@@ -159,6 +164,13 @@ def _check_output(capture_output: object, forward_logging: object) -> None:
         raise ConfigError(f"capture_output must be a bool or one of {_CAPTURE_MODES}, not {capture_output!r}")
     if not isinstance(forward_logging, bool):
         raise ConfigTypeError(f"forward_logging must be a bool, not {forward_logging!r}")
+
+
+def _module_name(name: object) -> str:
+    text = validate.text("preload", name)
+    if not all(text.split(".")):
+        raise ConfigError(f"preload must be names of modules, such as 'package.module', not {text!r}")
+    return text
 
 
 def _pool_from(entry: object) -> Pool:

@@ -55,8 +55,6 @@ from bulkhead.job import (
 )
 from bulkhead.mapping import MapOptions, Results
 from bulkhead.planning import Nowhere, Plan
-from bulkhead.spans import BarrierMark
-from bulkhead.stats import BarrierReport, DispatcherStats, MapProgress, PhaseCounts, Progress
 from bulkhead.tracker import Tracker
 from bulkhead.validate import shown
 
@@ -65,6 +63,7 @@ if TYPE_CHECKING:
     from bulkhead.instrumentation.progress import Displays
     from bulkhead.instrumentation.timeline import Timeline
     from bulkhead.journal import Journal
+    from bulkhead.stats import BarrierReport, DispatcherStats, MapProgress, PhaseCounts, Progress
 
 __all__ = ["Dispatcher"]
 
@@ -123,6 +122,10 @@ class Dispatcher:
         progress: bool | Callable[[Progress], object] = False,
     ) -> None:
         refuse_while_importing()
+        # Why here: launchers import this module with the caller's main module, and need no statistics. Why not later: a
+        # signal handler that asks for some must not come upon a half of it.
+        import bulkhead.stats  # noqa: F401
+
         configs = pools_from(pools)
         limit = validate.whole_number("max_history", max_history, at_least=0)
         self._history = History(validate.seconds("job_expiry", job_expiry), limit)
@@ -132,7 +135,7 @@ class Dispatcher:
             _check_progress(progress)
         self._journal = None if journal is None else _opened(journal)
         self._epoch = time.monotonic(), time.time()
-        self._barriers: deque[BarrierMark] = deque(maxlen=_MAX_BARRIERS)
+        self._barriers: deque[tuple[Any, ...]] = deque(maxlen=_MAX_BARRIERS)  # fields of a `BarrierMark`
         self._pid = os.getpid()
         self._depth = forks.depth
         self._pools: dict[int, ProcessPool] = {}
@@ -414,6 +417,8 @@ class Dispatcher:
         Concurrency: any thread of the process that made the dispatcher, but not from inside a job (raises).
         Source: generation counting as in java.util.concurrent.CyclicBarrier.
         """
+        from bulkhead.stats import BarrierReport
+
         self._refuse_elsewhere()
         began = time.monotonic()
         deadline = None if timeout is None else began + validate.seconds("timeout", timeout, zero=True)
@@ -490,6 +495,8 @@ class Dispatcher:
     def stats(self) -> DispatcherStats:
         """Return counters of every pool. Each pool's are of one moment; two pools' moments may differ."""
         self._refuse_elsewhere()
+        from bulkhead.stats import DispatcherStats
+
         return DispatcherStats({priority: pool.stats() for priority, pool in self._pools.items()})
 
     def timeline(self) -> Timeline:
@@ -506,9 +513,11 @@ class Dispatcher:
             [('pow', 'succeeded')]
         """
         from bulkhead.instrumentation.timeline import Timeline
+        from bulkhead.spans import BarrierMark
 
         self._refuse_elsewhere()
-        return Timeline.of([pool.past() for pool in self._pools.values()], list(self._barriers), *self._epoch)
+        marks = [BarrierMark(*fields) for fields in self._barriers.copy()]
+        return Timeline.of([pool.past() for pool in self._pools.values()], marks, *self._epoch)
 
     def __reduce__(self) -> NoReturn:
         raise NestedDispatch(
@@ -748,6 +757,8 @@ def _warn_of_threads(configs: list[Pool]) -> None:
 
 
 def _counts(phases: list[Phase]) -> PhaseCounts:
+    from bulkhead.stats import PhaseCounts
+
     return PhaseCounts(
         succeeded=sum(phase.succeeded for phase in phases),
         failed=sum(phase.failed for phase in phases),
@@ -755,10 +766,8 @@ def _counts(phases: list[Phase]) -> PhaseCounts:
     )
 
 
-def _mark(priority: int | None, began: float, report: BarrierReport) -> BarrierMark:
-    return BarrierMark(
-        priority, began, began + report.elapsed, report.succeeded, report.failed_count, report.cancelled
-    )
+def _mark(priority: int | None, began: float, report: BarrierReport) -> tuple[Any, ...]:
+    return priority, began, began + report.elapsed, report.succeeded, report.failed_count, report.cancelled
 
 
 def _failures(phases_of_pools: Iterable[list[Phase]]) -> tuple[Tracker, ...]:

@@ -5,21 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["BarrierMark", "Outcome", "Span", "TimelinePool", "WorkerLife"]
-
-
-class Outcome:
-    """How an attempt ended, as the words that a timeline shows."""
-
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    TIMED_OUT = "timed out"
-    CRASHED = "crashed"
-    CANCELLED = "cancelled"
-    RETRIED = "retried"  # failed in whatever way, and another attempt follows
-    RUNNING = "running"
-
-    ALL = SUCCEEDED, FAILED, TIMED_OUT, CRASHED, CANCELLED, RETRIED, RUNNING
+__all__ = ["BarrierMark", "Span", "TimelinePool", "WorkerLife"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -211,6 +211,36 @@ def test_a_job_whose_hash_was_changed_by_hand_holds_up_no_other(
     backend.broker.find(names)
 
 
+@pytest.mark.parametrize("is_claimed", [False, True])
+def test_a_job_whose_hash_names_another_queue_waits_there(
+    redis_server: RedisServer, backend: Backend, namespace: str, is_claimed: bool
+) -> None:
+    _keep(backend, "a")
+    if is_claimed:
+        assert _claimed(backend, lease=SHORT) == ["a"]
+    redis_server.cli("hset", f"{{{namespace}}}:job:a", "queue", "other")
+    wait_until(
+        lambda: backend.broker.claim("mail", 1, 60.0) == [] and "other" in backend.broker.counts(),
+        "it is found where it is not",
+    )
+    assert [record.id for record in backend.broker.records(Place.READY, queue="other")] == ["a"]
+    [claim] = backend.broker.claim("other", 5, 60.0)
+    assert backend.broker.ack([claim.hold]) == [True]
+    assert backend.broker.counts() == {}
+
+
+def test_what_is_left_of_a_deleted_job_does_not_double_another_of_its_id(
+    redis_server: RedisServer, backend: Backend, namespace: str
+) -> None:
+    _keep(backend, "a")
+    _delete_by_hand(redis_server, namespace, "a")
+    assert backend.broker.enqueue_many([Message("a", "other", b"")]) == [True]
+    [claim] = backend.broker.claim("other", 1, 60.0)
+    assert backend.broker.claim("mail", 1, 60.0) == []
+    assert backend.broker.claim("other", 1, 60.0) == []
+    assert backend.broker.ack([claim.hold]) == [True]
+
+
 def test_a_claim_takes_no_more_than_fits_into_memory_and_leaves_the_rest(backend: Backend) -> None:
     body = bytes(6 * 1024 * 1024)
     assert all(backend.broker.enqueue_many([Message(str(n), "mail", body) for n in range(5)]))

@@ -14,7 +14,7 @@ import pytest
 from scripts import running
 from sqlite_files import OPENING, connected, rows
 
-from bulkhead import backends
+from bulkhead import App, backends
 from bulkhead.backends.base import Ending, Message, Outcome, OutcomeState
 from bulkhead.backends.sqlite import file as sqlite_file
 from bulkhead.backends.sqlite import schema, sizes
@@ -369,3 +369,37 @@ for number in range(8):
     for number in range(8):
         with connected(tmp_path / f"{number}.db") as backend:
             assert backend.broker.counts()["q"].ready == 5
+
+
+@pytest.mark.parametrize("value", ["text", b"\xff\x00", 9e999, -9e999, 2**62, ""])
+def test_an_outcome_of_wrong_types_spoils_no_list(
+    tmp_path: Path, value: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    columns = [
+        "queue",
+        "task",
+        "state",
+        "value",
+        "error",
+        "attempt",
+        "enqueued",
+        "started",
+        "finished",
+        "keep",
+    ]
+    path, url = tmp_path / "jobs.db", f"sqlite:///{tmp_path}/jobs.db"
+    app = App(url)
+    app.backend.results.save_many(
+        [Outcome(one, "q", "t", OutcomeState.FAILED, finished_at=1.0) for one in [*columns, "good"]]
+    )
+    with contextlib.closing(sqlite3.connect(path)) as hand, hand:
+        for column in columns:
+            hand.execute(f"UPDATE outcomes SET {column} = ? WHERE id = ?", (value, column))
+
+    assert {job.id for job in app.jobs("failed")} == {*columns, "good"} - {"state"}
+    assert app.job("good").state == "failed"
+    assert app.counts()["failed"] == len(columns)
+    found = app.find_jobs([*columns, "good"])
+    assert [one.id for one in found if one is not None] == [*columns[:2], *columns[3:], "good"]
+    assert "the outcome of job 'state'" in caplog.text
+    app.close()

@@ -48,6 +48,9 @@ BACKENDS: dict[str, Place | str] = {
 # Those that are in one process only.
 LOCAL = {"memory"}
 
+# Those where a job that is given back for a while does not keep its place in line.
+WITHOUT_PLACES = {"nats"}
+
 
 # Why of the session: a server is started before the test's traces are counted.
 @pytest.fixture(scope="session", params=list(BACKENDS))
@@ -71,6 +74,7 @@ class OnEachBackend:
 
         name, opens = site
         self.is_shared_by_processes = name not in LOCAL
+        self.keeps_places = name not in WITHOUT_PLACES
         with opens(tmp_path) as url:
             yield connect
             for backend in opened:

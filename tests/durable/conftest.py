@@ -20,11 +20,14 @@ BACKENDS: dict[str, str | None] = {
     "memory": None,
     "sqlite": None,
     "redis": "redis_server",
+    "redis cluster": "redis_cluster",
     "nats": "nats_server",
 }
 
 # Those that more than one process can use.
-SHARED = [name for name in BACKENDS if name != "memory"]
+SHARED = [name for name in BACKENDS if name not in ("memory", "redis cluster")]
+# Slow, as each test of killed workers takes seconds, and what a cluster has of its own is tried without killing any.
+SHARED_TOO = pytest.param("redis cluster", marks=pytest.mark.slow)
 
 
 # Why of the session: a server is started before a test's traces are counted.
@@ -33,7 +36,7 @@ def place(request: pytest.FixtureRequest) -> Callable[[Path], str]:
     return _place(request, request.param)
 
 
-@pytest.fixture(scope="session", params=SHARED)
+@pytest.fixture(scope="session", params=[*SHARED, SHARED_TOO])
 def shared_place(request: pytest.FixtureRequest) -> Callable[[Path], str]:
     return _place(request, request.param)
 
@@ -68,20 +71,38 @@ def _open_connections(app: App, n: int = 24) -> None:
     """Let as many connections to a Redis be open as the consumers' threads may ever use at once."""
     if not app.url.startswith("redis"):
         return
-    with Redis.from_url(app.url) as client:
-        pid = client.info("server")["process_id"]
+    pids = _pids(app.url)
     # Why stopped: so that each waits for its answer, and none takes the connection of one that has got it.
-    os.kill(pid, signal.SIGSTOP)
+    _signal(pids, signal.SIGSTOP)
     try:
         questions = (app.counts, app.paused, lambda: app.backend.registry.get("nothing"))
         with ThreadPoolExecutor(len(questions) * n) as threads:
             asked = [threads.submit(one) for one in questions for _ in range(n)]
             time.sleep(0.3)
-            os.kill(pid, signal.SIGCONT)
+            _signal(pids, signal.SIGCONT)
             for one in asked:
                 one.result()
     finally:
-        os.kill(pid, signal.SIGCONT)
+        _signal(pids, signal.SIGCONT)
+
+
+def _pids(url: str) -> list[int]:
+    """Return the processes of a Redis, or of all nodes of a cluster."""
+    with Redis.from_url(url.replace("redis+cluster:", "redis:")) as client:
+        info = client.info()
+        nodes = client.cluster("nodes") if info.get("cluster_enabled") else {}
+    if not nodes:
+        return [info["process_id"]]
+    found = []
+    for address in nodes:
+        with Redis.from_url(f"redis://{address.partition('@')[0]}") as client:
+            found.append(client.info("server")["process_id"])
+    return found
+
+
+def _signal(pids: list[int], number: int) -> None:
+    for pid in pids:
+        os.kill(pid, number)
 
 
 @pytest.fixture

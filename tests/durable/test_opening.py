@@ -7,10 +7,10 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from durable_jobs import consuming, give, grow
+from durable_jobs import add, consuming, give, grow
 from watching import wait_until
 
-from bulkhead import App
+from bulkhead import App, JobState
 from bulkhead.backends.base import Return
 from bulkhead.errors import (
     ConfigError,
@@ -239,3 +239,20 @@ def _counted(app, monkeypatch) -> list[str]:
     count(app.backend.results, "get_many", "get_many")
     count(app.backend.registry, "get", "registry.get")
     return calls
+
+
+@pytest.mark.parametrize("own", ["a.1", "a.0", "x.y.12"])
+@pytest.mark.parametrize("enqueue", ["enqueue_group", "enqueue_chain"])
+def test_an_id_that_a_job_of_another_group_may_have_is_refused(memory_app, own, enqueue):
+    with pytest.raises(ConfigError, match="digits"):
+        getattr(memory_app, enqueue)([add.call(1)], id=own)
+    assert memory_app.counts()[JobState.QUEUED] == 0
+
+
+@pytest.mark.parametrize("enqueue", ["enqueue_group", "enqueue_chain"])
+def test_a_group_whose_jobs_would_have_the_ids_of_others_is_refused(memory_app, enqueue):
+    memory_app.enqueue(add.call(1).options(id="a.1"))
+    with pytest.raises(DuplicateJobId) as raised:
+        getattr(memory_app, enqueue)([add.call(n) for n in range(3)], id="a")
+    assert raised.value.job_ids == ("a.1",)
+    assert memory_app.counts()[JobState.QUEUED] == 1

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from uuid import uuid4
 
+import msgspec
 import pytest
 from durable_jobs import consuming
 from watching import wait_until
@@ -325,8 +326,46 @@ class TestTrouble:
         timer.tick()
         timer.tick()
         assert len(ids(app)) == 1
-        assert caplog.text.count("'odd' is left to other workers") == 1
+        assert caplog.text.count("schedule 'odd' is skipped") == 1
         assert [one.name for one in app.schedules()] == ["s"]
+
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            {"next_due": -(2**62)},
+            {"next_due": 2**63},
+            {"next_due": float("nan")},
+            {"anchor": -(2**40)},
+            {"last_due": 2**62},
+            {"when": "61 * * * *"},
+            {"tz": "Nowhere/At_All"},
+            {"missed": "perhaps"},
+            {"body": b"nonsense"},
+            {"task": None},
+        ],
+        ids=lambda changed: " ".join(changed),
+    )
+    def test_an_entry_that_nobody_can_have_written_costs_only_itself(self, changed, app, clock, caplog):
+        for name in ("a", "m", "z"):
+            app.add_schedule(name, "@every 1m", app.call("work"))
+        key = "schedules/m"
+        names = schedules._Kept.__struct_fields__
+        fields = msgspec.msgpack.decode(app.backend.registry.get(key).value)
+        spoilt = {**dict(zip(names, fields, strict=True)), **changed}
+        app.backend.registry.put(key, msgspec.msgpack.encode(list(spoilt.values())))
+        clock.now += 90
+        timer = timer_of(app, clock)
+
+        for _ in range(3):
+            timer.tick()
+            seen = [one.name for one in app.schedules()]
+
+        assert [one for one in seen if one != "m"] == ["a", "z"]
+        assert len(app.backend.broker.records(Place.READY)) == 2
+        told = [one.getMessage() for one in caplog.records if "schedule 'm'" in one.getMessage()]
+        assert 1 <= len(told) <= 2  # by the timer, and by who has asked for the list
+        app.cancel_schedule("m")
+        assert [one.name for one in app.schedules()] == ["a", "z"]
 
     def test_a_job_that_was_not_sealed_with_the_key_is_never_enqueued(self, app, clock, caplog):
         add(app)

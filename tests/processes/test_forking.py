@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import faulty_jobs
 import psutil
 import pytest
+from jobs import lines, note
 from scripts import running
 from watching import PATIENCE, launcher_pid, wait_until_whole, worker_pids
 
@@ -112,3 +115,25 @@ known: dict[str, str] = {}
 
 def what_is_known() -> str:
     return known.get("since", "nothing")
+
+
+class Garbage:
+    """Says which process ends it. A cycle: only the garbage collector does."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.me = path, self
+
+    def __del__(self) -> None:
+        note(self.path, str(os.getpid()))
+
+
+def test_the_callers_garbage_is_not_ended_a_second_time_in_copies_of_it(tmp_path: Path) -> None:
+    gc.disable()
+    try:
+        Garbage(tmp_path / "ended")
+        with Dispatcher([Pool(0, 1, start_method="fork")]) as disp:
+            assert disp.dispatch(Job(gc.collect)).exception(PATIENCE) is None
+        gc.collect()
+    finally:
+        gc.enable()
+    assert lines(tmp_path / "ended") == [str(os.getpid())]

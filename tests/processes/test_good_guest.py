@@ -240,8 +240,66 @@ def test_it_runs_beside_a_pool_of_the_standard_library() -> None:
         assert (script.output(), script.errors()) == ("done\n", "")
 
 
-def test_importing_it_imports_nothing_that_only_the_queue_or_an_executor_needs() -> None:
-    code = "import sys, bulkhead; print([name for name in sys.argv[1:] if name in sys.modules])"
-    dear = ["sqlite3", "msgspec", "asyncio", "redis", "nats", "concurrent.futures.process", "rich"]
+# What neither an import of bulkhead nor a worker needs, and takes long.
+DEAR = [
+    *[
+        "sqlite3",
+        "msgspec",
+        "asyncio",
+        "redis",
+        "nats",
+        "concurrent.futures.process",
+        "rich",
+        "psutil",
+        "ctypes",
+    ],
+    *[
+        "dataclasses",
+        "inspect",
+        "tempfile",
+        "json",
+        "bulkhead.dispatcher",
+        "bulkhead.tracker",
+        "bulkhead.config",
+    ],
+    *[
+        "bulkhead.engines.processes.pool",
+        "bulkhead._kernel",
+        "bulkhead.retry",
+        "bulkhead.stats",
+        "bulkhead.spans",
+    ],
+]
+# What only some callers need.
+RARE = [*DEAR[:7], "bulkhead.stats", "bulkhead.spans", "tempfile"]
+
+
+@pytest.mark.parametrize(
+    ("code", "dear"),
+    [("import bulkhead", DEAR), ("from bulkhead import Dispatcher, Job, Pool", RARE)],
+    ids=["the package", "the names of most scripts"],
+)
+def test_importing_it_imports_nothing_that_is_not_needed(code: str, dear: list[str]) -> None:
+    code = f"import sys; {code}; print([name for name in sys.argv[1:] if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code, *dear], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+IN_A_WORKER = """
+import sys
+from bulkhead import Dispatcher, Job, Pool
+
+there = "[*__import__('sys').modules]"
+new = f"[name for name in {there} if name not in __import__('bulkhead').worker_state()]"
+with Dispatcher([Pool(0, 1, initializer=eval, initargs=(there,))]) as disp:
+    print([name for name in disp.dispatch(Job(eval, there)).result() if name in sys.argv])
+    disp.dispatch(Job(eval, "1 / 0")).wait()
+    print(list(disp.map(abs, [-1, -2])), disp.dispatch(Job(eval, new)).result())
+"""
+
+
+def test_a_launcher_imports_what_workers_need_and_no_more() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_WORKER, *DEAR], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == ["[]", "[1, 2] []"]

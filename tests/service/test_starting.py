@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 import threading
 from pathlib import Path
 
 import pytest
+from consuming import consuming
 from gates import Gate
 from jobs import lines
 from scripts import running
@@ -50,6 +52,45 @@ class TestRunOnce:
         job = service.app.run_once()
         assert (job.id, job.attempt, job.error_message) == (id, 1, "on purpose")
         assert job.state in ("queued", "retrying")
+
+
+# A module of an application, which notes each process that imports it.
+NOTING = """
+import os
+with open({log!r}, "a") as log:
+    log.write(f"{{os.getpid()}}\\n")
+from bulkhead import App
+app = App("sqlite:///{folder}/jobs.db")
+{options}
+@app.task(max_retries=0)
+def end():
+    os._exit(1)
+@app.task
+def processes():
+    return os.getpid(), os.getppid()
+"""
+
+
+class TestTheModulesOfTasks:
+    @pytest.mark.parametrize("is_ahead", [True, False], ids=["as they are", "told not to be"])
+    def test_are_imported_once_a_pool_and_not_by_each_worker(self, tmp_path, monkeypatch, is_ahead):
+        log, name = tmp_path / "log", f"noting_{is_ahead}"
+        options = "" if is_ahead else "app.queue('default', preload=[])"
+        (tmp_path / f"{name}.py").write_text(NOTING.format(log=str(log), folder=tmp_path, options=options))
+        monkeypatch.syspath_prepend(tmp_path)
+        module = importlib.import_module(name)
+        app = module.app
+        app.queue("default", concurrency=1)
+        workers = set()
+        with consuming(app):
+            for _ in range(3):
+                worker, launcher = app.result(module.processes.enqueue(), timeout=SOON)
+                workers.add(worker)
+                app.wait(module.end.enqueue(), timeout=SOON)
+        app.close()
+        assert len(workers) == 3
+        imported = set(map(int, lines(log))) - {os.getpid()}
+        assert imported == ({launcher} if is_ahead else workers)
 
 
 class TestAWorkerInAThread:

@@ -21,6 +21,8 @@ from watching import wait_until
 
 SOON = 20.0
 
+ENDS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+
 Command = Callable[..., AbstractContextManager[Script]]
 
 
@@ -63,7 +65,7 @@ def send(script: Script, number: int) -> None:
 
 
 class TestTheCommand:
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
     def test_runs_jobs_until_it_is_told_to_stop_and_lets_those_that_run_end(
         self, durable, command, gate: Gate, tmp_path, number
     ):
@@ -78,6 +80,24 @@ class TestTheCommand:
         assert "Traceback" not in script.errors()
         job = durable.app.job(id)
         assert (job.state, job.attempt) == ("succeeded", 1)
+
+    def test_goes_on_when_the_terminal_is_closed_where_that_is_to_be_ignored(
+        self, durable, command, gate, tmp_path
+    ):
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; what is started inherits it
+        try:
+            with command(f"{durable.name}:app", "--queues", "default") as script:
+                id = durable.hold.enqueue(str(tmp_path / "gate"), "a")
+                gate.wait_begun(1)
+                send(script, signal.SIGHUP)
+                assert durable.app.result(durable.add.enqueue(1, 2), timeout=SOON) == 3
+                gate.open()
+                assert durable.app.result(id, timeout=SOON) == "a"
+                assert "stopping" not in script.errors()
+                send(script, signal.SIGTERM)
+                assert script.wait() == 0
+        finally:
+            signal.signal(signal.SIGHUP, before)
 
     def test_hears_a_signal_that_another_of_its_threads_was_given(self, durable, command):
         with command(f"{durable.name}:app") as script:
@@ -99,7 +119,7 @@ class TestTheCommand:
         job = durable.app.job(id)
         assert (job.state, job.attempt) == ("queued", 0)
 
-    @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+    @pytest.mark.parametrize(("number", "code"), ENDS)
     def test_that_runs_one_job_gives_it_back_at_a_signal(self, durable, command, path, number, code):
         id = durable.nap.enqueue(path, 60.0)
         with command(f"{durable.name}:app", "--once") as script:
@@ -117,7 +137,7 @@ class TestTheCommand:
         assert script.output() == f"{first} succeeded\n"
         assert durable.app.job(second).state == "queued"
 
-    @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+    @pytest.mark.parametrize(("number", "code"), ENDS)
     def test_ends_without_a_fuss_while_it_starts(self, durable, command, number, code):
         (durable.folder / "slow.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(60)\n")
         with command("slow:app") as script:

@@ -158,12 +158,16 @@ class Return:
     Attributes:
         counts: False if the attempt is not to be counted: the job has not failed.
         error: Kept with the job; None keeps what there was.
+        keeps_place: When the delay is over it is claimed before all that became due after it did, as if it had never
+            been claimed, and its due time is the earlier one; else it is one that becomes due then. NATS can do that
+            only without a delay.
     """
 
     hold: Hold
     delay: float = 0.0
     counts: bool = True
     error: bytes | None = None
+    keeps_place: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,8 +279,8 @@ class Broker(ABC):
         """Return the counts of each queue that holds a job."""
 
     @abstractmethod
-    def delete(self, ids: Sequence[str]) -> list[bool]:
-        """Remove jobs that are ready, scheduled or dead; False for one that is running or unknown."""
+    def delete(self, ids: Sequence[str], *, dead_only: bool = False) -> list[bool]:
+        """Remove jobs that are ready, scheduled or dead, or dead ones alone; False for any other, or an unknown one."""
 
     @abstractmethod
     def cancel(self, ids: Sequence[str]) -> list[CancelAnswer]:

@@ -29,8 +29,8 @@ def add_to(commands: Commands) -> None:
     parser = commands.add_parser(
         "worker",
         help="run the jobs of an application's queues",
-        description="Run the jobs of an application's queues until SIGTERM or Ctrl-C. Then jobs that run have the "
-        "grace time to end and are given back otherwise; a second signal gives them back at once.",
+        description="Run the jobs of an application's queues until SIGTERM, SIGHUP or Ctrl-C. Then jobs that run have "
+        "the grace time to end and are given back otherwise; a second signal gives them back at once.",
     )
     parser.add_argument(
         "app", metavar="MODULE:APP", help="the module, importable from here, and the App in it"
@@ -52,11 +52,17 @@ def add_to(commands: Commands) -> None:
 
 def _run(options: Any) -> None:
     # Why: while there is no worker yet that could stop in good order, or only one job runs.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, _exit)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not so under nohup
+        signal.signal(signal.SIGHUP, _exit)
     try:
         _work(options)
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
+
+
+def _exit(number: int, _: object) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def _work(options: Any) -> None:

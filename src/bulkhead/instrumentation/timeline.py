@@ -17,7 +17,8 @@ from importlib import resources
 from typing import Any, Protocol
 
 from bulkhead.instrumentation.files import write_whole
-from bulkhead.spans import BarrierMark, Outcome, Span, TimelinePool, WorkerLife
+from bulkhead.outcomes import Outcome
+from bulkhead.spans import BarrierMark, Span, TimelinePool, WorkerLife
 from bulkhead.validate import shown
 
 __all__ = ["PoolSummary", "Timeline", "Waits"]

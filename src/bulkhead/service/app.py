@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from datetime import tzinfo
 from functools import partial
-from typing import Any, Literal, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
 from bulkhead import backends, forks, validate
 from bulkhead._kernel.lifecycle import JobState
@@ -35,7 +36,7 @@ from bulkhead.retry import Backoff
 from bulkhead.service import context
 from bulkhead.service.asking import Asking
 from bulkhead.service.catalog import Catalog
-from bulkhead.service.consumer import Consumer
+from bulkhead.service.dead_letters import KEEP_DEAD, MAX_DEAD
 from bulkhead.service.envelope import CodecName, Sealer
 from bulkhead.service.groups import KEEP, Groups, GroupStatus
 from bulkhead.service.middleware.base import Middleware
@@ -46,6 +47,9 @@ from bulkhead.service.submitting import Submitting
 from bulkhead.service.task import DEFAULT_BACKOFF, Call, Callback, Task, TaskOptions, job_id
 from bulkhead.service.telling import last_outcome
 from bulkhead.service.timing import Missed
+
+if TYPE_CHECKING:
+    from bulkhead.service.consumer import Consumer
 
 __all__ = ["App"]
 
@@ -78,6 +82,9 @@ class App:
             that are not are never read: they become dead letters.
         lease: For how many seconds a worker's right to a job holds unless it renews it, which it does all the time:
             after so long without a sign of life its jobs run elsewhere. At least 0.1.
+        max_dead: So many dead letters are kept at most, over all queues; None keeps all. Workers delete the oldest
+            beyond that once a minute.
+        keep_dead: For so many seconds each is kept, half a year by default; None is for ever.
         middlewares: Around what is enqueued, dequeued and run; the first is outermost.
 
     Raises:
@@ -95,6 +102,8 @@ class App:
         codec: CodecName = "msgpack",
         key: bytes | str | None = None,
         lease: float = 30.0,
+        max_dead: int | None = MAX_DEAD,
+        keep_dead: float | None = KEEP_DEAD,
         middlewares: Sequence[Middleware] = (),
     ) -> None:
         backends.check(url, namespace)
@@ -107,6 +116,8 @@ class App:
         self.lease = validate.seconds("lease", lease)
         if self.lease < _SHORTEST_LEASE:
             raise ConfigError(f"lease must be at least {_SHORTEST_LEASE} s, not {lease!r}")
+        self.max_dead = None if max_dead is None else validate.whole_number("max_dead", max_dead, at_least=0)
+        self.keep_dead = None if keep_dead is None else validate.seconds("keep_dead", keep_dead)
         self.middlewares = _middlewares(middlewares)
         self.catalog = Catalog()
         self.submitting = Submitting(self)
@@ -116,6 +127,7 @@ class App:
         self._schedules = Schedules(self)
         self._groups = Groups(self)
         for middleware in self.middlewares:
+            _claim_middleware(middleware, self)
             middleware.attach(self)
         self._consumers: dict[Consumer, None] = {}  # those that run
 
@@ -416,12 +428,12 @@ class App:
         Raises:
             JobNotFound: There is no dead letter with this id.
         """
-        if not self._asking.is_dead(id) or not self.backend.broker.delete([id])[0]:
+        if not self.backend.broker.delete([job_id(id)], dead_only=True)[0]:
             raise JobNotFound(f"there is no dead letter {id!r}", job_id=id)
 
     def delete_all_dead(self, *, queue: str | None = None) -> int:
         """Delete all dead letters, of one queue or of all; return how many."""
-        return self._asking.each_dead(queue, self.backend.broker.delete)
+        return self._asking.each_dead(queue, partial(self.backend.broker.delete, dead_only=True))
 
     # Groups and chains
 
@@ -439,7 +451,8 @@ class App:
 
         Args:
             calls: The jobs, of any queues; none to 100,000, without ids of their own.
-            id: Own id, up to 180 characters, instead of a random one.
+            id: Own id, up to 180 characters, instead of a random one. It may not end with "." and digits, as those of
+                jobs of groups do.
             keep: For how many seconds from then the group is known, and its jobs' outcomes are kept at least:
                 choose it longer than they take. Later the group is JobNotFound, and its jobs are as any others.
 
@@ -592,7 +605,7 @@ class App:
     # Running
 
     def run(self, queues: Iterable[str] | None = None, *, grace: float = 30.0) -> None:
-        """Be a worker: run the jobs of these queues until SIGTERM, SIGINT or `stop`.
+        """Be a worker: run the jobs of these queues until SIGTERM, SIGINT, SIGHUP or `stop`.
 
         At the first signal nothing further begins; jobs that run have `grace` seconds to end and are given back
         otherwise, their processes ended. A second signal gives them back at once.
@@ -611,7 +624,7 @@ class App:
         Concurrency: several calls in several threads are workers of their own.
         """
         grace = validate.seconds("grace", grace, zero=True)
-        consumer = Consumer(self, self.catalog.chosen(queues))
+        consumer = self._consumer(self.catalog.chosen(queues))
         self._consumers[consumer] = None
         try:
             consumer.run(grace=grace)
@@ -631,8 +644,14 @@ class App:
 
         Blocking: as long as the job runs.
         """
-        done = Consumer(self, self.catalog.chosen([queue]), 1).run_once()
+        done = self._consumer(self.catalog.chosen([queue]), 1).run_once()
         return None if done is None else self.find_jobs([done.id])[0] or from_outcome(last_outcome(done))
+
+    def _consumer(self, queues: Sequence[str], n_workers: int | None = None) -> Consumer:
+        # Why here: neither who only enqueues needs it, nor worker processes, which import this module, too.
+        from bulkhead.service.consumer import Consumer
+
+        return Consumer(self, queues, n_workers)
 
     def close(self) -> None:
         """End the connections. The next call connects anew."""
@@ -694,6 +713,15 @@ def _middlewares(given: Sequence[Middleware]) -> tuple[Middleware, ...]:
     if len(set(map(id, made))) < len(made):
         raise ConfigError("middlewares must be different objects, and one of them is there twice")
     return made
+
+
+def _claim_middleware(one: Middleware, app: App) -> None:
+    """Check that no other application has this middleware: it keeps what it knows of one."""
+    known = one.__dict__.get("_used_by")
+    other = None if known is None else known()
+    if other is not None:
+        raise ConfigError(f"middlewares must be made for each application, and {one!r} is used by {other!r}")
+    object.__setattr__(one, "_used_by", weakref.ref(app))  # Why so: it may be a frozen dataclass
 
 
 def _raise_unknown(id: str) -> Any:  # noqa: A002

@@ -108,11 +108,6 @@ class Asking:
             raise ResultNotFound(f"job {one!r} has left no result{why}")
         return self._app.sealer.open_value(one, outcome.value)
 
-    def is_dead(self, one: str) -> bool:
-        """Tell whether there is a dead letter of this id."""
-        (record,) = self._app.backend.broker.find([job_id(one)])
-        return record is not None and record.place is Place.DEAD
-
     def revive(self, ids: Sequence[str]) -> list[bool]:
         """Enqueue dead letters anew."""
         backend = self._app.backend

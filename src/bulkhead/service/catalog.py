@@ -112,9 +112,14 @@ class Catalog:
         """Return the pools of these queues; their priorities are their positions."""
         changed = {} if n_workers is None else {"concurrency": n_workers}
         return [
-            _pool(position, queue, {**self._queues[queue], **changed})
+            _pool(position, queue, {"preload": self._modules(queue), **self._queues[queue], **changed})
             for position, queue in enumerate(queues)
         ]
+
+    def _modules(self, queue: str) -> list[str]:
+        """Return the modules that the jobs of a queue need. The main module comes to workers in its own way."""
+        tasks = {task.fn.__module__ for task in self.tasks.values() if task.options.queue == queue}
+        return ["bulkhead.service.running", *sorted(tasks - {"__main__"})]
 
 
 def _pool(priority: int, queue: str, options: Mapping[str, Any]) -> Pool:

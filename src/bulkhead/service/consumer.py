@@ -298,11 +298,17 @@ def _check_tasks(app: App, queues: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _signals_handled(stop: Callable[[], None]) -> Iterator[None]:
-    """Have SIGTERM and SIGINT call `stop` meanwhile, where this is the main thread."""
+    """Have SIGTERM, SIGINT and SIGHUP call `stop` meanwhile, where this is the main thread.
+
+    SIGHUP is left alone where it is ignored, as under nohup, or the program has a use of its own for it.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    closed = signal.getsignal(signal.SIGHUP)
+    if closed is not signal.SIG_IGN and closed in (signal.SIG_DFL, signal.getsignal(signal.SIGTERM)):
+        numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, lambda *_: stop()) for number in numbers}
     try:
         yield

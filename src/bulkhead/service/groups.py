@@ -23,6 +23,8 @@ at one instant, a second look settles what the first one left out.
 
 from __future__ import annotations
 
+import contextlib
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -46,6 +48,7 @@ from bulkhead.backends.base import (
 )
 from bulkhead.errors import (
     BadMessage,
+    BrokerUnavailable,
     BulkheadError,
     ConfigError,
     ConfigTypeError,
@@ -62,6 +65,7 @@ from bulkhead.service.envelope import Bundle, Envelope, Follow, failure, failure
 from bulkhead.service.middleware.base import Submission
 from bulkhead.service.status import from_record
 from bulkhead.service.task import Call, job_id
+from bulkhead.service.telling import guarded
 
 if TYPE_CHECKING:
     from bulkhead.service.app import App
@@ -75,8 +79,10 @@ KEEP = 7 * 86400.0
 _MOST_JOBS = 100_000
 _MOST_LINKS = 100
 
-# Ids of jobs are the group's and a number, and ids have up to 200 characters.
+# Ids of jobs are the group's and a number, and ids have up to 200 characters. A group whose id looks like that would be
+# mistaken for a job of another one.
 _LONGEST_ID = 180
+_MEMBER = re.compile(r".*\.[0-9]+", re.DOTALL)
 
 # An opener goes before what else is in its queue: its jobs have their own priorities.
 _PRIORITY = 100
@@ -171,6 +177,12 @@ class Groups:
         members = self._submissions(calls, group, _MOST_JOBS)
         for one in members:
             one.brought_by = (group,)
+        with self._all_or_none(members):
+            self._send_group(group, keep, members)
+        return group
+
+    def _send_group(self, group: str, keep: float, members: list[Submission]) -> None:
+        self._refuse_taken(group, members)
         passed = self._passed(members)
         kinds: dict[bytes, int] = {}
         follows: list[Follow] = []
@@ -191,7 +203,6 @@ class Groups:
         }
         bundle = Bundle(False, len(members), keep, tuple(follows), tuple(listed), others)
         self._send(group, self._queue_of(members), bundle)
-        return group
 
     def enqueue_chain(self, calls: Iterable[Call], chain: str | None, keep: float) -> str:
         """See `App.enqueue_chain`."""
@@ -201,6 +212,12 @@ class Groups:
             raise ConfigError("calls of a chain must be at least one, not none")
         for number, one in enumerate(links):
             one.brought_by = (chain, *(before.id for before in links[:number]))
+        with self._all_or_none(links):
+            self._send_chain(chain, keep, links)
+        return chain
+
+    def _send_chain(self, chain: str, keep: float, links: list[Submission]) -> None:
+        self._refuse_taken(chain, links)
         self._require_all(links, self._passed(links))
         then: tuple[Follow, ...] = ()
         for number in reversed(range(len(links))):
@@ -212,7 +229,6 @@ class Groups:
         first = msgspec.structs.replace(then[0], id="")
         bundle = Bundle(True, len(links), keep, (first,), ((0, 0, first.envelope.payload),), {})
         self._send(chain, first.queue, bundle)
-        return chain
 
     def status(self, group: str) -> GroupStatus:
         """See `App.group_status`."""
@@ -309,6 +325,11 @@ class Groups:
         made = self._app.submitting.next_id() if group is None else job_id(group)
         if len(made) > _LONGEST_ID:
             raise ConfigError(f"id of a group must have up to {_LONGEST_ID} characters, not {len(made)}")
+        if _MEMBER.fullmatch(made):
+            raise ConfigError(
+                f'id of a group must not end with "." and digits, as those of jobs of groups do, and {made!r} does: '
+                'write "-" instead'
+            )
         return made, validate.seconds("keep", keep)
 
     def _submissions(self, calls: Iterable[Call], group: str, most: int) -> list[Submission]:
@@ -324,6 +345,31 @@ class Groups:
             one.id, one.is_own_id = _member_id(group, number), True
             made.append(one)
         return made
+
+    @contextlib.contextmanager
+    def _all_or_none(self, members: list[Submission]) -> Iterator[None]:
+        """Let the middlewares know when none of these is enqueued, though some have passed."""
+        try:
+            yield
+        except BaseException as error:
+            is_certain = not isinstance(error, BrokerUnavailable)
+            for middleware in self._app.middlewares:
+                guarded(middleware.refused, [one for one in members if one.duplicate_of is None], is_certain)
+            raise
+
+    def _refuse_taken(self, group: str, members: Sequence[Submission]) -> None:
+        """Check that no other job has an id of the group's; one that is enqueued later is not noticed."""
+        backend = self._app.backend
+        for part in _parts([one.id for one in members]):
+            records = backend.broker.find([group, *part])
+            taken = tuple(record.id for record in records[1:] if record is not None)
+            # Why: a group that is enqueued again is told that it is there itself.
+            if taken and records[0] is None and backend.registry.get(_key(group)) is None:
+                raise DuplicateJobId(
+                    f"{len(taken)} jobs with ids of group {group!r} exist already, the first of them as {taken[0]!r}: "
+                    "none was enqueued",
+                    job_ids=taken,
+                )
 
     def _passed(self, submissions: list[Submission]) -> list[Submission]:
         """Return what the middlewares let through."""

@@ -33,6 +33,7 @@ from bulkhead.service.judging import Judged, breakage, judge
 from bulkhead.service.leases import Leases, is_unwanted
 from bulkhead.service.middleware.base import Middleware
 from bulkhead.service.pace import Pace
+from bulkhead.service.pauses import Pauses
 from bulkhead.service.running import BATCH_SECONDS, Item, run_batch
 from bulkhead.service.telling import Teller, guarded
 from bulkhead.service.verdicts import Bury, Cancel, GiveBack, Lost, TryAgain, Verdict, exhausted
@@ -53,7 +54,7 @@ _GATHER = 0.005
 # Middlewares that want no job, or that let no claim wait, are asked again after so long (seconds).
 _ASKED_AGAIN = 0.05
 
-# What middlewares leave out of what was claimed is given back for so long (seconds).
+# What middlewares leave out of what was claimed is given back for so long at least (seconds).
 _LEFT_OUT = 1.0
 
 # A mark that stands for this long (seconds): nothing behind it will begin. Well above what a batch may take.
@@ -114,6 +115,7 @@ class QueueConsumer:
         self._fail = fail
         self._holdings = Holdings()
         self._pace = Pace(n_workers)
+        self._pauses = Pauses()
         self._teller = Teller(app, name)
         self._done: queue.SimpleQueue[Batch | Errand | None] = queue.SimpleQueue()
         self._is_leaving = threading.Event()
@@ -122,8 +124,10 @@ class QueueConsumer:
         for middleware in reversed(app.middlewares):
             self._dequeue = _around(middleware, name, self._dequeue)
         self._judges = [one for one in reversed(app.middlewares) if type(one).judge is not Middleware.judge]
+        self._askers = [one.asked for one in app.middlewares if type(one).asked is not Middleware.asked]
         self._fresh: dict[HeldJob, None] = {}  # what was claimed in this round. Owner: who fetches
         self._has_claimed = False  # likewise
+        self._has_found_all = False  # likewise: some, and no more were due
         waits = [one.claim_wait(name) for one in app.middlewares]
         self._wait = min([_CLAIM_WAIT, *(wait for wait in waits if wait is not None)])
         self._n_openers = 0  # groups that were claimed, likewise
@@ -208,6 +212,8 @@ class QueueConsumer:
                 jobs = self._take(n)
                 if not jobs and (not self._has_claimed or self._wait < _ASKED_AGAIN):
                     self._wait_a_moment()
+                elif self._was_in_vain():
+                    self._is_leaving.wait(_ASKED_AGAIN)
                 pause = _FIRST_PAUSE
                 # Why: while jobs are enqueued one by one, a round trip for each would cost more than it brings. The
                 # first after a pause never waits.
@@ -247,7 +253,7 @@ class QueueConsumer:
 
     def _take(self, n: int) -> list[HeldJob]:
         """Let the middlewares claim up to `n` jobs, and admit what they return; the rest is given back."""
-        self._fresh, self._has_claimed = {}, False
+        self._fresh, self._has_claimed, self._has_found_all = {}, False, False
         chosen: list[HeldJob] = []
         try:
             chosen = _checked(self._dequeue(n), self._fresh)
@@ -255,10 +261,17 @@ class QueueConsumer:
             # Also when one of them raises: then nothing is chosen.
             found = set(chosen)
             left_out = [held for held in self._fresh if held not in found]
+            if chosen:
+                self._pauses.begun(self.name)
             for held in left_out:
-                held.verdict = GiveBack(_LEFT_OUT)
+                # Why not at its place: nothing says that there is any behind it that middlewares would choose.
+                held.verdict = GiveBack(max(_LEFT_OUT, self._pauses.next(self.name)), keeps_place=False)
             self._admit([*chosen, *left_out])
         return chosen
+
+    def _was_in_vain(self) -> bool:
+        """Tell whether all that could be claimed in this round is given back: the next one would find no better."""
+        return self._has_found_all and all(isinstance(held.verdict, GiveBack) for held in self._fresh)
 
     def _wait_for_errands(self) -> None:
         """Wait until what was to be told until now is told."""
@@ -274,6 +287,9 @@ class QueueConsumer:
         while True:
             asked = time.monotonic()
             claims = self._app.backend.broker.claim(self.name, n, self._app.lease, wait=self._wait)
+            for told in self._askers:
+                guarded(told, self.name, len(claims))
+            self._has_found_all = 0 < len(claims) < n
             jobs = [job for claim in claims if (job := self._opened(claim)) is not None]
             for held in jobs:
                 held.sure_until = self._leases.sure_until(asked)

@@ -43,6 +43,7 @@ import msgspec
 
 from bulkhead.backends.base import Entry
 from bulkhead.errors import BadMessage, BrokerUnavailable, ConfigError, ConfigTypeError, ScheduleNotFound
+from bulkhead.service.dead_letters import DeadLetters
 from bulkhead.service.envelope import Envelope, Follow, decoded
 from bulkhead.service.middleware.base import Submission
 from bulkhead.service.task import Call, name
@@ -69,6 +70,12 @@ _SPREAD = 0.05
 
 # What was read longer ago than this (seconds) is read anew before anything is enqueued by it.
 _STALE = 60.0
+
+# The last instant (POSIX milliseconds) that a schedule may come to: in the year 9000, in any time zone a datetime.
+_LAST_INSTANT = 221_845_392_000_000
+
+# So many errors are remembered, so that none is logged each second (arbitrary).
+_MOST_COMPLAINTS = 10_000
 
 # Pauses while the broker is out of reach (seconds).
 _FIRST_PAUSE = 0.2
@@ -167,6 +174,7 @@ class Schedules:
     def __init__(self, app: App) -> None:
         self._app = app
         self._declared: dict[str, _Kept] = {}
+        self._complain = _Complaints()
 
     def declare(self, schedule: str, when: str, call: Call, tz: Any, missed: Missed) -> None:
         """Take note of a schedule, which is kept when a worker starts, or by `put_declared`."""
@@ -197,10 +205,8 @@ class Schedules:
 
     def all(self) -> list[Schedule]:
         """Return the kept schedules, by name."""
-        found = [(_name_of(entry), _read(entry)) for entry in self._entries()]
-        return sorted(
-            (_told(schedule, kept) for schedule, kept in found if kept is not None), key=lambda one: one.name
-        )
+        known = _readable(self._entries(), self._complain)
+        return sorted((_told(_name_of(entry), kept) for entry, kept in known), key=lambda one: one.name)
 
     def pause(self, schedule: str) -> None:
         """Let it enqueue nothing until `resume`."""
@@ -294,7 +300,8 @@ class Timer:
         self._app = app
         self._clock = clock
         self._is_over = threading.Event()
-        self._complained: set[tuple[str, int]] = set()
+        self._complain = _Complaints()
+        self._dead_letters = DeadLetters(app)
         self._thread = thread("timer", self._run)
 
     def start(self) -> None:
@@ -316,11 +323,12 @@ class Timer:
         read_at = self._clock()
         entries = self._app.backend.registry.entries(_PREFIX)
         now = int(self._clock() * 1000)
-        known = [(entry, kept) for entry in entries if (kept := self._mine(entry)) is not None]
         due = []
         next_dues = []
-        for entry, kept in known:
-            decision = decide(kept.timing(), kept.next_due, kept.missed, now)
+        for entry, kept in _readable(entries, self._complain):
+            decision = self._decision(entry, kept, now)
+            if decision is None:
+                continue
             next_dues.append(decision.next_due)
             if kept.next_due <= now:
                 due.append(_Due(_name_of(entry), entry.version, kept, decision))
@@ -334,6 +342,7 @@ class Timer:
         while not self._is_over.wait(wait):
             try:
                 wait, pause = self.tick(), _FIRST_PAUSE
+                self._dead_letters.look_now_and_then()
                 continue
             except BrokerUnavailable as error:
                 _log.warning("schedules: %s; trying again in %g s", error, pause)
@@ -341,28 +350,19 @@ class Timer:
                 _log.exception("schedules: trying again in %g s", pause)
             wait, pause = pause, min(2 * pause, _LONGEST_PAUSE)
 
-    def _mine(self, entry: Entry) -> _Kept | None:
-        """Return what an entry says, if this worker can do something about it now."""
-        kept = _read(entry)
-        if kept is None:
-            self._complain(entry, "it cannot be read")
-        elif not kept.is_paused and kept.task in self._app.tasks():
-            try:
-                kept.timing()
-                if kept.next_due <= self._clock() * 1000:
-                    self._app.sealer.open(entry.key, kept.queue, kept.body)
-            except (ConfigError, BadMessage) as error:
-                # A time zone that this machine does not have, or the key of other workers: theirs are the runs, too.
-                self._complain(entry, str(error))
-            else:
-                return kept
-        return None
-
-    def _complain(self, entry: Entry, why: str) -> None:
-        mark = entry.key, entry.version
-        if mark not in self._complained:
-            self._complained.add(mark)
-            _log.error("schedule %r is left to other workers: %s", _name_of(entry), why)
+    def _decision(self, entry: Entry, kept: _Kept, now: int) -> Decision | None:
+        """Return what follows from an entry, if this worker can do something about it now."""
+        if kept.is_paused or kept.task not in self._app.tasks():
+            return None
+        try:
+            made = decide(kept.timing(), kept.next_due, kept.missed, now)
+            if kept.next_due <= self._clock() * 1000:
+                self._app.sealer.open(entry.key, kept.queue, kept.body)
+        except (ConfigError, BadMessage) as error:
+            # A time zone that this machine does not have, or the key of other workers: theirs are the runs, too.
+            self._complain(entry, f"is left to other workers: {error}")
+            return None
+        return made
 
     def _carry_out(self, due: list[_Due], read_at: float) -> None:
         runs = [(one, at) for one in due for at in one.decision.runs]
@@ -446,10 +446,36 @@ def _with_ids(envelope: Envelope, prefix: str) -> Envelope:
 
 
 def _read(entry: Entry) -> _Kept | None:
+    """Return what is kept; None of what bulkhead has not written: one such entry costs only itself."""
     try:
-        return _unpack(entry.value)
-    except msgspec.MsgspecError:
+        kept = _unpack(entry.value)
+    except (msgspec.MsgspecError, ValueError):
         return None
+    instants = (kept.anchor, kept.next_due, kept.last_due or 0)
+    return kept if all(0 <= one <= _LAST_INSTANT for one in instants) else None
+
+
+def _readable(entries: list[Entry], complain: Callable[[Entry, str], None]) -> list[tuple[Entry, _Kept]]:
+    found = [(entry, _read(entry)) for entry in entries]
+    for entry, kept in found:
+        if kept is None:
+            complain(entry, "is skipped, as what is kept of it cannot be read: cancel or add it anew")
+    return [(entry, kept) for entry, kept in found if kept is not None]
+
+
+class _Complaints:
+    """Errors that are logged once for each version of an entry. Bounded: begun anew when there are many."""
+
+    def __init__(self) -> None:
+        self._told: set[tuple[str, int]] = set()
+
+    def __call__(self, entry: Entry, why: str) -> None:
+        mark = entry.key, entry.version
+        if mark not in self._told:
+            if len(self._told) >= _MOST_COMPLAINTS:
+                self._told.clear()
+            self._told.add(mark)
+            _log.error("schedule %r %s", _name_of(entry), why)
 
 
 def _name_of(entry: Entry) -> str:

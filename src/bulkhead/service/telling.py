@@ -219,4 +219,4 @@ def _return_of(held: HeldJob, verdict: Verdict) -> Return:
     if isinstance(verdict, TryAgain):
         return Return(held.claim.hold, verdict.delay, True, verdict.error)
     assert isinstance(verdict, GiveBack)
-    return Return(held.claim.hold, verdict.delay, False)
+    return Return(held.claim.hold, verdict.delay, False, keeps_place=verdict.keeps_place)

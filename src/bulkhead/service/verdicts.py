@@ -59,9 +59,13 @@ class Bury:
 
 @dataclass(frozen=True, slots=True)
 class GiveBack:
-    """It has not failed and is to run again after `delay` seconds; the attempt is not counted."""
+    """It has not failed and is to run again after `delay` seconds; the attempt is not counted.
+
+    It keeps its place in the queue, where the server can do that, see `Return`; or it is as one that becomes due then.
+    """
 
     delay: float = 0.0
+    keeps_place: bool = True
 
     def __post_init__(self) -> None:
         validate.seconds("delay", self.delay, zero=True)
@@ -101,7 +105,8 @@ def after(answer: Answer, envelope: Envelope, attempt: int, draw: float) -> Verd
         assert data is not None
         return Succeed(data)
     if kind == SNOOZED:
-        return GiveBack(seconds)
+        # Why not at its place: one that snoozes for no time would keep all others of its queue from running.
+        return GiveBack(seconds, keeps_place=False)
     if kind == CANCELLED:
         return Cancel()
     assert data is not None

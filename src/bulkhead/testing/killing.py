@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal as signals
 import time
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from bulkhead import validate
 from bulkhead._kernel.lifecycle import JobState
-from bulkhead.dispatcher import Dispatcher
 from bulkhead.errors import ConfigError, UnknownPriority, WaitTimeout
-from bulkhead.tracker import Tracker
+
+if TYPE_CHECKING:
+    from bulkhead.dispatcher import Dispatcher
 
 __all__ = ["kill_worker"]
 
@@ -59,7 +60,7 @@ def _find(dispatcher: Dispatcher, priority: int, wanted: tuple[str, ...]) -> int
     if priority not in pools:
         raise UnknownPriority(f"priority {priority!r} has no pool", priority=priority, known=tuple(pools))
     # Why not all that are busy: a job that its worker has not begun is given to another one when this one dies.
-    begun = {status.pid for status in map(Tracker.status, dispatcher.jobs(JobState.RUNNING))}
+    begun = {tracker.status().pid for tracker in dispatcher.jobs(JobState.RUNNING)}
     found = [
         (one.state, one.pid) for one in pools[priority].processes if one.state == "idle" or one.pid in begun
     ]

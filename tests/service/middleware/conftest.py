@@ -9,15 +9,20 @@ import pytest
 from bulkhead import App
 from bulkhead.service.middleware import Middleware
 
-PLACES = ("memory", "sqlite", "redis")
+PLACES = {
+    "memory": None,
+    "sqlite": None,
+    "redis": "redis_server",
+    "redis cluster": "redis_cluster",
+    "nats": "nats_server",
+}
 
 
 # Why of the session: a server is started before the test's traces are counted.
-@pytest.fixture(scope="session", params=PLACES)
+@pytest.fixture(scope="session", params=list(PLACES))
 def place(request: pytest.FixtureRequest) -> tuple[str, str | None]:
-    server = (
-        request.getfixturevalue(f"{request.param}_server") if request.param in ("redis", "nats") else None
-    )
+    fixture = PLACES[request.param]
+    server = None if fixture is None else request.getfixturevalue(fixture)
     return request.param, None if server is None else server.url
 
 

@@ -239,7 +239,10 @@ def test_what_is_left_out_is_given_back_uncounted(app: App, middleware: Scripted
         job = app.wait(job_id, timeout=10)
 
     assert (job.state, job.attempt) == (JobState.SUCCEEDED, 1)
-    assert middleware.settled_jobs == [(job_id, GiveBack(1.0)), (job_id, middleware.settled_jobs[1][1])]
+    assert middleware.settled_jobs == [
+        (job_id, GiveBack(1.0, keeps_place=False)),
+        (job_id, middleware.settled_jobs[1][1]),
+    ]
 
 
 def test_a_job_with_a_verdict_is_not_run(app: App, middleware: Scripted) -> None:

@@ -7,18 +7,20 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from consuming import consuming, held, placed
+from gates import Gate, pass_gate
 from jobs import lines, note
 from scripts import Script, running
 from watching import wait_until
 
 from bulkhead import App, BrokerUnavailable, ConfigError, JobState
 from bulkhead.service.batch import HeldJob
-from bulkhead.service.middleware import ConcurrencyLimit, LocalLimit
+from bulkhead.service.middleware import ConcurrencyLimit, LocalLimit, RateLimit
 from bulkhead.service.verdicts import GiveBack, Succeed
 
 DONE = Succeed(b"")
@@ -298,6 +300,60 @@ def test_a_job_that_crashes_gives_its_place_back(tmp_path: Path, namespace: str)
         last = hold.enqueue(str(tmp_path), 0.0)
         with consuming(app):
             assert app.wait(last, timeout=20).state == JobState.SUCCEEDED
+
+
+crowded = App("memory://", middlewares=[ConcurrencyLimit(1, per="task", tasks=["wait_at"])])
+
+
+@crowded.task(concurrency=2, max_retries=0)
+def wait_at(folder: str) -> str:
+    return pass_gate(folder, "one")
+
+
+@crowded.task
+def quick() -> None: ...
+
+
+def test_300_jobs_that_wait_for_a_permit_keep_no_consumer_busy_and_others_from_nothing(
+    gate: Gate, namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with placed(crowded, f"sqlite:///{tmp_path}/jobs.db", namespace) as app:
+        claimed: list[list[str]] = []
+        broker = app.backend.broker
+        claim = broker.claim
+
+        def noted(*args: Any, **rest: Any) -> Any:
+            found = claim(*args, **rest)
+            claimed.append([one.id for one in found])
+            return found
+
+        monkeypatch.setattr(broker, "claim", noted)
+        ids = app.enqueue_many(wait_at.call(str(tmp_path / "gate")) for _ in range(301))
+        with consuming(app, grace=0.1):
+            app.wait(quick.enqueue(), timeout=20)
+            wait_until(lambda: len({one for some in claimed for one in some}) == 302, "each was claimed")
+            before, began = len(claimed), time.monotonic()
+            for _ in range(15):
+                app.wait(quick.enqueue(), timeout=20)
+                time.sleep(0.1)
+            # With a claim for each of them it was 170 a second and more.
+            assert (len(claimed) - before) / (time.monotonic() - began) < 60
+            assert sum(app.job(one).state == JobState.RUNNING for one in ids[:20]) == 1
+            gate.open()
+
+
+@pytest.mark.parametrize("kind", [ConcurrencyLimit, LocalLimit, partial(RateLimit, seconds=60, burst=9)])
+def test_no_more_go_on_than_the_consumer_has_room_for_when_it_searches(
+    kind: Any, app_with: Callable[..., App]
+) -> None:
+    limit = kind(9, per="task")
+    app_with(limit)
+    limit._search["default"] = 50
+    jobs = limit.dequeue("default", 2, lambda n: [held(task=f"task-{at % 5}") for at in range(n)])
+    assert len(jobs) == 50
+    assert sum(job.verdict is None for job in jobs) == 2
+    assert [job.verdict for job in jobs if job.verdict is not None] == [GiveBack(0.0)] * 48
+    assert len(limit.dequeue("default", 2, lambda n: [held() for _ in range(n)])) == 2
 
 
 CONSUMER = """

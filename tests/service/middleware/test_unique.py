@@ -300,6 +300,51 @@ def test_a_group_that_is_enqueued_again_after_an_error_has_all_its_jobs(
     assert [at for at, _, _ in bundle.members] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("options", [{}, {"seconds": 60.0}])
+def test_a_group_that_is_refused_keeps_no_locks(
+    options: dict[str, Any], app_with: Callable[..., App]
+) -> None:
+    app = app_with(Unique(**options))
+    first = app.enqueue(app.call("work", "there"))
+    with pytest.raises(DuplicateJobId, match="of the chain exist"):
+        app.enqueue_chain([app.call("work", 1), app.call("work", "there")])
+    app.enqueue_group([app.call("work", 2)], id="taken")
+    with pytest.raises(DuplicateJobId):
+        app.enqueue_group([app.call("work", 1), app.call("work", 3)], id="taken")
+
+    assert app.enqueue(app.call("work", 1))
+    assert app.enqueue(app.call("work", 3))
+    # What was there before keeps its own.
+    assert refused(app, "there") == first
+    assert refused(app, 2) == "taken.0"
+
+
+def test_a_group_that_the_server_did_not_take_keeps_no_locks(
+    app_with: Callable[..., App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = app_with(Unique(seconds=60.0))
+
+    def gone(*_: Any) -> Any:
+        raise BrokerUnavailable("gone")
+
+    calls = [app.call("work", n) for n in range(150)]
+    with monkeypatch.context() as patch:
+        patch.setattr(app.backend.broker, "enqueue_many", gone)
+        with pytest.raises(BrokerUnavailable):
+            app.enqueue_group(calls)
+
+    assert app.enqueue_group(calls)
+
+
+def test_a_lock_that_cannot_be_read_is_none(app_with: Callable[..., App]) -> None:
+    app = app_with(Unique())
+    first = app.enqueue(app.call("work", 1))
+    (entry,) = app.backend.registry.entries("unique/")
+    app.backend.registry.put(entry.key, b"\xc1 nonsense")
+
+    assert app.enqueue(app.call("work", 1)) != first
+
+
 def test_a_job_of_a_chain_stands_while_those_before_it_run(app_with: Callable[..., App]) -> None:
     app = app_with(Unique())
     chain = app.enqueue_chain([app.call("work", number) for number in range(3)])

@@ -1,10 +1,12 @@
 """Middlewares that only look, or ask less often: heartbeat, logging, poll throttle."""
 
+import gc
 import itertools
 import logging
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -16,8 +18,9 @@ from scripts import running
 from watching import wait_until
 
 from bulkhead import App, Backoff, ConfigError, JobState, Unrecoverable
+from bulkhead.service.batch import HeldJob
 from bulkhead.service.envelope import failure_of
-from bulkhead.service.middleware import Heartbeat, LogJobs, PollThrottle, consumers
+from bulkhead.service.middleware import ConcurrencyLimit, Heartbeat, LogJobs, PollThrottle, consumers
 from bulkhead.service.verdicts import Bury, Cancel, Discard, GiveBack, Lost, Succeed, TryAgain, Verdict
 
 CONSUMER = """
@@ -131,7 +134,12 @@ def test_a_queue_that_brings_jobs_is_asked_at_once_but_for_the_highest_rate() ->
     free, bounded = PollThrottle(empty=10.0), PollThrottle(empty=0.0, every=10.0)
 
     for middleware, expected in ((free, 3), (bounded, 1)):
-        jobs = [middleware.dequeue("default", 1, lambda _: [held()]) for _ in range(3)]
+
+        def claim(n: int, middleware: PollThrottle = middleware) -> list[HeldJob]:
+            middleware.asked("default", 1)
+            return [held()]
+
+        jobs = [middleware.dequeue("default", 1, claim) for _ in range(3)]
         assert sum(map(bool, jobs)) == expected
 
 
@@ -224,3 +232,71 @@ def test_consumers_of_one_process_are_one_until_the_last_ends(app_with: Callable
     assert app.consumers() == [info]
     middleware.stopped()
     assert app.consumers() == []
+
+
+def test_consumers_of_one_process_say_together_what_they_hold(app_with: Callable[..., App]) -> None:
+    middleware = Heartbeat(every=0.0)
+    app = app_with(middleware)
+    jobs = [held("a"), held("a"), held("b")]
+    go_on, have_said = threading.Event(), threading.Barrier(3)
+
+    def consume(queue: str, some: list[HeldJob]) -> None:
+        middleware.started([queue])
+        middleware.beat(queue, some)
+        have_said.wait(10)
+        go_on.wait(10)
+        middleware.stopped()
+
+    threads = [threading.Thread(target=consume, args=("a", jobs[:1])) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    have_said.wait(10)
+    middleware.started(["b"])
+    middleware.beat("b", jobs[2:])
+    (info,) = app.consumers()
+    assert (info.n_jobs, set(info.queues)) == ({"a": 2, "b": 1}, {"a", "b"})
+
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    middleware.beat("b", jobs[2:])
+    (info,) = app.consumers()
+    assert (info.n_jobs, info.queues) == ({"b": 1}, ("b",))
+    middleware.stopped()
+    assert app.consumers() == []
+
+
+outside = App("memory://", middlewares=[PollThrottle(empty=30.0), ConcurrencyLimit(1)])
+
+
+@outside.task(concurrency=2, max_retries=0)
+def pass_through(number: int) -> int:
+    return number
+
+
+def test_run_once_asks_though_a_question_was_in_vain_a_moment_ago(namespace: str) -> None:
+    with placed(outside, "memory://", namespace) as app:
+        assert app.run_once() is None
+        pass_through.enqueue(1)
+        done = app.run_once()
+        assert done is not None
+        assert done.state == "succeeded"
+
+
+def test_a_throttle_outside_a_limit_does_not_wait_for_jobs_that_nobody_asked_for(namespace: str) -> None:
+    with placed(outside, "memory://", namespace) as app:
+        ids = app.enqueue_many(pass_through.call(number) for number in range(5))
+        with consuming(app):
+            # While the limit has no room the server is not asked; or it would take minutes.
+            assert [app.result(one, timeout=15) for one in ids] == [0, 1, 2, 3, 4]
+
+
+def test_a_middleware_of_another_application_is_refused() -> None:
+    middleware = PollThrottle()
+    first = App("memory://", middlewares=[middleware])
+    with pytest.raises(ConfigError, match="each application"):
+        App("memory://", middlewares=[middleware])
+    assert first.middlewares == (middleware,)
+    del first
+    gc.collect()
+    App("memory://", middlewares=[middleware])

@@ -108,7 +108,7 @@ class MemoryBroker(Broker):
             if place is Place.DEAD:
                 found.sort(key=lambda job: (-job.due_at, -job.arrival))
             elif place is Place.SCHEDULED:
-                found.sort(key=lambda job: (job.due_at, job.arrival))
+                found.sort(key=lambda job: (job.visible_at, job.arrival))
             else:
                 found.sort(key=lambda job: (-job.priority, job.due_at, job.arrival))
             return [job.record(now) for job in found[offset : offset + limit]]
@@ -119,10 +119,10 @@ class MemoryBroker(Broker):
             now = time.time()
             return {name: queue.counts(now) for name, queue in self._queues.items()}
 
-    def delete(self, ids: Sequence[str]) -> list[bool]:
+    def delete(self, ids: Sequence[str], *, dead_only: bool = False) -> list[bool]:
         """See `Broker`."""
         with self._guard:
-            return [self._forget(self._idle(id)) for id in ids]
+            return [self._forget(self._dead(id) if dead_only else self._idle(id)) for id in ids]
 
     def cancel(self, ids: Sequence[str]) -> list[CancelAnswer]:
         """See `Broker`."""
@@ -188,6 +188,10 @@ class MemoryBroker(Broker):
         job = self._jobs.get(id)
         return None if job is None or job.place(time.time()) is Place.RUNNING else job
 
+    def _dead(self, id: str) -> Job | None:
+        job = self._jobs.get(id)
+        return job if job is not None and job.is_dead else None
+
     def _forget(self, job: Job | None) -> bool:
         if job is None:
             return False
@@ -212,7 +216,10 @@ class MemoryBroker(Broker):
         if job is None:
             return False
         due = time.time() + max(back.delay, 0.0)
-        job.move(due_at=due, visible_at=due)
+        if back.keeps_place:
+            job.visible_at, job.token = due, None
+        else:
+            job.move(due_at=due, visible_at=due)
         job.attempt -= not back.counts
         job.error = job.error if back.error is None else back.error
         self._queues[job.queue].put(job)

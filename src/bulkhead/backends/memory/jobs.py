@@ -68,7 +68,7 @@ class Job:
             self.priority,
             self.attempt,
             self.enqueued_at,
-            self.due_at,
+            self.visible_at if place is Place.SCHEDULED else self.due_at,
             self.visible_at if place is Place.RUNNING else None,
             self.reason,
             self.error,

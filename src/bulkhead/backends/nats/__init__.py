@@ -23,7 +23,8 @@ buckets (`results`, `registry`). Each process has a thread with the event loop o
 
 Promised less than elsewhere: a call that enqueues many is not atomic. Order by due time is kept as far as tickets
 are put in that order: with several claimers, or where nobody claims when a job becomes due, one enqueued in that time
-may come before it; likewise a job whose lease ran out comes first.
+may come before it; likewise a job whose lease ran out comes first. A job that is given back for a while comes behind
+those that were put in meanwhile (`Return.keeps_place`).
 
 The URL: `nats://[user:password@|token@]host[:4222][,host…]`, or `tls://`; options `replicas` (1 to 5), `storage`
 (file, memory), `timeout` (seconds until a silent server counts as gone, default 4), `creds_file` and

@@ -10,6 +10,8 @@ whether the job can be had |
 | ack | record says GONE, acknowledge ticket | a ticket that leads nowhere; whoever gets it drops it |
 | nack | record waits with the next turn, new ticket, acknowledge the old one | the old ticket; whoever gets it puts \
 the new one before it drops the old one |
+| nack, keeping the place | record waits, ticket is given back itself | the ticket comes back when the lease \
+would have ended |
 | bury | record says DEAD, ticket into the list of the dead, acknowledge the old one | the same |
 | revive | ticket of the next turn, record waits with it, out of the list | a ticket whose record never came; it is \
 dropped after a minute, and the job is still dead; later, an entry of the list that is skipped |
@@ -189,7 +191,7 @@ class Jobs:
         claims = [_claim(held.job) for held in taken]
         # Race: the queue may have been paused after the look above, and what came since then must not be given out.
         if claims and (await self.queues.get(name)).is_paused:
-            await self.nack([Return(one.hold, counts=False) for one in claims])
+            await self.nack([Return(one.hold, counts=False, keeps_place=True) for one in claims])
             return []
         return claims
 
@@ -222,19 +224,32 @@ class Jobs:
     async def nack(self, returns: Sequence[Return]) -> list[bool]:
         """As `Broker.nack`."""
         now = self._clock.now()
+        # A ticket that is given back itself is the next to be given out; a new one goes behind all others.
+        kept = {
+            place: held.reply
+            for place, given in enumerate(returns)
+            if given.keeps_place and given.delay <= 0 and (held := self._mine(given.hold)) and held.reply
+        }
 
         def wait(place: int, job: Job) -> Job:
             given = returns[place]
             attempt = job.attempt if given.counts else max(0, job.attempt - 1)
             error = job.error if given.error is None else self._fitting(job, given.error)
+            if place in kept:
+                return replace(job, token="", leased=0.0, attempt=attempt, error=error)
             due = now + max(0.0, given.delay)
             return replace(
                 job, turn=job.turn + 1, token="", leased=0.0, attempt=attempt, error=error, due=due
             )
 
         changed = await self._decide([given.hold for given in returns], wait)
-        await self._put([held.job for held in changed if held is not None], now)
-        await self._let_go(changed)
+        moved = [held for place, held in enumerate(changed) if place not in kept]
+        await self._put([held.job for held in moved if held is not None], now)
+        await self._let_go(moved)
+        at_once = {place: held.job for place in kept if (held := changed[place]) is not None}
+        await self._session.ask([(kept[place], b"-NAK", None) for place in at_once])
+        for queue in {token_of(job.queue) for job in at_once.values()}:
+            await self._bells.ring(queue)
         return [held is not None for held in changed]
 
     async def bury(self, burials: Sequence[Burial]) -> list[bool]:
@@ -336,11 +351,12 @@ class Jobs:
 
     # Others' jobs
 
-    async def delete(self, ids: Sequence[str]) -> list[bool]:
+    async def delete(self, ids: Sequence[str], dead_only: bool) -> list[bool]:
         """As `Broker.delete`."""
 
         def step(_: int, job: Job, now: float) -> Job | None:
-            return None if job.stage is Stage.GONE or job.is_running(now) else _gone(job, now)
+            is_left = job.stage is not Stage.DEAD if dead_only else job.stage is Stage.GONE
+            return None if is_left or job.is_running(now) else _gone(job, now)
 
         changed = await self._amend(ids, step)
         await self._tickets.take_away([change.old for change in changed if change is not None])

@@ -223,9 +223,9 @@ class NatsBroker(Broker):
         """As `Broker`; what it costs says `looking`."""
         return self._link.call(lambda at: at.jobs.counts())
 
-    def delete(self, ids: Sequence[str]) -> list[bool]:
+    def delete(self, ids: Sequence[str], *, dead_only: bool = False) -> list[bool]:
         """As `Broker`."""
-        return self._link.call(lambda at: at.jobs.delete(ids))
+        return self._link.call(lambda at: at.jobs.delete(ids, dead_only))
 
     def cancel(self, ids: Sequence[str]) -> list[CancelAnswer]:
         """As `Broker`."""

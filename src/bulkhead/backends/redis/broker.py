@@ -156,9 +156,11 @@ class RedisBroker(Broker):
             for queue, ready, scheduled, running, dead, latency in rows
         }
 
-    def delete(self, ids: Sequence[str]) -> list[bool]:
+    def delete(self, ids: Sequence[str], *, dead_only: bool = False) -> list[bool]:
         """See `Broker`."""
-        return [answer == ord("r") for answer in self._each(_REMOVE, ids, list, "delete")]
+        return [
+            answer == ord("r") for answer in self._each(_REMOVE, ids, list, "dead" if dead_only else "delete")
+        ]
 
     def cancel(self, ids: Sequence[str]) -> list[CancelAnswer]:
         """See `Broker`."""
@@ -229,6 +231,7 @@ def _returns(returns: Sequence[Return]) -> tuple[Sequence[Any], ...]:
         [micros(back.delay) for back in returns],
         [back.counts for back in returns],
         [text(back.error) for back in returns],
+        [back.keeps_place for back in returns],
     )
 
 

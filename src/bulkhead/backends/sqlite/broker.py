@@ -152,11 +152,14 @@ class SqliteBroker(Broker):
         """See `Broker`."""
         return self._file.look(self._counts)
 
-    def delete(self, ids: Sequence[str]) -> list[bool]:
+    def delete(self, ids: Sequence[str], *, dead_only: bool = False) -> list[bool]:
         """See `Broker`."""
 
         def delete(connection: sqlite3.Connection, part: Sequence[str]) -> list[bool]:
             now = time.time()
+            if dead_only:
+                key = self._namespace
+                return [self._remove(connection, id, statements.REMOVE_DEAD, (key, id)) for id in part]
             return [self._remove_idle(connection, id, now, dead_too=True) for id in part]
 
         return self._change(ids, delete)
@@ -234,7 +237,8 @@ class SqliteBroker(Broker):
     def _nack_row(self, back: Return, now: float) -> tuple[object, ...]:
         due = now + max(back.delay, 0.0)
         state, visible = (SCHEDULED, due) if due > now else (READY, None)
-        return (state, due, visible, int(not back.counts), back.error, *self._key(back.hold))
+        moved = None if back.keeps_place else due
+        return (state, moved, visible, int(not back.counts), back.error, *self._key(back.hold))
 
     def _ready_at(self, connection: sqlite3.Connection, queue: str) -> float:
         """When a job can be claimed: 0 is now, infinite when nothing but a change will bring one."""
@@ -326,6 +330,8 @@ def _record(row: tuple[Any, ...], now: float) -> Record:
     elif visible is not None and visible > now:
         place = Place.SCHEDULED if state == SCHEDULED else Place.RUNNING
     leased_until = visible if place is Place.RUNNING else None
+    if place is Place.SCHEDULED:
+        due = visible
     return Record(
         id,
         queue,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,8 @@ from bulkhead.backends.sqlite.file import File
 from bulkhead.backends.sqlite.sizes import check_size
 
 __all__ = ["SqliteResultStore"]
+
+_log = logging.getLogger("bulkhead")
 
 _COLUMNS = "id, queue, task, state, value, error, attempt, enqueued, started, finished, keep"
 
@@ -30,11 +33,24 @@ WHERE excluded.enqueued <> outcomes.enqueued
 OR (excluded.attempt, excluded.state <> 'running') >= (outcomes.attempt, outcomes.state <> 'running')
 """
 
-_GET = f"SELECT {_COLUMNS} FROM outcomes WHERE namespace = ? AND id = ? AND until > ?"
+# Why casts: SQLite keeps whatever was written into a column, and one damaged row must not spoil a whole list.
+_READ = ", ".join(
+    f"CAST({column} AS {kind})"
+    for kind, columns in (
+        ("BLOB", "id queue task state value error"),  # texts too: not all that is kept as one can be decoded
+        ("INTEGER", "attempt"),
+        ("REAL", "enqueued started finished keep"),
+    )
+    for column in columns.split()
+)
+
+_STATES = {state.value.encode(): state for state in OutcomeState}
+
+_GET = f"SELECT {_READ} FROM outcomes WHERE namespace = ? AND id = ? AND until > ?"
 
 _DELETE = "DELETE FROM outcomes WHERE namespace = ? AND id = ? AND until > ?"
 
-_COUNT = "SELECT state, COUNT(*) FROM outcomes WHERE namespace = ? AND until > ? GROUP BY state"
+_COUNT = "SELECT CAST(state AS BLOB), COUNT(*) FROM outcomes WHERE namespace = ? AND until > ? GROUP BY state"
 
 
 class SqliteResultStore(ResultStore):
@@ -96,7 +112,7 @@ class SqliteResultStore(ResultStore):
         """See `ResultStore`."""
         named = "" if queue is None else "AND queue = :queue"
         query = f"""
-            SELECT {_COLUMNS} FROM outcomes
+            SELECT {_READ} FROM outcomes
             WHERE namespace = :namespace AND state = :state AND until > :now {named}
             ORDER BY finished DESC, seq DESC LIMIT :limit OFFSET :offset
         """
@@ -109,14 +125,16 @@ class SqliteResultStore(ResultStore):
             "offset": offset,
         }
         return self._file.look(
-            lambda connection: [_outcome(row) for row in connection.execute(query, values)]
+            lambda connection: [
+                outcome for row in connection.execute(query, values) if (outcome := _outcome(row)) is not None
+            ]
         )
 
     def counts(self) -> Mapping[OutcomeState, int]:
         """See `ResultStore`."""
         values = (self._namespace, time.time())
         rows = self._file.look(lambda connection: connection.execute(_COUNT, values).fetchall())
-        return {OutcomeState(state): n for state, n in rows}
+        return {_STATES[state]: n for state, n in rows if state in _STATES}
 
     def _row(self, outcome: Outcome, now: float) -> tuple[object, ...]:
         return (
@@ -136,6 +154,10 @@ class SqliteResultStore(ResultStore):
         )
 
 
-def _outcome(row: tuple[Any, ...]) -> Outcome:
-    id, queue, task, state, *rest = row
-    return Outcome(id, queue, task, OutcomeState(state), *rest)
+def _outcome(row: tuple[Any, ...]) -> Outcome | None:
+    texts, rest = row[:4], row[4:]
+    id, queue, task, state = (text.decode(errors="replace") for text in texts)
+    if texts[3] not in _STATES:
+        _log.warning("the outcome of job %r is in no state that there is, and left out: %r", id, state)
+        return None
+    return Outcome(id, queue, task, _STATES[texts[3]], *rest)

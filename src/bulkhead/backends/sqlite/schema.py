@@ -3,7 +3,7 @@
 A job's `state` says which of the indexes it is in, and `visible` when that changes by itself:
 
     READY      visible NULL         can be claimed, unless its queue is paused
-    SCHEDULED  visible = due time   is to be READY at `visible`
+    SCHEDULED  visible = due time   is to be READY at `visible`; `due` is earlier where it keeps its place in line
     RUNNING    visible = lease end  is to be READY at `visible`; the token stays, so that a late ack still counts
     DEAD       visible NULL
 

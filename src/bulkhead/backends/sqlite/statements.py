@@ -51,7 +51,8 @@ HELD = "namespace = ? AND id = ? AND token = ?"
 RENEW = f"UPDATE jobs SET state = {RUNNING}, visible = ? WHERE {HELD} RETURNING is_cancelled"
 
 NACK = f"""
-UPDATE jobs SET state = ?, due = ?, visible = ?, token = NULL, attempt = attempt - ?, error = ifnull(?, error)
+UPDATE jobs SET state = ?, due = ifnull(?, due), visible = ?, token = NULL, attempt = attempt - ?,
+    error = ifnull(?, error)
 WHERE {HELD}
 """
 
@@ -66,6 +67,8 @@ REMOVE_IDLE = f"""
 DELETE FROM jobs WHERE namespace = ? AND id = ? AND (state <> {RUNNING} OR visible <= ?) AND (state <> {DEAD} OR ?)
 RETURNING remember
 """
+
+REMOVE_DEAD = f"DELETE FROM jobs WHERE namespace = ? AND id = ? AND state = {DEAD} RETURNING remember"
 
 REQUEST = f"UPDATE jobs SET is_cancelled = 1 WHERE namespace = ? AND id = ? AND state = {RUNNING}"
 

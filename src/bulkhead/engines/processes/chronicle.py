@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bulkhead._kernel.lifecycle import JobState
 from bulkhead._kernel.records import JobRecord, Slot, Verdict
@@ -25,8 +25,11 @@ from bulkhead.chunk import Chunk
 from bulkhead.config import Pool
 from bulkhead.engines.processes.worker import Worker
 from bulkhead.errors import JobTimeout, WorkerCrashed, is_of, type_name_of
-from bulkhead.spans import Outcome, Span, TimelinePool, WorkerLife
+from bulkhead.outcomes import Outcome
 from bulkhead.validate import shown
+
+if TYPE_CHECKING:
+    from bulkhead.spans import Span, TimelinePool, WorkerLife
 
 __all__ = ["SHORT", "Chronicle", "Page", "noted"]
 
@@ -92,6 +95,8 @@ class Page(NamedTuple):
 
     def pool(self, epoch: float) -> TimelinePool:
         """Return what the timeline says of the pool."""
+        from bulkhead.spans import TimelinePool
+
         # Why of the first that ended: those were dropped which ended before it.
         since = max(self.attempts[0][4] - epoch, 0.0) if self.is_cut and self.attempts else 0.0
         return TimelinePool(self.config.priority, self.config.label, self.config.n_workers, since)
@@ -113,6 +118,8 @@ class _Life:
         self.is_crash = False
 
     def as_value(self, priority: int, epoch: float) -> WorkerLife:
+        from bulkhead.spans import WorkerLife
+
         ready = None if self.ready is None else self.ready - epoch
         gone = None if self.gone is None else self.gone - epoch
         return WorkerLife(
@@ -293,6 +300,8 @@ def _running(worker: Worker, job: JobRecord, now: float) -> Attempt:
 
 
 def _span(priority: int, life: _Life | None, attempt: Attempt, epoch: float, to_posix: float) -> Span:
+    from bulkhead.spans import Span
+
     number, job, function, began, ended, queued, *rest = attempt
     note = Note(*rest) if rest else Note(1, None, Outcome.SUCCEEDED, None, None, None)
     ready = began

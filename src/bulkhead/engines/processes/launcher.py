@@ -3,8 +3,8 @@
 Why a process of its own: it has one thread and runs no job, so it may fork at any time; the caller's own handling of
 child processes and signals is left alone; pids cannot be taken by strangers, because it alone reaps and does so last;
 and it is there to end the workers when the caller is gone. With start method forkserver it has imported the caller's
-main module, so that a worker costs milliseconds; with spawn it starts fresh interpreters; with fork it is itself a
-copy of the caller, made before the caller's threads.
+main module, and what else the pool names, so that a worker costs milliseconds; with spawn it starts fresh
+interpreters; with fork it is itself a copy of the caller, made before the caller's threads.
 
 Protocol (frames on a stream socket): start(number, names; with the worker's descriptors), end(number, grace) from the
 caller; ready, unsuitable(why), started(number, pid), gone(number, Report) to it. The end of the socket, or of the
@@ -19,6 +19,7 @@ with the worker if that is the only one of the pool, else, since nobody knows wh
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import pickle
@@ -29,10 +30,12 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from bulkhead.engines.processes import blackbox, main_module, worker_main
 from bulkhead.engines.processes.channel import HEADER, frame
+from bulkhead.engines.processes.memory import descendants_of
 from bulkhead.errors import MissingMainGuard
 
 __all__ = ["Report", "Says", "Told", "Unsuitable", "main", "run"]
@@ -76,13 +79,21 @@ class Config(NamedTuple):
     caller: int
     main: main_module.MainModule
     is_preloading: bool
+    preload: tuple[str, ...]
 
 
 class Unsuitable(NamedTuple):
-    """Why this launcher cannot fork workers: preloading the main module failed, started threads, or met no guard."""
+    """Why this launcher cannot fork workers: what it should have imported for them failed, started threads, …
+
+    Attributes:
+        lacks_guard: The main module makes a Dispatcher.
+        text: For people.
+        is_of_main: It is the main module; else one that the pool names.
+    """
 
     lacks_guard: bool
     text: str
+    is_of_main: bool = True
 
 
 class Report(NamedTuple):
@@ -136,7 +147,9 @@ def run(
     code = 1
     try:
         launcher = _Launcher(sock, method, caller, inherited)
-        gc.collect()
+        # Why not of a fork: it would copy all pages of the caller, and end the caller's garbage a second time.
+        if method != "fork":
+            gc.collect()
         gc.freeze()  # Why: workers share these pages until someone writes to them, and the collector would.
         launcher.say(Says.READY)
         launcher.serve()
@@ -351,10 +364,7 @@ class _Launcher:
 
     def _orphans(self) -> list[Any]:
         """Return what jobs of workers that are gone have left behind, adopted by this process."""
-        import psutil
-
-        known = _pids(self._children) | self._not_ours
-        return [one for one in psutil.Process().children() if one.pid not in known]
+        return _processes(_children_of(os.getpid()) - _pids(self._children) - self._not_ours)
 
     def _end_all(self) -> None:
         if _children_of(os.getpid()) <= self._not_ours:
@@ -385,23 +395,52 @@ def interpreter_command(code: str) -> list[str]:
 def _import_ahead(sock: socket.socket, config: Config) -> None:
     """Import what workers will need; say `unsuitable` and leave when the process must not be forked afterwards."""
     main_module.prepare(config.main, "bulkhead-launcher")
-    if not config.is_preloading:
-        return
-    unsuitable = None
-    try:
-        main_module.import_main(config.main)
-    except MissingMainGuard as error:
-        unsuitable = Unsuitable(True, str(error))
-    except BaseException as error:  # the worker that imports it will say so better
-        unsuitable = Unsuitable(False, f"importing the main module: {error!r}")
-    else:
-        if _n_threads() > 1:
-            unsuitable = Unsuitable(False, "the main module starts threads when it is imported")
+    unsuitable = _import_main(config.main) if config.is_preloading else None
+    unsuitable = unsuitable or _preload(config.preload)
     if unsuitable is not None:
         try:
             sock.sendall(frame(Says.UNSUITABLE, 0, pickle.dumps(unsuitable)))
         finally:
             os._exit(0)  # also when the caller is gone
+
+
+def _import_main(main: main_module.MainModule) -> Unsuitable | None:
+    try:
+        main_module.import_main(main)
+    except MissingMainGuard as error:
+        return Unsuitable(True, str(error))
+    except BaseException as error:  # the worker that imports it will say so better
+        return Unsuitable(False, f"importing the main module: {error!r}")
+    if _n_threads() > 1:
+        return Unsuitable(False, "the main module starts threads when it is imported")
+    return None
+
+
+def _preload(names: tuple[str, ...]) -> Unsuitable | None:
+    before = _connections() if names else set()
+    for name in names:
+        try:
+            main_module.import_ahead(name)
+        except BaseException as error:
+            return Unsuitable(False, f"importing {name}: {error!r}", is_of_main=False)
+        if _n_threads() > 1:
+            return Unsuitable(False, f"{name} starts threads when it is imported", is_of_main=False)
+        if _connections() - before:
+            return Unsuitable(False, f"{name} opens connections when it is imported", is_of_main=False)
+    return None
+
+
+def _connections() -> set[tuple[int, int, int]]:
+    """Return what this process has open for reading and writing: copies must not share a socket or a database."""
+    found = set()
+    for fd in map(int, os.listdir("/dev/fd")):
+        try:
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR:
+                about = os.fstat(fd)
+                found.add((fd, about.st_dev, about.st_ino))
+        except OSError:  # the one that has listed them
+            pass
+    return found
 
 
 def _receive_one(sock: socket.socket) -> tuple[int, bytes]:
@@ -421,9 +460,9 @@ def _receive(sock: socket.socket, size: int) -> bytes:
 
 
 def _children_of(pid: int) -> set[int]:
-    """Return the pids of a process's children. Why not psutil's: its import takes longer than most finalizes."""
+    """Return the pids of the children that a process's first thread has. Why not psutil's: see `_processes`."""
     try:
-        with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+        with open(f"/proc/{pid}/task/{pid}/children", "rb") as file:
             return set(map(int, file.read().split()))
     except OSError:
         import psutil
@@ -520,12 +559,20 @@ def _signal_group(pgid: int, rung: signal.Signals) -> None:
 
 def _strays(pid: int) -> list[Any]:
     """Return the descendants of a worker that have left its group."""
-    import psutil
+    return _processes(one for one in descendants_of(pid) if _group_of(one) != pid)
 
-    try:
-        return [one for one in psutil.Process(pid).children(recursive=True) if _group_of(one.pid) != pid]
-    except psutil.Error:
-        return []
+
+def _processes(pids: Iterable[int]) -> list[Any]:
+    """Return those that there are, by what psutil knows them again."""
+    found = []
+    for pid in pids:
+        import psutil  # Why here: its import takes longer than most finalizes, which find nobody
+
+        try:
+            found.append(psutil.Process(pid))
+        except psutil.Error:
+            pass
+    return found
 
 
 def _signal_stray(stray: Any, rung: signal.Signals) -> None:
@@ -585,7 +632,7 @@ def _reap(child: _Child) -> Report:
 def _oom_kills() -> int:
     """Return how many processes the kernel's out-of-memory killer has ended since boot, or 0 where it does not tell."""
     try:
-        with open("/proc/vmstat", encoding="ascii") as file:
-            return next((int(line.split()[1]) for line in file if line.startswith("oom_kill ")), 0)
+        with open("/proc/vmstat", "rb") as file:
+            return next((int(line.split()[1]) for line in file if line.startswith(b"oom_kill ")), 0)
     except OSError:
         return 0

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from bulkhead.engines.processes import launcher, main_module, worker_main
@@ -28,13 +29,22 @@ class LauncherLink:
     Args:
         method: "forkserver", "spawn" or "fork".
         is_preloading: Whether a forkserver imports the caller's main module before it forks.
+        preload: The names of other modules that it does so with.
         inherited: For fork alone: the initializer call, which workers inherit.
+
+    Attributes:
+        is_ready: It has said so. Kept by who reads.
     """
 
     def __init__(
-        self, method: str, *, is_preloading: bool = True, inherited: worker_main.Initializer | None = None
+        self,
+        method: str,
+        *,
+        is_preloading: bool = True,
+        preload: Sequence[str] = (),
+        inherited: worker_main.Initializer | None = None,
     ) -> None:
-        self.is_preloading = is_preloading and method == "forkserver"
+        self.is_ready = False
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket = ours
         self._process: subprocess.Popen[bytes] | None = None
@@ -44,7 +54,7 @@ class LauncherLink:
             else:
                 self._process = _run(theirs)
                 self.pid = self._process.pid
-                config = Config(method, os.getpid(), main_module.describe(), is_preloading)
+                config = Config(method, os.getpid(), main_module.describe(), is_preloading, tuple(preload))
                 ours.sendall(frame(Told.CONFIGURE, 0, pickle.dumps(config)))
         except BaseException:
             ours.close()

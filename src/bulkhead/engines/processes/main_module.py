@@ -12,15 +12,26 @@ Why not `multiprocessing.spawn.get_preparation_data`: it fixes the caller's defa
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import process, spawn
 from typing import Any, NamedTuple
 
 from bulkhead.errors import MissingMainGuard
 
-__all__ = ["MainModule", "describe", "import_main", "is_importable", "prepare", "refuse_while_importing"]
+__all__ = [
+    "MainModule",
+    "describe",
+    "import_ahead",
+    "import_main",
+    "is_importable",
+    "prepare",
+    "refuse_while_importing",
+]
 
 _GUARD = """\
 The main module of this script makes a Dispatcher when it is imported, and every worker has to import it. Put the part
@@ -108,8 +119,14 @@ def import_main(main: MainModule) -> None:
         _import_now(main)
 
 
+def import_ahead(name: str) -> None:
+    """Import another module for workers that are to be copies of this process."""
+    with _importing():
+        importlib.import_module(name)
+
+
 def refuse_while_importing() -> None:
-    """Raise MissingMainGuard when the main module is being imported for a worker."""
+    """Raise MissingMainGuard when a module is being imported for workers."""
     if _is_importing:
         raise MissingMainGuard(_GUARD)
 
@@ -125,17 +142,23 @@ class _LazyMain(types.ModuleType):
 
 
 def _import_now(main: MainModule) -> None:
-    global _is_importing
     key, value = ("init_main_from_name", main.name) if main.name else ("init_main_from_path", main.path)
     if value is None:
         return
+    with _importing():
+        spawn.prepare({key: value})
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    global _is_importing
     # Why also the flag of multiprocessing: a script without guard may start processes of its own.
     me = process.current_process()
     inheriting = getattr(me, "_inheriting", False)
     me._inheriting = True  # type: ignore[attr-defined]
     _is_importing = True
     try:
-        spawn.prepare({key: value})
+        yield
     finally:
         _is_importing = False
         me._inheriting = inheriting  # type: ignore[attr-defined]

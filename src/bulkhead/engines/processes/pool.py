@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bulkhead._kernel import lifecycle
 from bulkhead._kernel.lifecycle import JobState
@@ -51,9 +51,11 @@ from bulkhead.engines.processes.snapshot import Counts, counts, snapshot
 from bulkhead.engines.processes.use import UseLimits
 from bulkhead.engines.processes.worker_main import Setup
 from bulkhead.errors import DispatcherFinalized, JobCancelled, JobNotPicklable, NestedDispatch, PoolBroken
-from bulkhead.stats import PoolStats
 from bulkhead.tally import Tally
 from bulkhead.validate import shown
+
+if TYPE_CHECKING:
+    from bulkhead.stats import PoolStats
 
 __all__ = ["ProcessPool", "packed_setup"]
 

@@ -19,7 +19,6 @@ import mmap
 import os
 import resource
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -414,6 +413,8 @@ def create_file(name: str) -> int:
     """Return the descriptor of a new, empty file in memory that has no name in any folder."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    import tempfile
+
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from bulkhead._kernel.records import SlotState
 from bulkhead._kernel.scheduler import Scheduler
@@ -10,14 +10,18 @@ from bulkhead.config import Pool
 from bulkhead.engines.processes.memory import rss_of
 from bulkhead.engines.processes.staff import Staff
 from bulkhead.engines.processes.worker import Worker
-from bulkhead.stats import PoolStats, WorkerStats
 from bulkhead.tally import Tally
+
+if TYPE_CHECKING:
+    from bulkhead.stats import PoolStats, WorkerStats
 
 __all__ = ["Counts", "counts", "snapshot"]
 
 
 def snapshot(config: Pool, scheduler: Scheduler, staff: Staff, now: float) -> PoolStats:
     """Return the counters of a pool as of `now`. Under the lock."""
+    from bulkhead.stats import PoolStats
+
     states = [slot.state for slot in scheduler.slots]
     workers = tuple(_worker_stats(worker, now) for worker in staff.workers.values())
     return PoolStats(
@@ -62,6 +66,8 @@ def counts(scheduler: Scheduler, tally: Tally) -> Counts:
 
 
 def _worker_stats(worker: Worker, now: float) -> WorkerStats:
+    from bulkhead.stats import WorkerStats
+
     state = worker.slot.state
     busy = worker.busy_seconds
     if worker.slot.job is not None:

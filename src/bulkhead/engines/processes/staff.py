@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
 
 from bulkhead._kernel.lifecycle import JobState
@@ -117,6 +117,8 @@ class Staff:
         self._inherited: Initializer | None = (
             (config.initializer, config.initargs, {}) if config.initializer else None
         )
+        self._is_preloading = True
+        self._preload: Iterable[str] = config.preload
         self._setup = setup
         self._heritage = heritage
         self._driving = driving
@@ -274,6 +276,7 @@ class Staff:
                 self._gone(number, report, now)
             case Said(Says.READY):
                 self._launchers_lost = 0
+                self._link.is_ready = True
             case Said(Says.UNSUITABLE, _, why):
                 self._launcher_unsuitable(why)
             case LauncherLost(link):
@@ -375,8 +378,13 @@ class Staff:
 
     # The launcher
 
-    def _launch(self, *, is_preloading: bool = True) -> LauncherLink:
-        link = LauncherLink(self._method, is_preloading=is_preloading, inherited=self._inherited)
+    def _launch(self) -> LauncherLink:
+        link = LauncherLink(
+            self._method,
+            is_preloading=self._is_preloading,
+            preload=tuple(self._preload),
+            inherited=self._inherited,
+        )
         self._driving.poller.register(link.fd, READABLE)
         return link
 
@@ -390,6 +398,13 @@ class Staff:
             error = PoolBroken(f"{self._label} cannot start workers: {why.text}")
             error.__cause__ = cause
             self._scheduler.break_down(error)
+        if why.is_of_main:
+            self._is_preloading = False
+        else:
+            _log.warning(
+                "%s: its workers have to import the modules of preload themselves: %s", self._label, why.text
+            )
+            self._preload = ()
         self._relaunch()
 
     def _launcher_lost(self, link: LauncherLink, now: float) -> None:
@@ -397,6 +412,8 @@ class Staff:
         if link is not self._link:
             return
         self._launchers_lost += 1
+        if not self._link.is_ready:  # an import may have ended it
+            self._is_preloading, self._preload = False, ()
         was_staffed = [w for w in self.workers.values() if w.pid is not None]
         for worker in was_staffed:
             worker.cut()
@@ -440,6 +457,6 @@ class Staff:
             for worker in unborn:
                 self._scheduler.worker_gone(worker.slot, PoolBroken("not started"), time.monotonic())
             return
-        self._link = self._launch(is_preloading=False)
+        self._link = self._launch()
         for worker in unborn:
             self.start(worker.slot)

@@ -41,6 +41,7 @@ class Submission:
         envelope: It as it travels, without the headers below.
         headers: Texts that travel with the job; a middleware may add to them.
         duplicate_of: Set to the id of a job that stands for this one, which then is not enqueued.
+        notes: What a middleware wants to know of it later in the same call, by a name of its own.
         brought_by: Of a job of a group or chain: the ids of what has to come before it is at the broker.
     """
 
@@ -52,6 +53,7 @@ class Submission:
     headers: dict[str, str] = field(default_factory=dict)
     duplicate_of: str | None = None
     brought_by: tuple[str, ...] = ()
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 class Middleware:
@@ -91,6 +93,12 @@ class Middleware:
         """
         forward(submissions)
 
+    def refused(self, submissions: Sequence[Submission], is_certain: bool) -> None:
+        """In the producer: these jobs of a group or chain have come to `enqueue`, and it was not enqueued as a whole.
+
+        Where it is not certain the server did not answer, and nobody knows. What it raises is logged.
+        """
+
     def dequeue(self, queue: str, n: int, forward: Callable[[int], list[HeldJob]]) -> list[HeldJob]:
         """Around the claiming of up to `n` jobs, in the consumer, in the queue's own thread.
 
@@ -100,6 +108,9 @@ class Middleware:
         What is raised here is logged; what was claimed is given back, and the queue goes on after a pause.
         """
         return forward(n)
+
+    def asked(self, queue: str, n: int) -> None:
+        """In the consumer, when the server was asked for jobs of a queue and has given `n`; in that queue's thread."""
 
     def handle(self, job: JobContext, forward: Callable[[JobContext], Any]) -> Any:
         """Around the run of a job, in the worker process. Returns what the task returns.

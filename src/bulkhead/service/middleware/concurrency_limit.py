@@ -30,8 +30,8 @@ from bulkhead import validate
 from bulkhead.errors import BrokerUnavailable
 from bulkhead.service.middleware.changing import Shared
 from bulkhead.service.middleware.choosing import be_the_only_one, key_part
-from bulkhead.service.middleware.limiting import Limit, Per, soon
-from bulkhead.service.middleware.permits import Permits, admitted, released, reserved, without
+from bulkhead.service.middleware.limiting import Limit, Per
+from bulkhead.service.middleware.permits import FORGOTTEN, Permits, admitted, released, reserved, without
 from bulkhead.service.task import name as checked_name
 
 if TYPE_CHECKING:
@@ -46,8 +46,13 @@ R = TypeVar("R")
 # What is written of a key is kept for so long (seconds), and written again after a third of it while it is in use.
 _KEEP = 3600.0
 
-# A refused job that is not among those that wait longest asks again after so much more time.
-_LATER = 4.0
+# Those that wait longest get the next permits, so they ask sooner than others: their pause in relation to the time for
+# which there was none, and at most (seconds); so many of them ask as often as one would. All ask before they are
+# forgotten (permits.py).
+_FIRST_SHARE = 0.1
+_FIRST_LONGEST = 1.0
+_FIRST_FEW = 5
+_FIRST_MOST = FORGOTTEN / 2
 
 _ALIVE = "permits-alive"
 
@@ -126,12 +131,13 @@ class ConcurrencyLimit(Limit):
             self._give_up(key, n_reserved - len(jobs))
         return []
 
-    def admit(self, key: str, jobs: Sequence[HeldJob]) -> dict[HeldJob, float]:
+    def admit(self, key: str, jobs: Sequence[HeldJob], most: int) -> dict[HeldJob, float]:
         """See `Limit`."""
         wanted = [(held.id, held.claim.enqueued_at) for held in jobs]
 
         def change(permits: Permits) -> tuple[Permits | None, tuple[list[bool], set[str]]]:
-            after, answers = admitted(permits, self.n, self._me, self._counts[key], wanted, time.time())
+            mine = self._counts[key]
+            after, answers = admitted(permits, self.n, self._me, mine, wanted, time.time(), most)
             return None if after == permits else after, (answers, set(after.waiting))
 
         with self._lock:
@@ -144,7 +150,7 @@ class ConcurrencyLimit(Limit):
                 (held, key) for held, is_granted in zip(jobs, answers, strict=True) if is_granted
             )
         return {
-            held: soon() if held.id in waiting else _LATER * soon()
+            held: self._pause_of_first(key, len(waiting)) if held.id in waiting else self._pauses.next(key)
             for held, is_granted in zip(jobs, answers, strict=True)
             if not is_granted
         }
@@ -180,6 +186,10 @@ class ConcurrencyLimit(Limit):
                 self._say(key)
             self._app.backend.registry.delete(f"{_ALIVE}/{self._me}")
             self._alive_version = None
+
+    def _pause_of_first(self, key: str, n_waiting: int) -> float:
+        pause = self._pauses.next(key, share=_FIRST_SHARE, longest=_FIRST_LONGEST)
+        return min(pause * max(1.0, n_waiting / _FIRST_FEW), _FIRST_MOST)
 
     # All of these under the lock
 

@@ -79,8 +79,9 @@ class Heartbeat(Middleware):
             raise ConfigError(f"expiry must be more than every={every!r}, not {expiry!r}")
         self._lock = threading.Lock()  # guards what follows; the registry is called under it
         self._id, self._n_consumers = "", 0
-        self._queues: tuple[str, ...] = ()
-        self._jobs: dict[str, list[str]] = {}
+        # By thread: consumers of one process share this, and each calls `beat` in one of its own.
+        self._queues: dict[int, list[Sequence[str]]] = {}
+        self._jobs: dict[int, dict[str, list[str]]] = {}
         self._started_at = datetime.now(UTC)
         self._last = float("-inf")
 
@@ -92,16 +93,16 @@ class Heartbeat(Middleware):
         """See `Middleware`."""
         with self._lock:
             if not self._n_consumers:
-                self._id, self._queues = secrets.token_hex(8), ()
+                self._id, self._queues = secrets.token_hex(8), {}
                 self._jobs, self._started_at = {}, datetime.now(UTC)
-            self._queues = tuple(dict.fromkeys([*self._queues, *queues]))
+            self._queues.setdefault(threading.get_ident(), []).append(queues)
             self._say()
             self._n_consumers += 1
 
     def beat(self, queue: str, jobs: Sequence[HeldJob]) -> None:
         """See `Middleware`."""
         with self._lock:
-            self._jobs[queue] = [held.id for held in jobs]
+            self._jobs.setdefault(threading.get_ident(), {})[queue] = [held.id for held in jobs]
             if time.monotonic() - self._last >= self.every:
                 # The consumer says by itself that its server is out of reach; the next beat tries again.
                 with contextlib.suppress(BrokerUnavailable):
@@ -111,18 +112,27 @@ class Heartbeat(Middleware):
         """See `Middleware`."""
         with self._lock, contextlib.suppress(BrokerUnavailable):
             self._n_consumers -= 1
+            if mine := self._queues.get(threading.get_ident()):
+                mine.pop()
             if not self._n_consumers:
                 self._app.backend.registry.delete(_PREFIX + self._id)
 
     def _say(self) -> None:
         self._last = time.monotonic()
+        living = {thread.ident for thread in threading.enumerate()}
+        self._jobs = {thread: jobs for thread, jobs in self._jobs.items() if thread in living}
+        held: dict[str, list[str]] = {}
+        for one in self._jobs.values():
+            for queue, ids in one.items():
+                held.setdefault(queue, []).extend(ids)
+        queues = dict.fromkeys(queue for some in self._queues.values() for each in some for queue in each)
         said = ConsumerInfo(
             self._id,
             socket.gethostname(),
             os.getpid(),
-            self._queues,
-            {queue: len(jobs) for queue, jobs in self._jobs.items()},
-            {queue: tuple(jobs[:_MOST_NAMED]) for queue, jobs in self._jobs.items()},
+            tuple(queues),
+            {queue: len(jobs) for queue, jobs in held.items()},
+            {queue: tuple(jobs[:_MOST_NAMED]) for queue, jobs in held.items()},
             self._started_at,
             datetime.now(UTC),
         )

@@ -3,8 +3,9 @@
 - `per="queue"`: the queue says what the limit counts, so that room is reserved first and no more is claimed than fits.
   Jobs keep their order in the queue.
 - `per="all"`, `per="task"`, a function, or `tasks=`: what is counted is not a queue, so a job has to be claimed first.
-  One that does not fit is given back for a moment, and others of its queue go on. Jobs that wait so may change their
-  order.
+  One that does not fit is given back for a while (pauses.py), and others of its queue go on. While nothing but such
+  jobs is found, more are claimed at a time than could begin, so that hundreds of them do not hide others of the queue.
+  Jobs that wait so may change their order.
 
 Why "all" is not reserved for: whoever has just ended a job would take the room again for its own queue, at once, and
 other queues would never find any.
@@ -12,7 +13,6 @@ other queues would never find any.
 
 from __future__ import annotations
 
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
@@ -21,12 +21,13 @@ from bulkhead import validate
 from bulkhead.errors import ConfigError
 from bulkhead.service.middleware.base import Middleware
 from bulkhead.service.middleware.choosing import Chosen, key_part
+from bulkhead.service.pauses import Pauses, soon
 from bulkhead.service.verdicts import GiveBack
 
 if TYPE_CHECKING:
     from bulkhead.service.batch import HeldJob
 
-__all__ = ["Limit", "Per", "soon"]
+__all__ = ["Limit", "Per"]
 
 Per = Literal["queue", "all", "task"] | Callable[["HeldJob"], str | None]
 
@@ -35,6 +36,9 @@ _PER: dict[str, Callable[[HeldJob], str]] = {
     "all": lambda _: "all",
     "task": lambda job: job.envelope.task,
 }
+
+# So many are claimed at a time at most while none of them may begin (arbitrary).
+_MOST_SEARCHED = 100
 
 
 class Limit(Middleware, ABC):
@@ -53,6 +57,10 @@ class Limit(Middleware, ABC):
         self._chosen = Chosen(queues, tasks)
         self._is_known_before = per == "queue" and not self._chosen.is_by_task
         self._key = _key(per)
+        self._pauses = Pauses()
+        self._search: dict[
+            str, int
+        ] = {}  # how many to claim, by queue. Owner: the queue's own thread, for its key
 
     @abstractmethod
     def reserve(self, key: str, n: int) -> int:
@@ -66,8 +74,12 @@ class Limit(Middleware, ABC):
         """
 
     @abstractmethod
-    def admit(self, key: str, jobs: Sequence[HeldJob]) -> dict[HeldJob, float]:
-        """Let as many of these jobs as there is room for have it; return the others, and when they may ask again."""
+    def admit(self, key: str, jobs: Sequence[HeldJob], most: int) -> dict[HeldJob, float]:
+        """Let as many of these jobs as there is room for have it, `most` at most.
+
+        Returns:
+            The others, and for how many seconds each is given back before it asks again.
+        """
 
     def dequeue(self, queue: str, n: int, forward: Callable[[int], list[HeldJob]]) -> list[HeldJob]:
         """See `Middleware`."""
@@ -75,7 +87,7 @@ class Limit(Middleware, ABC):
             return forward(n)
         if self._is_known_before:
             return self._reserve_and_claim(key_part(queue), n, forward)
-        return self._claim_and_admit(n, forward)
+        return self._claim_and_admit(queue, n, forward)
 
     def _reserve_and_claim(self, key: str, n: int, forward: Callable[[int], list[HeldJob]]) -> list[HeldJob]:
         n_reserved = self.reserve(key, n)
@@ -89,23 +101,41 @@ class Limit(Middleware, ABC):
                 held.verdict = GiveBack(soon())
         return jobs
 
-    def _claim_and_admit(self, n: int, forward: Callable[[int], list[HeldJob]]) -> list[HeldJob]:
-        jobs = forward(n)
-        wanted: dict[str, list[HeldJob]] = {}
+    def _claim_and_admit(self, queue: str, n: int, forward: Callable[[int], list[HeldJob]]) -> list[HeldJob]:
+        searched = max(n, self._search.get(queue, 0))
+        jobs = forward(searched)
+        groups: dict[str | None, list[HeldJob]] = {}
         for held in jobs:
-            if held.verdict is None and self._chosen.has(held.claim.queue, held.envelope.task):
-                key = self._key(held)
-                if key is not None:
-                    wanted.setdefault(key_part(key), []).append(held)
-        for key, group in wanted.items():
-            for held, delay in self.admit(key, group).items():
-                held.verdict = GiveBack(delay)
+            if held.verdict is None:
+                groups.setdefault(self._counted_as(held), []).append(held)
+        n_free = n
+        for key, group in groups.items():
+            n_free -= self._admit_some(key, group, n_free)
+        if n_free < n:
+            self._search.pop(queue, None)
+        elif jobs:
+            self._search[queue] = min(2 * searched, _MOST_SEARCHED)
         return jobs
 
+    def _counted_as(self, held: HeldJob) -> str | None:
+        if not self._chosen.has(held.claim.queue, held.envelope.task):
+            return None
+        key = self._key(held)
+        return None if key is None else key_part(key)
 
-def soon() -> float:
-    """Return a pause in seconds before somebody asks again; random, so that not all do at once."""
-    return random.uniform(0.1, 0.2)
+    def _admit_some(self, key: str | None, jobs: Sequence[HeldJob], most: int) -> int:
+        """Give back all but `most` of these jobs, and what finds no room; return how many go on."""
+        if key is None or not most:
+            left = dict.fromkeys(jobs[most:], 0.0)
+        else:
+            left = self.admit(key, jobs, most)
+        n_admitted = len(jobs) - len(left)
+        if n_admitted and key is not None:
+            self._pauses.begun(key)
+        for held, pause in left.items():
+            # Why at once: the limit has room, it is the consumer that has none.
+            held.verdict = GiveBack(pause if n_admitted < most else 0.0)
+        return n_admitted
 
 
 def _key(per: Per) -> Callable[[HeldJob], str | None]:

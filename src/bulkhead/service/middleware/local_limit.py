@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from bulkhead import validate
-from bulkhead.service.middleware.limiting import Limit, Per, soon
+from bulkhead.service.middleware.limiting import Limit, Per
 from bulkhead.service.middleware.permits import Permits, admitted
 
 if TYPE_CHECKING:
@@ -61,19 +61,23 @@ class LocalLimit(Limit):
             self._give_up(key, n_reserved - len(jobs))
         return []
 
-    def admit(self, key: str, jobs: Sequence[HeldJob]) -> dict[HeldJob, float]:
+    def admit(self, key: str, jobs: Sequence[HeldJob], most: int) -> dict[HeldJob, float]:
         """See `Limit`."""
         wanted = [(held.id, held.claim.enqueued_at) for held in jobs]
         with self._lock:
             known = self._waiting.pop(key, Permits())
-            after, answers = admitted(known, self.n, "", self._counts[key], wanted, time.time())
+            after, answers = admitted(known, self.n, "", self._counts[key], wanted, time.time(), most)
             if after.waiting:
                 self._waiting[key] = after
             granted = [held for held, is_granted in zip(jobs, answers, strict=True) if is_granted]
             self._counts[key] += len(granted)
             self._keys.update(dict.fromkeys(granted, key))
             self._give_up(key, 0)
-        return {held: soon() for held, is_granted in zip(jobs, answers, strict=True) if not is_granted}
+        return {
+            held: self._pauses.next(key, longest=1.0 if held.id in after.waiting else 10.0)
+            for held, is_granted in zip(jobs, answers, strict=True)
+            if not is_granted
+        }
 
     def settled(self, job: HeldJob, verdict: Verdict) -> None:
         """See `Middleware`."""

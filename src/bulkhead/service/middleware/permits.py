@@ -23,6 +23,9 @@ PATIENCE = 5.0
 # One that has not asked for so long is gone: cancelled, or its consumer died (seconds). Well above their pauses.
 FORGOTTEN = 10.0
 
+# The clocks of consumers may differ by so much (seconds); what is from later is none of ours.
+_AHEAD = 60.0
+
 # So many are written down at most (arbitrary): each question reads them all.
 _MOST_WAITING = 50
 
@@ -82,7 +85,13 @@ def without(permits: Permits, gone: Container[str]) -> Permits:
 
 
 def admitted(
-    permits: Permits, n: int, me: str, mine: int, jobs: Sequence[tuple[str, float]], now: float
+    permits: Permits,
+    n: int,
+    me: str,
+    mine: int,
+    jobs: Sequence[tuple[str, float]],
+    now: float,
+    most: int | None = None,
 ) -> tuple[Permits, list[bool]]:
     """Give as many of these jobs a permit as can have one.
 
@@ -93,20 +102,21 @@ def admitted(
         mine: How many it has, as it knows itself.
         jobs: Their ids, and when they were enqueued.
         now: POSIX seconds.
+        most: How many of them may have one at most; None is all.
 
     Returns:
         What is known then, and for each job whether it has a permit.
     """
     permits = released(permits, me, mine)
-    waiting = {job: one for job, one in permits.waiting.items() if now - one.seen < FORGOTTEN}
+    waiting = {job: one for job, one in permits.waiting.items() if -_AHEAD < now - one.seen < FORGOTTEN}
     n_free = n - permits.n_used
-    answers = []
+    answers: list[bool] = []
     for job, enqueued_at in jobs:
         n_before = sum(
             now - one.since >= PATIENCE and (one.enqueued_at, other) < (enqueued_at, job)
             for other, one in waiting.items()
         )
-        is_granted = n_free > n_before
+        is_granted = n_free > n_before and (most is None or sum(answers) < most)
         if is_granted:
             n_free -= 1
             waiting.pop(job, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from bulkhead import validate
@@ -22,10 +22,12 @@ class PollThrottle(Middleware):
     Each question is one short round trip then: the server is not waited at. In return a job may have been due for as
     long as the pause before it is seen.
 
+    A limit may be listed before or behind it. `run_once` asks whatever was asked before.
+
     Args:
         empty: Seconds between the end of a question that brought no job and the next one, at least 0; while jobs come,
             the next one follows at once.
-        every: Seconds between any two questions, at least 0: a highest rate.
+        every: Seconds between the end of a question and the next one, at least 0: a highest rate.
         queues: For these queues alone.
 
     Raises:
@@ -48,11 +50,14 @@ class PollThrottle(Middleware):
         """See `Middleware`."""
         if not self._chosen.has_queue(queue):
             return forward(n)
-        now = time.monotonic()
-        if now < self._not_before.get(queue, 0.0):
-            return []
-        self._not_before[queue] = now + self.every
-        jobs = forward(n)
-        if not jobs:
-            self._not_before[queue] = max(self._not_before[queue], time.monotonic() + self.empty)
-        return jobs
+        return [] if time.monotonic() < self._not_before.get(queue, 0.0) else forward(n)
+
+    def asked(self, queue: str, n: int) -> None:
+        """See `Middleware`. Why here: a limit within may have kept the server from being asked at all."""
+        if self._chosen.has_queue(queue):
+            self._not_before[queue] = time.monotonic() + (self.every if n else max(self.every, self.empty))
+
+    def started(self, queues: Sequence[str]) -> None:
+        """See `Middleware`. A consumer that begins, or `run_once`, asks at once."""
+        for queue in queues:
+            self._not_before.pop(queue, None)

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, TypeVar
 from bulkhead import validate
 from bulkhead.service.middleware.changing import Shared
 from bulkhead.service.middleware.choosing import be_the_only_one, key_part
-from bulkhead.service.middleware.limiting import Limit, Per, soon
+from bulkhead.service.middleware.limiting import Limit, Per
 from bulkhead.service.middleware.tokens import Bucket, Rate, reserved, started
+from bulkhead.service.pauses import soon
 from bulkhead.service.task import name as checked_name
 
 if TYPE_CHECKING:
@@ -39,6 +40,12 @@ _SHORT_WAIT = 0.05
 
 # A job that has to wait asks again within so long (seconds).
 _LONGEST_WAIT = 60.0
+
+# It asks no later than so long behind the first one in line (seconds): those before it may be gone.
+_LONGEST_LINE = 10.0
+
+# As many keys have a line before the old ones are looked for (arbitrary).
+_MANY = 1000
 
 
 class RateLimit(Limit):
@@ -86,6 +93,7 @@ class RateLimit(Limit):
         self._lock = threading.Lock()  # guards what follows; nothing is called under it
         self._held: dict[tuple[str, int], str] = {}
         self._not_before: dict[str, float] = {}
+        self._turns: dict[str, float] = {}  # when the next one that has to wait should ask, monotonic
         self._shared = Shared(Bucket)
 
     def attach(self, app: App) -> None:
@@ -119,13 +127,25 @@ class RateLimit(Limit):
         n_started, _ = self._start(key, mark, len(jobs))
         return jobs[n_started:]
 
-    def admit(self, key: str, jobs: Sequence[HeldJob]) -> dict[HeldJob, float]:
+    def admit(self, key: str, jobs: Sequence[HeldJob], most: int) -> dict[HeldJob, float]:
         """See `Limit`."""
-        n_started, wait = self._start(key, None, len(jobs))
+        n_started, wait = self._start(key, None, min(len(jobs), most))
+        now = time.monotonic()
+        with self._lock:
+            turns = [self._next_turn(key, now, wait) for _ in jobs[n_started:]]
         return {
-            held: min(wait + place * self.rate.interval, _LONGEST_WAIT) + soon() / 10
-            for place, held in enumerate(jobs[n_started:])
+            held: min(turn - now, _LONGEST_WAIT) + soon() / 10
+            for held, turn in zip(jobs[n_started:], turns, strict=True)
         }
+
+    def _next_turn(self, key: str, now: float, wait: float) -> float:
+        """Return when a job is to ask again: one after the other, so that not all do so for the same start."""
+        first = now + wait
+        turn = min(max(first, self._turns.get(key, 0.0)), first + _LONGEST_LINE)
+        self._turns[key] = turn + self.rate.interval
+        if len(self._turns) > _MANY:
+            self._turns = {one: at for one, at in self._turns.items() if at > now}
+        return turn
 
     def _start(self, key: str, mark: str | None, n: int) -> tuple[int, float]:
         def change(bucket: Bucket) -> tuple[Bucket | None, tuple[int, float]]:

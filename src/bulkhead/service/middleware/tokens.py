@@ -21,6 +21,9 @@ __all__ = ["Bucket", "Rate", "reserved", "started"]
 # A reservation ends after so long (seconds): well above the time that a claim takes.
 _HELD = 5.0
 
+# The clocks of consumers may differ by so much (seconds).
+_AHEAD = 3600.0
+
 # Sums of floats may miss a whole number by so much.
 _EPSILON = 1e-6
 
@@ -56,6 +59,7 @@ def reserved(bucket: Bucket, rate: Rate, mark: str, n: int, now: float) -> tuple
         What is known then, or None if nothing has changed; how many; and where there is none, the seconds until one
         may be free.
     """
+    bucket = _sane(bucket, rate, now)
     held = _living(bucket, now)
     n_free = _room(bucket, rate, now) - sum(count for count, _ in held.values())
     granted = max(0, min(n, n_free))
@@ -70,6 +74,7 @@ def started(bucket: Bucket, rate: Rate, mark: str | None, n: int, now: float) ->
     Returns:
         What is known then; how many may start; and the seconds until the next one after them may.
     """
+    bucket = _sane(bucket, rate, now)
     held = _living(bucket, now)
     if mark is not None:
         held.pop(mark, None)
@@ -78,6 +83,12 @@ def started(bucket: Bucket, rate: Rate, mark: str | None, n: int, now: float) ->
     free_at = max(bucket.free_at, now) + granted * rate.interval if granted else bucket.free_at
     wait = max(0.0, free_at + rate.interval - rate.burst * rate.interval - now)
     return Bucket(free_at, held), granted, wait
+
+
+def _sane(bucket: Bucket, rate: Rate, now: float) -> Bucket:
+    """Return what is known, or nothing if it is what no clock of ours has written: it must not stop all for ever."""
+    latest = now + (rate.burst + 1) * rate.interval + _AHEAD
+    return bucket if 0 <= bucket.free_at <= latest else Bucket(0.0, bucket.held)
 
 
 def _living(bucket: Bucket, now: float) -> dict[str, tuple[int, float]]:

@@ -130,6 +130,15 @@ class Unique(Middleware):
         for at in range(0, len(submissions), _PART):
             self._enqueue(submissions[at : at + _PART], keys[at : at + _PART], forward)
 
+    def refused(self, submissions: Sequence[Submission], is_certain: bool) -> None:
+        """See `Middleware`. What cannot be told ends by itself: with `seconds` after these, else when another asks."""
+        # Why not one that it had before: an earlier call may have enqueued the very job.
+        taken = [one for one in submissions if one.notes.get(self._header) is False]
+        with contextlib.suppress(BrokerUnavailable):
+            for one in taken:
+                if is_certain or not any(self._app.find_jobs([*one.brought_by, one.id])):
+                    self._release(one.headers[self._header], one.id)
+
     def settled(self, job: HeldJob, verdict: Verdict) -> None:
         """See `Middleware`."""
         key = job.envelope.headers.get(self._header)
@@ -173,20 +182,22 @@ class Unique(Middleware):
         for _ in range(_TRIES):
             version = registry.put(key, value, expected=expected, keep=_PENDING)
             if version is not None:
-                job.headers[self._header] = key
+                job.headers[self._header], job.notes[self._header] = key, is_renewed
                 locks.append(_Lock(key, version, job, is_renewed))
                 return
             entry = registry.get(key)
             is_renewed = entry is not None and _is_own(entry, job)
             if entry is not None and not is_renewed and self._stands(entry):
-                job.duplicate_of = _unpack(entry.value).id
+                job.duplicate_of = _holder(entry).id
                 return
             expected = 0 if entry is None else entry.version
         raise BrokerUnavailable(f"a lock changed hands at each of {_TRIES} tries to get it")
 
     def _stands(self, entry: Entry) -> bool:
         """Tell whether the job of a lock keeps others out."""
-        holder = _unpack(entry.value)
+        holder = _holder(entry)
+        if not holder.id:
+            return False
         if not holder.is_confirmed or self.seconds is not None:
             return True
         # Race: its own id comes last, as it is enqueued before the one that brings it is gone.
@@ -204,7 +215,7 @@ class Unique(Middleware):
             return
         # Race: the job is settled already, and the lock released. Or we were too slow, and another one has it.
         entry = registry.get(lock.key)
-        if entry is not None and (other := _unpack(entry.value).id) != job.id:
+        if entry is not None and (other := _holder(entry).id) != job.id:
             if self._app.backend.broker.delete([job.id])[0]:
                 job.duplicate_of = other
             else:
@@ -233,16 +244,24 @@ class Unique(Middleware):
         registry = self._app.backend.registry
         for _ in range(_TRIES):
             entry = registry.get(key)
-            if entry is None or _unpack(entry.value).id != job_id:
+            if entry is None or _holder(entry).id != job_id:
                 return
             # Race: its producer may confirm it between the two.
             if registry.delete(key, expected=entry.version):
                 return
 
 
+def _holder(entry: Entry) -> _Holder:
+    """Return what a lock says; of one that cannot be read that no job has it."""
+    try:
+        return _unpack(entry.value)
+    except msgspec.MsgspecError:
+        return _Holder("")
+
+
 def _is_own(entry: Entry, job: Submission) -> bool:
     """Tell whether a lock is that of the very job, which may not be there."""
-    holder = _unpack(entry.value)
+    holder = _holder(entry)
     # Why also a confirmed one of a job of a group: it is confirmed before the group is enqueued.
     return holder.id == job.id and (not holder.is_confirmed or bool(job.brought_by))
 

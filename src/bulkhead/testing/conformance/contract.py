@@ -84,9 +84,11 @@ class Contract:
 
     Attributes:
         is_shared_by_processes: False for a place in the memory of one process, which a forked copy of it is told.
+        keeps_places: False for one where a job that is given back for a while cannot keep its place in line.
     """
 
     is_shared_by_processes = True
+    keeps_places = True
 
     @pytest.fixture
     def backend(self, again: Again) -> Backend:

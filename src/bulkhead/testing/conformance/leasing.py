@@ -194,6 +194,51 @@ class Leasing(Contract):
         assert backend.broker.nack([Return(claim.hold)]) == [True]
         assert ids_of(claims(backend.broker, 2)) == ["b", "a"]
 
+    def test_a_job_given_back_at_its_place_is_the_next_again(self, backend: Backend) -> None:
+        broker = backend.broker
+        keep(broker, *"abcd")
+        first = claims(broker, 2)
+        back = [Return(claim.hold, counts=False, keeps_place=True) for claim in first]
+        assert broker.nack(back) == [True, True]
+        assert ids_of(broker.records(Place.READY)) == ["a", "b", "c", "d"]
+        assert broker.counts()["q"].ready == 4
+        again = claims(broker, 3)
+        assert ids_of(again) == ["a", "b", "c"]
+        assert [claim.attempt for claim in again] == [1, 1, 1]
+        assert again[0].due_at == pytest.approx(first[0].due_at, abs=1e-5)
+        assert broker.ack([claim.hold for claim in first]) == [False, False]
+        assert broker.ack([claim.hold for claim in again]) == [True, True, True]
+
+    def test_a_job_given_back_for_a_while_keeps_its_place_behind_it(self, backend: Backend) -> None:
+        broker = backend.broker
+        keep(broker, "a", "b")
+        [claim] = claims(broker)
+        assert broker.nack([Return(claim.hold, 0.2, keeps_place=True)]) == [True]
+        [record] = broker.find(["a"])
+        assert record is not None
+        assert (record.place, record.attempt) == (Place.SCHEDULED, 1)
+        assert record.due_at == pytest.approx(time.time() + 0.2, abs=0.1)
+        assert ids_of(broker.records(Place.SCHEDULED)) == ["a"]
+        assert (broker.counts()["q"].scheduled, broker.counts()["q"].ready) == (1, 1)
+        assert ids_of(broker.records(Place.READY)) == ["b"]
+        keep(broker, "c")
+        until(lambda: broker.counts()["q"].ready == 3)
+        order = ["a", "b", "c"] if self.keeps_places else ["b", "c", "a"]
+        if self.keeps_places:
+            assert ids_of(broker.records(Place.READY)) == order
+        assert ids_of(claims(broker, 3)) == order
+
+    def test_a_job_given_back_for_a_while_can_be_removed_meanwhile(self, backend: Backend) -> None:
+        broker = backend.broker
+        keep(broker, "a", "b", "c")
+        back = [Return(claim.hold, LONG, keeps_place=True) for claim in claims(broker, 3)]
+        assert broker.nack(back) == [True, True, True]
+        assert broker.delete(["a"]) == [True]
+        assert broker.cancel(["b"]) == [CancelAnswer.REMOVED]
+        assert broker.counts()["q"].scheduled == 1
+        assert ids_of(broker.records(Place.SCHEDULED)) == ["c"]
+        assert broker.find(["a", "b"]) == [None, None]
+
     def test_cancelling_removes_what_is_not_running(self, backend: Backend, again: Again) -> None:
         broker = backend.broker
         keep(broker, "ready")

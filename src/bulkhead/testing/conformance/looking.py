@@ -108,6 +108,19 @@ class Looking(Contract):
         assert broker.counts() == {}
         assert broker.revive(["dead"]) == [False]
 
+    def test_dead_letters_alone_are_deleted_where_that_is_asked_for(self, backend: Backend) -> None:
+        broker = backend.broker
+        keep(broker, "dead", "running", "ready")
+        [dead, _] = claims(broker, 2)
+        keep(broker, "scheduled", delay=LONG)
+        assert broker.bury([Burial(dead.hold, "why")]) == [True]
+        names = ["running", "ready", "scheduled", "no such job", "dead"]
+        assert broker.delete(names, dead_only=True) == [False, False, False, False, True]
+        assert broker.delete(["dead"], dead_only=True) == [False]
+        assert broker.records(Place.DEAD) == []
+        counts = broker.counts()["q"]
+        assert (counts.ready, counts.scheduled, counts.running, counts.dead) == (1, 1, 1, 0)
+
     def test_jobs_are_found_in_the_order_asked_for(self, backend: Backend) -> None:
         keep(backend.broker, *"abc")
         keep(backend.broker, "d", queue="else", delay=LONG, priority=-5)

@@ -10,6 +10,7 @@ if call('SISMEMBER', KEYS[2], queue) == 1 then
 end
 local t = now()
 rescue(queue, t, most)
+put_in_line(queue, t, most)
 
 local ids, priorities, attempts, enqueued, dues, sizes, error_sizes = {}, {}, {}, {}, {}, {}, {}
 local texts, leases = {}, {}
@@ -22,6 +23,7 @@ local function take(id, priority)
     local key = job_key(id)
     local job = fields(id, 'body', 'queue', 'due', 'enqueued', 'attempt', 'error')
     if not (job[1] and job[2] == queue and job[3]) then
+        put_right(id, queue)
         return
     end
     local n = #ids + 1
@@ -91,6 +93,7 @@ for _, level in ipairs(levels) do
     consider(waiting_key(level, queue))
 end
 consider(KEYS[3])
+consider(back_key(queue))
 if not soonest then
     return { -1 }
 end

@@ -4,7 +4,7 @@
 -- that all keys of a namespace have one hash tag and lie on one node. Instants are microseconds by this server's clock.
 --
 -- Invariant: a job that is alive has a hash with the field "body", and is in exactly one of the sorted sets: that of its queue
--- and priority (waiting), of its queue's running jobs, or of its queue's dead letters. An id in a sorted set whose hash is
+-- and priority (waiting), of its queue's running jobs, of those given back for a while, or of its queue's dead letters. An id in a sorted set whose hash is
 -- gone is dropped by whoever meets it.
 
 local P = string.sub(KEYS[1], 1, -7)
@@ -58,6 +58,11 @@ local function running_key(queue)
     return P .. 'running:' .. queue
 end
 
+-- Of jobs that were given back for a while and then are to be where they were in line.
+local function back_key(queue)
+    return P .. 'back:' .. queue
+end
+
 local function dead_key(queue)
     return P .. 'dead:' .. queue
 end
@@ -104,6 +109,25 @@ local function ring_if_soon(queue, due, t)
     end
 end
 
+-- Put a job that was found in a set of a queue which its hash does not name in line where it says. Why: somebody has changed
+-- the hash by hand, and a job in no set would wait for ever.
+local function put_right(id, queue)
+    local job = fields(id, 'body', 'queue', 'due', 'priority', 'buried')
+    local place = job[2]
+    if not job[1] or not place or place == queue or job[5] then
+        return
+    end
+    -- Race: it may be there already, and what was found be left of an earlier job of this id.
+    for _, key in ipairs({ waiting_key(job[4], place), running_key(place), P .. 'back:' .. place }) do
+        if call('ZSCORE', key, id) then
+            return
+        end
+    end
+    note(place, job[4] or '0')
+    call('ZADD', waiting_key(job[4], place), integer(whole(job[3])), id)
+    ring(place)
+end
+
 -- Put jobs whose lease has run out back to those that wait. Their token stays: as long as nobody else claims such a job, its
 -- late consumer may still settle it.
 local function rescue(queue, t, limit)
@@ -117,15 +141,36 @@ local function rescue(queue, t, limit)
         if job[1] == queue and job[2] and job[3] then
             note(queue, job[4] or '0')
             call('ZADD', waiting_key(job[4], queue), integer(whole(job[3])), id)
+        else
+            put_right(id, queue)
         end
     end
     call('ZREM', running, unpack(ids))
 end
 
+-- Put jobs that were given back for a while, which is over, back in line.
+local function put_in_line(queue, t, limit)
+    local back = back_key(queue)
+    local ids = call('ZRANGEBYSCORE', back, '-inf', t, 'LIMIT', 0, limit)
+    if #ids == 0 then
+        return
+    end
+    for _, id in ipairs(ids) do
+        local job = fields(id, 'queue', 'due', 'priority')
+        if job[1] == queue and job[2] then
+            note(queue, job[3] or '0')
+            call('ZADD', waiting_key(job[3], queue), integer(whole(job[2])), id)
+        else
+            put_right(id, queue)
+        end
+    end
+    call('ZREM', back, unpack(ids))
+end
+
 -- Take a job that is claimed, or was until its lease ran out, out of its sorted set.
 local function withdraw(id, queue, priority)
-    if call('ZREM', running_key(queue), id) == 0 then
-        call('ZREM', waiting_key(priority, queue), id)
+    if call('ZREM', running_key(queue), id) == 0 and call('ZREM', waiting_key(priority, queue), id) == 0 then
+        call('ZREM', back_key(queue), id)
     end
 end
 
@@ -162,12 +207,14 @@ local function record(id, t)
     if not (job[1] and job[2] and job[3]) then
         return false
     end
-    local place, ends = 'dead', false
+    local place, ends, due = 'dead', false, whole(job[8] or job[3])
     if not job[8] then
         ends = leased_until(id, job[2], job[7], t) or false
-        place = ends and 'running' or (whole(job[3]) <= t and 'ready' or 'scheduled')
+        due = ends and due or math.max(due, tonumber(call('ZSCORE', back_key(job[2]), id) or '0'))
+        place = ends and 'running' or (due <= t and 'ready' or 'scheduled')
     end
-    local enqueued, due = integer(whole(job[4] or job[3])), integer(whole(job[8] or job[3]))
+    local enqueued = integer(whole(job[4] or job[3]))
+    due = integer(due)
     return { id, place, job[2], integer(whole(level_of(job[5] or '0'))), integer(whole(job[6])), enqueued, due, ends,
         job[9] or '', job[11] or '0', job[1], job[10] }
 end

@@ -5,6 +5,7 @@ local t = now()
 local found = {}
 for _, queue in ipairs(call('HKEYS', KEYS[1])) do
     rescue(queue, t, 1000)
+    put_in_line(queue, t, 1000)
     local ready, total, oldest = 0, 0, t
     for _, level in ipairs(levels_of(queue)) do
         local key = waiting_key(level, queue)
@@ -13,6 +14,9 @@ for _, queue in ipairs(call('HKEYS', KEYS[1])) do
         local first = call('ZRANGE', key, 0, 0, 'WITHSCORES')
         oldest = math.min(oldest, tonumber(first[2] or t))
     end
+    -- Those of them whose while is over are more than a call moves, and wait in fact.
+    local back, over = call('ZCARD', back_key(queue)), call('ZCOUNT', back_key(queue), '-inf', t)
+    ready, total = ready + over, total + back
     local running = call('ZCARD', running_key(queue))
     local expired = call('ZCOUNT', running_key(queue), '-inf', t)
     local dead = call('ZCARD', dead_key(queue))

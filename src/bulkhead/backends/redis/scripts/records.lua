@@ -51,6 +51,9 @@ local function scheduled()
     for _, some in ipairs(levels_of_all()) do
         add(sets, some)
     end
+    for _, queue in ipairs(queues) do
+        sets[#sets + 1] = back_key(queue)
+    end
     return page(sets, after_now, '+inf', false, offset, limit)
 end
 
@@ -64,6 +67,7 @@ end
 
 for _, queue in ipairs(queues) do
     rescue(queue, t, 1000)
+    put_in_line(queue, t, 1000)
 end
 local found
 if place == 'ready' then

@@ -1,5 +1,5 @@
--- Remove jobs that are not running. ARGV[1]: ids. ARGV[2]: "delete", which takes dead letters too, or "cancel", which leaves
--- them and asks the consumers of running jobs to end them.
+-- Remove jobs that are not running. ARGV[1]: ids. ARGV[2]: "delete", which takes dead letters too, "dead", which takes nothing
+-- else, or "cancel", which leaves them and asks the consumers of running jobs to end them.
 -- Returns a character for each: r removed, q requested, u unknown or untouched.
 
 local is_cancel = ARGV[2] == 'cancel'
@@ -15,7 +15,7 @@ for i, id in ipairs(cmsgpack.unpack(ARGV[1])) do
             forget(id, job[5])
             answers[i] = 'r'
         end
-    elseif job[1] then
+    elseif job[1] and ARGV[2] ~= 'dead' then
         if not leased_until(id, job[1], job[3], t) then
             withdraw(id, job[1], job[2])
             forget(id, job[5])
