@@ -15,7 +15,7 @@ from scripts import running
 from sqlite_files import OPENING, connected, rows
 
 from bulkhead import App, backends
-from bulkhead.backends.base import Message, Outcome, OutcomeState
+from bulkhead.backends.base import Ending, Message, Outcome, OutcomeState
 from bulkhead.backends.sqlite import file as sqlite_file
 from bulkhead.backends.sqlite import schema, sizes
 from bulkhead.errors import BrokerUnavailable, ConfigError, MessageTooLarge
@@ -206,6 +206,24 @@ def test_what_is_too_large_for_a_row_is_refused_and_nothing_of_its_call_is_kept(
             backend.results.save_many([Outcome("a", "q", "t", OutcomeState.FAILED, b"x" * 60, b"x" * 60)])
         with pytest.raises(MessageTooLarge):
             backend.registry.put("k", b"x" * 101)
+
+
+def test_1000_jobs_are_settled_in_one_transaction(tmp_path: Path) -> None:
+    names = [f"{i}" for i in range(1000)]
+    with connected(tmp_path / "jobs.db") as backend:
+        backend.broker.enqueue_many([Message(name, "q", b"") for name in names])
+        claims = backend.broker.claim("q", 1000, 60.0)
+        ends = [Ending(one.hold, Outcome(one.id, "q", "t", OutcomeState.SUCCEEDED)) for one in claims]
+        seen: list[str] = []
+        backend.settler._file.change(lambda writer: writer.set_trace_callback(seen.append))
+        seen.clear()
+        assert backend.settle(ends) == [True] * 1000
+        assert [line for line in seen if line.startswith(("BEGIN", "COMMIT"))] == [
+            "BEGIN IMMEDIATE",
+            "COMMIT",
+        ]
+        assert backend.results.counts() == {OutcomeState.SUCCEEDED: 1000}
+        assert backend.broker.counts() == {}
 
 
 def test_who_finds_the_file_locked_waits_and_then_is_told(tmp_path: Path) -> None:

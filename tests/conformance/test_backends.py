@@ -4,6 +4,7 @@ A backend adds a line to BACKENDS: its name, and what gives the URL of a place f
 session scope: a server with a `url`. A place that is used by several tests is fine: each has namespaces of its own.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -21,6 +22,7 @@ from bulkhead.testing.conformance import (  # noqa: E402
     RegistryContract,
     ResultStoreContract,
 )
+from bulkhead.testing.conformance.settling import Settling  # noqa: E402
 
 
 @contextmanager
@@ -67,7 +69,7 @@ class OnEachBackend:
         run = uuid4().hex[:12]
 
         def connect(namespace: str = "one") -> Backend:
-            opened.append(backends.connect(url, f"{run}-{namespace}"))
+            opened.append(self.made(backends.connect(url, f"{run}-{namespace}")))
             return opened[-1]
 
         name, opens = site
@@ -78,9 +80,20 @@ class OnEachBackend:
             for backend in opened:
                 backend.close()
 
+    def made(self, backend: Backend) -> Backend:
+        return backend
+
 
 class TestBroker(OnEachBackend, BrokerContract):
     pass
+
+
+@pytest.mark.parametrize("site", ["sqlite", "redis"], indirect=True)
+class TestInTwoSteps(OnEachBackend, Settling):
+    """As where jobs are in one place and results in another (NATS has no single step anyway)."""
+
+    def made(self, backend: Backend) -> Backend:
+        return dataclasses.replace(backend, settler=None)
 
 
 class TestResultStore(OnEachBackend, ResultStoreContract):

@@ -14,11 +14,12 @@ from scripts import environment
 
 from bulkhead import backends
 from bulkhead.backends import memory
-from bulkhead.backends.base import Claim, Outcome, Record
+from bulkhead.backends.base import Claim, Ending, Outcome, Record
 from bulkhead.backends.memory import locking
 from bulkhead.backends.memory.broker import MemoryBroker
 from bulkhead.backends.memory.jobs import Queue
 from bulkhead.backends.memory.keeping import Kept, MemoryRegistry, MemoryResultStore
+from bulkhead.backends.memory.settling import MemorySettler
 from bulkhead.errors import BrokerUnavailable
 from bulkhead.testing.conformance import (
     Again,
@@ -137,6 +138,29 @@ def _keeps_the_first_outcome(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(MemoryResultStore, "save_many", once)
 
 
+def _keeps_what_comes_too_late(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("bulkhead.backends.memory.keeping.is_outdated", lambda new, old: False)
+
+
+def _lets_no_former_outcome_be_replaced(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("bulkhead.backends.memory.keeping.is_outdated", lambda new, old: new.attempt < old.attempt)
+
+
+def _keeps_outcomes_of_lost_claims(patch: pytest.MonkeyPatch) -> None:
+    settle = MemorySettler._settle
+
+    def carelessly(settler: MemorySettler, ending: Ending) -> bool:
+        if ending.outcome is not None:
+            settler._results.put(ending.outcome)
+        return settle(settler, ending)
+
+    patch.setattr(MemorySettler, "_settle", carelessly)
+
+
+def _forgets_what_it_has_settled(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(MemoryResultStore, "look", lambda store, job_id: None)
+
+
 def _ignores_versions(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(MemoryRegistry, "_is_expected", lambda registry, key, expected: True)
 
@@ -177,6 +201,19 @@ BREACHES: dict[Breach, tuple[type, str]] = {
     _lists_without_offset: (BrokerContract, "ready_jobs_are_listed_in_the_order_of_claims"),
     _keeps_outcomes_for_ever: (ResultStoreContract, "an_outcome_is_kept_for_its_time_and_no_longer"),
     _keeps_the_first_outcome: (ResultStoreContract, "a_later_outcome_takes_the_place_of_an_earlier_one"),
+    _keeps_what_comes_too_late: (
+        ResultStoreContract,
+        "an_outcome_of_an_earlier_attempt_takes_no_place",
+    ),
+    _lets_no_former_outcome_be_replaced: (
+        ResultStoreContract,
+        "an_outcome_of_a_job_enqueued_at_another_time_takes_the_place",
+    ),
+    _keeps_outcomes_of_lost_claims: (BrokerContract, "who_has_lost_a_job_keeps_no_outcome"),
+    _forgets_what_it_has_settled: (
+        BrokerContract,
+        "an_ending_that_is_told_again_is_true_again_and_changes_nothing",
+    ),
     _ignores_versions: (RegistryContract, "a_value_is_replaced_only_in_its_expected_version"),
     _counts_versions_by_key: (RegistryContract, "a_version_does_not_come_back_after_a_removal"),
     _takes_a_prefix_for_a_pattern: (RegistryContract, "values_are_listed_by_prefix_in_order_of_their_keys"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -56,8 +57,13 @@ class Service:
             yield made
 
     @contextlib.contextmanager
-    def process(self, grace: float = 30.0) -> Iterator[Script]:
-        """Have a worker as a process of its own meanwhile; what is left of it is killed in the end."""
+    def process(self, grace: float = 30.0, before: str = "") -> Iterator[Script]:
+        """Have a worker as a process of its own meanwhile; what is left of it is killed in the end.
+
+        Args:
+            grace: As of `app.run`.
+            before: What its main process does before it runs: lines with `app`.
+        """
         folder = self.folder / uuid4().hex
         folder.mkdir()
         ready = folder / "ready"
@@ -65,6 +71,7 @@ class Service:
         code += f"sys.path.insert(0, {str(self.folder)!r})\n"
         code += f"from {self.name} import app\n"
         code += "if __name__ == '__main__':\n    import logging; logging.basicConfig(level='INFO')\n"
+        code += textwrap.indent(before, "    ")
         code += f"    print('ready', flush=True)\n    app.run({list(MAIN)!r}, grace={grace})\n"
         code += "    print('ended', flush=True)\n"
         script = Script(folder, code)

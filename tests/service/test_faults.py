@@ -14,8 +14,8 @@ from gates import Gate
 from jobs import lines
 from watching import wait_until
 
-from bulkhead import BrokerUnavailable, MessageTooLarge, PoolBroken, RemoteError, ResultNotFound
-from bulkhead.backends.base import Backend, Message
+from bulkhead import BrokerUnavailable, MessageTooLarge, PoolBroken, RemoteError, ResultNotFound, backends
+from bulkhead.backends.base import Backend, Ending, Message, Outcome, OutcomeState
 
 SOON = 20.0
 
@@ -64,6 +64,15 @@ def flaky(service):
 
 
 @pytest.fixture
+def whole(flaky):
+    """The same where jobs and results are in one place: `service.settler`."""
+    flaky.settler = Flaky(backends.connect(flaky.url, flaky.app.namespace).settler)
+    parts = flaky.broker, flaky.results, flaky.registry
+    flaky.app._connected = (0, Backend(*parts, settler=flaky.settler))
+    return flaky
+
+
+@pytest.fixture
 def path(tmp_path: Path) -> str:
     return str(tmp_path / "notes")
 
@@ -94,6 +103,37 @@ class TestAServerThatIsAway:
             assert flaky.app.result(id, timeout=SOON) == "good"
             wait_until(lambda: ("success", id) in flaky.told)
             assert [entry[0] for entry in flaky.told] == ["processing", "success"]
+
+    @pytest.mark.parametrize("keep_result", [60.0, 0.0])
+    def test_after_it_has_taken_the_one_step_makes_nothing_happen_twice(self, whole, keep_result):
+        with whole.working():
+            for is_good, last in ((True, "success"), (False, "failure")):
+                whole.settler.fail("settle", when="once after")
+                call = whole.telling.call(is_good).options(keep_result=keep_result, max_retries=0)
+                id = call.enqueue()
+                wait_until(lambda: whole.told and whole.told[-1][:2] == (last, id))  # noqa: B023
+        assert [entry[0] for entry in whole.told] == ["processing", "success", "processing", "failure"]
+        assert whole.settler.asked["settle"] >= 4
+        assert whole.broker.asked["ack"] == whole.results.asked["save_many"] == 0
+
+    def test_until_the_job_is_somebody_elses_makes_no_success_of_it(self, whole, caplog):
+        part, app = whole.settler.part, whole.app
+        app.lease = 0.5
+        with whole.working():
+            whole.settler.fail("settle")
+            id = whole.telling.enqueue(True)
+            wait_until(lambda: whole.settler.asked["settle"] >= 2, "it is told in vain")
+            whole.broker.fail("renew")
+            whole.broker.fail("claim")
+            [claim] = whole.broker.part.claim("default", 1, 60.0, wait=SOON)  # another one has it
+            facts = claim.attempt, claim.enqueued_at, 1.0, 2.0
+            other = Outcome(id, "default", "telling", OutcomeState.FAILED, None, b"x", *facts)
+            assert part.settle([Ending(claim.hold, other)]) == [True]
+            whole.settler.mend()
+            wait_until(lambda: "was no longer ours" in caplog.text, "it is told")
+            assert whole.results.part.get_many([id]) == [other]
+            whole.broker.mend()
+        assert [entry[0] for entry in whole.told] == ["processing"]
 
     @pytest.mark.parametrize("call", ["bury", "nack"])
     def test_after_it_has_noted_a_failure_loses_nothing(self, flaky, path, call):
@@ -161,6 +201,24 @@ class TestWhatIsTooLarge:
                     flaky.app.result(ids[1])
         finally:
             del flaky.results.part.save_many
+
+    def test_a_result_is_left_out_where_all_is_one_step_too_and_its_neighbours_are_kept(self, whole):
+        settle = whole.settler.part.settle
+
+        def limited(endings):
+            for one in endings:
+                if one.outcome.value is not None and len(one.outcome.value) > 1000:
+                    raise MessageTooLarge("a result of 2,000 bytes is more than the 1,000 that are taken")
+            return settle(endings)
+
+        whole.settler.part.settle = limited
+        with whole.working():
+            ids = whole.app.enqueue_many([whole.big.call(size) for size in (10, 2000, 10)])
+            for id in ids:
+                assert whole.settled(id).state == "succeeded"
+            assert whole.app.result(ids[0]) == whole.app.result(ids[2]) == b"x" * 10
+            with pytest.raises(ResultNotFound, match="a result of 2,000 bytes is more"):
+                whole.app.result(ids[1])
 
     def test_a_follow_up_makes_a_dead_letter_of_its_job_alone(self, flaky):
         enqueue = flaky.broker.part.enqueue_many

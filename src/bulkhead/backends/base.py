@@ -7,7 +7,10 @@ values and errors are bytes that a backend only keeps. Three contracts, one conn
 - **ResultStore**: what became of those that are settled, for a while.
 - **Registry**: small named values with a version (schedules, groups, permits of limits, who is alive).
 
-Rules that hold for all three:
+A place that has jobs and outcomes side by side can have a fourth: a **Settler**, which ends claims and keeps their
+outcomes in one step. Where there is none, `apart.py` takes two.
+
+Rules that hold for all of them:
 
 - Every method may be called from any thread, and in a forked copy of the process, which makes a connection of its own.
 - Instants are POSIX seconds and are compared with the server's clock, in milliseconds or finer; a delay counts from the
@@ -36,6 +39,7 @@ __all__ = [
     "Burial",
     "CancelAnswer",
     "Claim",
+    "Ending",
     "Entry",
     "Hold",
     "Message",
@@ -47,7 +51,9 @@ __all__ = [
     "Registry",
     "ResultStore",
     "Return",
+    "Settler",
     "Standing",
+    "is_outdated",
 ]
 
 
@@ -328,12 +334,27 @@ class Outcome(NamedTuple):
     keep: float = 86400.0
 
 
+def is_outdated(new: Outcome, old: Outcome) -> bool:
+    """Tell whether an outcome comes too late to take the place of one that is kept.
+
+    That is so when both are of the same job (enqueued at the same instant; the same id enqueued anew, or a dead letter
+    revived, is another one) and the one kept is of a later attempt, or of the same one and not `RUNNING` any more. Why
+    numbers do: one is only given twice when the first attempt was given back uncounted, and has no outcome.
+    """
+    if new.enqueued_at != old.enqueued_at:
+        return False
+    return (new.attempt, new.state is not OutcomeState.RUNNING) < (
+        old.attempt,
+        old.state is not OutcomeState.RUNNING,
+    )
+
+
 class ResultStore(ABC):
     """Keeps outcomes for the time that each of them names."""
 
     @abstractmethod
     def save_many(self, outcomes: Sequence[Outcome]) -> None:
-        """Keep these; a later outcome of the same id takes the place of an earlier one.
+        """Keep these; a later outcome of the same id takes the place of an earlier one, unless it `is_outdated`.
 
         Raises:
             MessageTooLarge: A value or error is larger than the server takes; none of this call was kept.
@@ -356,6 +377,37 @@ class ResultStore(ABC):
     @abstractmethod
     def counts(self) -> Mapping[OutcomeState, int]:
         """Return how many are kept in each state; states without one may be left out."""
+
+
+class Ending(NamedTuple):
+    """A claim that ends, and what is kept of it.
+
+    Attributes:
+        hold: The claim.
+        outcome: What became of the job, under its id; None where nothing is to be kept.
+        reason: Why the job becomes a dead letter; None forgets it.
+        error: Of a dead letter, as in `Burial`.
+    """
+
+    hold: Hold
+    outcome: Outcome | None = None
+    reason: str | None = None
+    error: bytes | None = None
+
+
+class Settler(ABC):
+    """Ends claims and keeps outcomes in one step: nobody, and no death, comes between the two."""
+
+    @abstractmethod
+    def settle(self, endings: Sequence[Ending]) -> list[bool]:
+        """End these claims, each together with keeping its outcome; False where the claim was lost: nothing is changed.
+
+        Whoever never got the answer asks again: an ending that was carried out is True again as long as its outcome is
+        kept. (One without an outcome is False then, like any claim that has ended.)
+
+        Raises:
+            MessageTooLarge: An outcome or error is larger than the server takes; none of a round trip was carried out.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -408,12 +460,28 @@ class Backend:
 
     Attributes:
         others: Places that are closed with it: those that its parts were taken from.
+        settler: Of a place that can end a claim and keep its outcome in one step.
     """
 
     broker: Broker
     results: ResultStore
     registry: Registry
     others: tuple[Backend, ...] = ()
+    settler: Settler | None = None
+
+    def settle(self, endings: Sequence[Ending], *, sure_until: float = 0.0) -> list[bool]:
+        """End claims and keep their outcomes: as `Settler`, or in two steps as `apart.Apart`.
+
+        Args:
+            endings: What ends.
+            sure_until: Until when all these claims hold for certain (monotonic seconds): where it takes two steps, they
+                are looked at once more behind that.
+        """
+        if self.settler is not None:
+            return self.settler.settle(endings)
+        from bulkhead.backends.apart import Apart  # Why here: it is made of the contracts above
+
+        return Apart(self.broker, self.results, sure_until).settle(endings)
 
     def close(self) -> None:
         """End the connections. Nothing can be asked afterwards; closing again does nothing."""

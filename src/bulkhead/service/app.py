@@ -695,7 +695,7 @@ class App:
                 "would see: for tasks that use their application take sqlite://, redis:// or nats://"
             )
         jobs = backends.connect(self.url, self.namespace)
-        if self.results_url is None:
+        if self.results_url in (None, self.url):
             return jobs
         try:
             elsewhere = backends.connect(self.results_url, self.namespace)

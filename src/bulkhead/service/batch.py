@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bulkhead.backends.base import Claim
+from bulkhead.backends.base import Claim, Ending
 from bulkhead.service.envelope import Envelope
 
 if TYPE_CHECKING:
@@ -134,6 +134,7 @@ class HeldJob:
         has_reported: It has told how far it is.
         seconds: How long the attempt took.
         notes: For middlewares, which need not be serialised.
+        told: The verdict that was told to the broker, and the `Ending` that it means there.
         ending: What has become of it, when it is settled.
     """
 
@@ -153,6 +154,7 @@ class HeldJob:
     has_reported: bool = False
     seconds: float = 0.0
     notes: dict[str, Any] = field(default_factory=dict)
+    told: tuple[Any, Ending] | None = None
     ending: Any = None
 
     @property

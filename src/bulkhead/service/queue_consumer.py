@@ -552,7 +552,9 @@ class QueueConsumer:
         )
         verdict = Bury(f"its end cannot be told: {error}", failure_of(error))
         try:
-            return self._told(lambda _: self._teller.bury(held, verdict)), [(held, verdict)]
+            return self._told(lambda again: self._teller.bury(held, verdict, is_again=again)), [
+                (held, verdict)
+            ]
         except Exception:
             _log.exception("queue %s: nor can job %s be buried; its lease runs out", self.name, held.id)
             return False, [(held, verdict)]

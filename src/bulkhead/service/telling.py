@@ -1,8 +1,8 @@
 """Letting the backend know what has become of jobs, in an order in which nothing is lost whenever we die.
 
-First the jobs that follow are enqueued: their ids are fixed, so doing it twice changes nothing. Then outcomes are
-saved, then the jobs are acked. A failure is told to the broker first, which checks that the job is still ours: so a
-consumer that was too late cannot put its failure in the place of another's success.
+First the jobs that follow are enqueued: their ids are fixed, so doing it twice changes nothing. Then claims end, and
+their outcomes are kept: in one step where jobs and results are in one place (`Settler`), so that a consumer that was
+too late, be it frozen at any instant, cannot put its outcome in the place of another's; elsewhere as `apart.py` says.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from bulkhead.backends.base import Burial, Message, Outcome, OutcomeState, Place, Return
+from bulkhead.backends.base import Ending, Message, Outcome, OutcomeState, Place, Return
 from bulkhead.errors import MessageTooLarge
 from bulkhead.service.envelope import Failure, encoded, failure, failure_of
 from bulkhead.service.status import progress_key
@@ -57,28 +57,20 @@ class Teller:
         ]
         if follows:
             broker.enqueue_many(follows)
-        ended = [one for one in judged if isinstance(one[1], (Succeed, Cancel, Discard))]
+        ended = [one for one in judged if not isinstance(one[1], (TryAgain, GiveBack))]
         if ended:
-            self._save(ended)
-            self._note_lost(ended, broker.ack([held.claim.hold for held, _ in ended]), is_again)
+            self._settle(ended, is_again)
         returned = [one for one in judged if isinstance(one[1], (TryAgain, GiveBack))]
         if returned:
             done = broker.nack([_return_of(held, verdict) for held, verdict in returned])
-            self._note_lost(returned, done, is_again)
-        buried = [one for one in judged if isinstance(one[1], Bury)]
-        if buried:
-            done = broker.bury([_burial_of(held, verdict) for held, verdict in buried])
-            self._note_lost(buried, done, is_again)
-            self._save([one for one in buried if not one[0].is_lost])
+            self._note_lost([held for held, _ in returned], done, is_again)
         for held, _ in judged:
             if held.has_reported and not held.is_lost:
                 self._app.backend.registry.delete(progress_key(held.id))
 
-    def bury(self, held: HeldJob, verdict: Bury) -> None:
+    def bury(self, held: HeldJob, verdict: Bury, *, is_again: bool = False) -> None:
         """Let the backend know that a job has failed for good, and nothing else."""
-        self._note_lost([(held, verdict)], self._app.backend.broker.bury([_burial_of(held, verdict)]), False)
-        if not held.is_lost:
-            self._save([(held, verdict)])
+        self._settle([(held, verdict)], is_again)
 
     def report(self, held: HeldJob, verdict: Verdict) -> None:
         """Call the task's callback, and the middlewares. `on_retry` is called before the broker knows."""
@@ -113,23 +105,41 @@ class Teller:
             for one, envelope in zip(follows, envelopes, strict=True)
         ]
 
-    def _save(self, judged: Judged) -> None:
-        outcomes = [self._outcome(held, verdict) for held, verdict in judged if held.envelope.keep]
-        if not outcomes:
-            return
-        results = self._app.backend.results
+    def _settle(self, ended: Judged, is_again: bool) -> None:
+        endings = [self._ending(held, verdict) for held, verdict in ended]
+        sure_until = min(held.sure_until for held, _ in ended)
         try:
-            results.save_many(outcomes)
-        except MessageTooLarge:
-            # Nobody knows which: one by one, and in the place of one that is too large that it is.
-            for one in outcomes:
-                try:
-                    results.save_many([one])
-                except MessageTooLarge as error:
-                    _log.error(
-                        "queue %s: the result of job %s cannot be kept: %s", self._queue, one.id, error
-                    )
-                    results.save_many([one._replace(value=None, error=failure_of(error))])
+            done = self._app.backend.settle(endings, sure_until=sure_until)
+        except MessageTooLarge as error:
+            if len(ended) > 1:
+                # Nobody knows which: one by one. Those that were settled before are so again.
+                for one in ended:
+                    self._settle([one], True)
+                return
+            done = self._settle_without_value(ended[0][0], error, sure_until)
+        self._note_lost([held for held, _ in ended], done, is_again)
+
+    def _settle_without_value(self, held: HeldJob, error: MessageTooLarge, sure_until: float) -> list[bool]:
+        """Keep that the outcome is too large in its place."""
+        assert held.told is not None
+        verdict, ending = held.told
+        if ending.outcome is None:
+            raise error
+        _log.error("queue %s: the result of job %s cannot be kept: %s", self._queue, held.id, error)
+        ending = ending._replace(outcome=ending.outcome._replace(value=None, error=failure_of(error)))
+        held.told = verdict, ending
+        return self._app.backend.settle([ending], sure_until=sure_until)
+
+    def _ending(self, held: HeldJob, verdict: Verdict) -> Ending:
+        """Return what a verdict means to the backend; the same each time, so that it is known when it is told again."""
+        if held.told is not None and held.told[0] is verdict:
+            return held.told[1]
+        outcome = self._outcome(held, verdict) if held.envelope.keep else None
+        ending = Ending(held.claim.hold, outcome)
+        if isinstance(verdict, Bury):
+            ending = ending._replace(reason=verdict.reason, error=verdict.error)
+        held.told = verdict, ending
+        return ending
 
     def _outcome(self, held: HeldJob, verdict: Verdict) -> Outcome:
         if isinstance(verdict, Succeed):
@@ -139,21 +149,26 @@ class Teller:
             return outcome_of(held, OutcomeState.FAILED, error=msgspec.msgpack.encode(_told(verdict)))
         return outcome_of(held, OutcomeState.CANCELLED)
 
-    def _note_lost(self, judged: Judged, done: Sequence[bool], is_again: bool) -> None:
-        missed = [held for (held, _), is_done in zip(judged, done, strict=True) if not is_done]
-        if missed and is_again:
-            # Race: what we have told before the connection broke has ended our claim. Only who runs is somebody else's.
-            records = self._app.backend.broker.find([held.id for held in missed])
-            missed = [
-                held
-                for held, record in zip(missed, records, strict=True)
-                if record is not None and record.place is Place.RUNNING
-            ]
+    def _note_lost(self, jobs: Sequence[HeldJob], done: Sequence[bool], is_again: bool) -> None:
+        missed = [held for held, is_done in zip(jobs, done, strict=True) if not is_done]
+        if is_again:
+            # Race: what we told before the connection broke may have ended our claim. Where an outcome is kept the
+            # backend knows it; else only who runs is somebody else's.
+            unseen = [held for held in missed if not _leaves_outcome(held)]
+            missed = [held for held in missed if _leaves_outcome(held)] + self._running_elsewhere(unseen)
         for held in missed:
             held.is_lost = True
             _log.warning(
                 "queue %s: job %s was no longer ours when it ended; it may run twice", self._queue, held.id
             )
+
+    def _running_elsewhere(self, jobs: Sequence[HeldJob]) -> list[HeldJob]:
+        records = self._app.backend.broker.find([held.id for held in jobs]) if jobs else []
+        return [
+            held
+            for held, record in zip(jobs, records, strict=True)
+            if record is not None and record.place is Place.RUNNING
+        ]
 
 
 def outcome_of(
@@ -174,6 +189,10 @@ def outcome_of(
         now,
         held.envelope.keep,
     )
+
+
+def _leaves_outcome(held: HeldJob) -> bool:
+    return held.told is not None and held.told[1].outcome is not None
 
 
 def last_outcome(held: HeldJob) -> Outcome:
@@ -201,8 +220,3 @@ def _return_of(held: HeldJob, verdict: Verdict) -> Return:
         return Return(held.claim.hold, verdict.delay, True, verdict.error)
     assert isinstance(verdict, GiveBack)
     return Return(held.claim.hold, verdict.delay, False, keeps_place=verdict.keeps_place)
-
-
-def _burial_of(held: HeldJob, verdict: Verdict) -> Burial:
-    assert isinstance(verdict, Bury)
-    return Burial(held.claim.hold, verdict.reason, verdict.error)

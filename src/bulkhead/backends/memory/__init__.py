@@ -19,6 +19,7 @@ from bulkhead.backends.base import Backend
 from bulkhead.backends.memory.broker import MemoryBroker
 from bulkhead.backends.memory.keeping import MemoryRegistry, MemoryResultStore
 from bulkhead.backends.memory.locking import Guard
+from bulkhead.backends.memory.settling import MemorySettler
 from bulkhead.errors import ConfigError
 
 __all__ = ["connect"]
@@ -43,7 +44,9 @@ def connect(url: str, namespace: str) -> Backend:
     with _making:
         if key not in _places:
             guard = Guard()
-            _places[key] = Backend(MemoryBroker(guard), MemoryResultStore(guard), MemoryRegistry(guard))
+            broker, results = MemoryBroker(guard), MemoryResultStore(guard)
+            settler = MemorySettler(guard, broker, results)
+            _places[key] = Backend(broker, results, MemoryRegistry(guard), settler=settler)
         return _places[key]
 
 

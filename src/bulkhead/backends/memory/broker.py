@@ -12,6 +12,7 @@ from bulkhead.backends.base import (
     Burial,
     CancelAnswer,
     Claim,
+    Ending,
     Hold,
     Message,
     Place,
@@ -68,7 +69,7 @@ class MemoryBroker(Broker):
     def ack(self, holds: Sequence[Hold]) -> list[bool]:
         """See `Broker`."""
         with self._guard:
-            return [self._forget(self._held(hold)) for hold in holds]
+            return [self.end(Ending(hold)) for hold in holds]
 
     def nack(self, returns: Sequence[Return]) -> list[bool]:
         """See `Broker`."""
@@ -80,7 +81,15 @@ class MemoryBroker(Broker):
     def bury(self, burials: Sequence[Burial]) -> list[bool]:
         """See `Broker`."""
         with self._guard:
-            return [self._bury(burial) for burial in burials]
+            return [self.end(Ending(dead.hold, None, dead.reason or "", dead.error)) for dead in burials]
+
+    def end(self, ending: Ending) -> bool:
+        """End a claim; False where it was lost. Concurrency: who calls has the guard."""
+        job = self._held(ending.hold)
+        if job is None or ending.reason is None:
+            return self._forget(job)
+        self._bury(job, ending.reason, ending.error)
+        return True
 
     def find(self, ids: Sequence[str]) -> list[Record | None]:
         """See `Broker`."""
@@ -216,15 +225,11 @@ class MemoryBroker(Broker):
         self._queues[job.queue].put(job)
         return True
 
-    def _bury(self, burial: Burial) -> bool:
-        job = self._held(burial.hold)
-        if job is None:
-            return False
+    def _bury(self, job: Job, reason: str, error: bytes | None) -> None:
         job.move(due_at=time.time(), visible_at=float("inf"))
-        job.is_dead, job.reason = True, burial.reason
-        job.error = job.error if burial.error is None else burial.error
+        job.is_dead, job.reason = True, reason
+        job.error = job.error if error is None else error
         self._queues[job.queue].put(job)
-        return True
 
     def _cancel(self, id: str) -> CancelAnswer:
         job = self._jobs.get(id)

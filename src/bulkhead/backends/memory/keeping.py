@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
 
-from bulkhead.backends.base import Entry, Outcome, OutcomeState, Registry, ResultStore
+from bulkhead.backends.base import Entry, Outcome, OutcomeState, Registry, ResultStore, is_outdated
 from bulkhead.backends.memory.locking import Guard
 
 __all__ = ["Kept", "MemoryRegistry", "MemoryResultStore"]
@@ -72,7 +72,17 @@ class MemoryResultStore(ResultStore):
         """See `ResultStore`."""
         with self._guard:
             for outcome in outcomes:
-                self._kept.put(outcome.id, outcome, time.time() + outcome.keep)
+                old = self.look(outcome.id)
+                if old is None or not is_outdated(outcome, old):
+                    self.put(outcome)
+
+    def put(self, outcome: Outcome) -> None:
+        """Keep an outcome. Concurrency: who calls has the guard."""
+        self._kept.put(outcome.id, outcome, time.time() + outcome.keep)
+
+    def look(self, id: str) -> Outcome | None:
+        """Return what is kept. Concurrency: who calls has the guard."""
+        return self._kept.get(id)
 
     def get_many(self, ids: Sequence[str]) -> list[Outcome | None]:
         """See `ResultStore`."""

@@ -3,6 +3,9 @@
 Per-message expiry exists from server 2.11 on; so here an outcome that is too old is not given any more, and deleted by
 sweeping, twice as many looked at as were saved. A deletion is a marker, as other clients of the bucket expect it.
 
+Saving compares versions, so that an outcome of an earlier attempt never takes the place of a later one's, whenever it
+arrives (`is_outdated`).
+
 Lists are read backwards in growing windows, as JetStream has no backward reading; order is exact within the newest
 thousand of the bucket, further back as exact as outcomes are saved soon after they are finished. `counts` reads the
 whole bucket: 25,000 to 50,000 outcomes per second, values included.
@@ -13,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 
-from bulkhead.backends.base import Outcome, OutcomeState
+from bulkhead.backends.base import Outcome, OutcomeState, is_outdated
 from bulkhead.backends.nats.cells import Cell, Cells
 from bulkhead.backends.nats.clock import Clock
 from bulkhead.backends.nats.layout import Layout
@@ -26,7 +29,7 @@ __all__ = ["Results"]
 
 # Sequence numbers in the first window; each further one goes back four times as far.
 _WINDOW = 1000
-# Attempts to delete an outcome that others save anew.
+# Attempts to change an outcome that others change, too.
 _ATTEMPTS = 50
 
 
@@ -41,9 +44,30 @@ class Results:
     async def save(self, outcomes: Sequence[Outcome]) -> None:
         """As `ResultStore.save_many`."""
         now = self._clock.now()
-        changes = [(token_of(outcome.id), self._packed(outcome, now), None) for outcome in outcomes]
-        await self._cells.put(changes)
-        self._cells.owe(len(changes))
+        data = [self._packed(outcome, now) for outcome in outcomes]
+        # Why 0 at first: mostly none is kept so far. Race: what others save meanwhile has another version.
+        versions = dict.fromkeys(range(len(outcomes)), 0)
+        for _ in range(_ATTEMPTS):
+            changes = [
+                (token_of(outcomes[place].id), data[place], version) for place, version in versions.items()
+            ]
+            answers = zip(versions, await self._cells.put(changes), strict=True)
+            versions = await self._replaceable(outcomes, [place for place, new in answers if new is None])
+            if not versions:
+                self._cells.owe(len(outcomes))
+                return
+        raise BrokerUnavailable("an outcome is changed by others all the time")
+
+    async def _replaceable(self, outcomes: Sequence[Outcome], places: Sequence[int]) -> dict[int, int]:
+        """Return the versions of what is kept where it may be replaced."""
+        cells = await self._cells.get_named([outcomes[place].id for place in places])
+        now = self._clock.now()
+        versions = {}
+        for place, cell in zip(places, cells, strict=True):
+            old = _read(cell, now)
+            if old is None or not is_outdated(outcomes[place], old):
+                versions[place] = 0 if cell is None else cell.version
+        return versions
 
     async def get(self, ids: Sequence[str]) -> list[Outcome | None]:
         """As `ResultStore.get_many`."""

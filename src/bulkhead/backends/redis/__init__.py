@@ -6,7 +6,7 @@
 | link.py | connections, what is repeated, what errors mean |
 | script.py, scripts/ | the Lua scripts, one for each step |
 | wire.py | lists as one argument; units |
-| broker.py, results.py, registry.py | the contracts |
+| broker.py, results.py, registry.py, settling.py | the contracts |
 | sidekiq.py | jobs for the workers of a Sidekiq |
 
 docs/how-to/backends.md has the layout of the keys.
@@ -20,6 +20,7 @@ from bulkhead.backends.redis.broker import RedisBroker
 from bulkhead.backends.redis.link import Link
 from bulkhead.backends.redis.registry import RedisRegistry
 from bulkhead.backends.redis.results import RedisResults
+from bulkhead.backends.redis.settling import RedisSettler
 
 __all__ = ["connect"]
 
@@ -37,4 +38,4 @@ def connect(url: str, namespace: str) -> Backend:
     except BaseException:
         link.close()
         raise
-    return Backend(RedisBroker(link), RedisResults(link), RedisRegistry(link))
+    return Backend(RedisBroker(link), RedisResults(link), RedisRegistry(link), settler=RedisSettler(link))

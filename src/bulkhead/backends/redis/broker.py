@@ -26,6 +26,7 @@ from bulkhead.backends.base import (
     Burial,
     CancelAnswer,
     Claim,
+    Ending,
     Hold,
     Message,
     Place,
@@ -36,6 +37,7 @@ from bulkhead.backends.base import (
 )
 from bulkhead.backends.redis.link import Link
 from bulkhead.backends.redis.script import Script, script
+from bulkhead.backends.redis.settling import RedisSettler
 from bulkhead.backends.redis.wire import MAX_BATCH, batches, check_size, micros, millis, packed, text
 
 __all__ = ["RedisBroker"]
@@ -49,9 +51,7 @@ _SHORTEST = 0.001
 _ENQUEUE = script("enqueue")
 _CLAIM = script("claim")
 _RENEW = script("renew")
-_ACK = script("ack")
 _NACK = script("nack")
-_BURY = script("bury")
 _REMOVE = script("remove")
 _REVIVE = script("revive")
 _FIND = script("find")
@@ -76,6 +76,7 @@ class RedisBroker(Broker):
 
     def __init__(self, link: Link) -> None:
         self._link = link
+        self._settler = RedisSettler(link)
         self._paused = link.key("paused")
         self._stamp = link.key("stamp")
         # Why half: a wait that the server ends must not look like a server that does not answer.
@@ -118,7 +119,7 @@ class RedisBroker(Broker):
 
     def ack(self, holds: Sequence[Hold]) -> list[bool]:
         """See `Broker`."""
-        return _yes(self._each(_ACK, holds, _holds))
+        return self._settler.settle([Ending(hold) for hold in holds])
 
     def nack(self, returns: Sequence[Return]) -> list[bool]:
         """See `Broker`."""
@@ -127,8 +128,9 @@ class RedisBroker(Broker):
 
     def bury(self, burials: Sequence[Burial]) -> list[bool]:
         """See `Broker`."""
-        check_size([len(burial.error or b"") for burial in burials])
-        return _yes(self._each(_BURY, burials, _burials))
+        return self._settler.settle(
+            [Ending(dead.hold, None, dead.reason or "", dead.error) for dead in burials]
+        )
 
     def find(self, ids: Sequence[str]) -> list[Record | None]:
         """See `Broker`."""
@@ -230,14 +232,6 @@ def _returns(returns: Sequence[Return]) -> tuple[Sequence[Any], ...]:
         [back.counts for back in returns],
         [text(back.error) for back in returns],
         [back.keeps_place for back in returns],
-    )
-
-
-def _burials(burials: Sequence[Burial]) -> tuple[Sequence[Any], ...]:
-    return (
-        *_holds([burial.hold for burial in burials]),
-        [burial.reason for burial in burials],
-        [text(burial.error) for burial in burials],
     )
 
 

@@ -12,12 +12,12 @@ from functools import lru_cache
 
 import msgspec
 
-from bulkhead.backends.base import Outcome, OutcomeState, ResultStore
+from bulkhead.backends.base import Outcome, OutcomeState, ResultStore, is_outdated
 from bulkhead.backends.redis.link import Link
 from bulkhead.backends.redis.script import script
 from bulkhead.backends.redis.wire import batches, check_size, micros, millis, packed, text
 
-__all__ = ["RedisResults"]
+__all__ = ["RedisResults", "columns_of"]
 
 # Expired entries that are taken out of the lists in one go.
 _SWEEP = 1000
@@ -28,9 +28,18 @@ _OUTCOMES = script("outcomes", "results_common")
 _COUNTS = script("results_counts", "results_common")
 _SWEEPING = script("sweep", "results_common")
 
-# What is packed behind the place: queue, task, state, value, error, attempt, enqueued, started, finished, keep.
-_Fields = tuple[str, str, str, bytes | None, bytes | None, int, float, float, float, float]
+# What is packed behind the place: attempt, enqueued, queue, task, state, value, error, started, finished, keep.
+# The scripts read the first two (results_common.lua).
+_Fields = tuple[int, float, str, str, str, bytes | None, bytes | None, float, float, float]
 _fields = msgspec.msgpack.Decoder(_Fields).decode
+
+# Earlier versions packed them in the order of `Outcome`.
+_EarlierFields = tuple[str, str, str, bytes | None, bytes | None, int, float, float, float, float]
+_earlier_fields = msgspec.msgpack.Decoder(_EarlierFields).decode
+
+
+# Why: most are kept for the same time.
+_millis = lru_cache(millis)
 
 
 class RedisResults(ResultStore):
@@ -46,17 +55,9 @@ class RedisResults(ResultStore):
     def save_many(self, outcomes: Sequence[Outcome]) -> None:
         """See `ResultStore`."""
         check_size([len(outcome.value or b"") + len(outcome.error or b"") for outcome in outcomes])
-        # The last one of an id counts.
-        kept = list({outcome.id: outcome for outcome in outcomes}.values())
-        for part in batches(kept):
-            columns = (
-                [outcome.id for outcome in part],
-                [_place(outcome.state, outcome.queue) for outcome in part],
-                [micros(outcome.finished_at) for outcome in part],
-                [millis(outcome.keep) for outcome in part],
-                [text(_encoded(outcome)) for outcome in part],
-            )
-            self._link.run(_SAVE, (), [packed(columns)], is_repeatable=True)
+        for part in batches(_last_of_each(outcomes)):
+            arguments = [packed(([outcome.id for outcome in part], *columns_of(part)))]
+            self._link.run(_SAVE, (), arguments, is_repeatable=True)
 
     def get_many(self, ids: Sequence[str]) -> list[Outcome | None]:
         """See `ResultStore`."""
@@ -98,17 +99,41 @@ class RedisResults(ResultStore):
             pass
 
 
+def columns_of(outcomes: Sequence[Outcome | None]) -> tuple[list[object], ...]:
+    """Return what the scripts take: places, end times, milliseconds to keep, encoded outcomes."""
+    return (
+        [one and _place(one.state, one.queue) for one in outcomes],
+        [one and micros(one.finished_at) for one in outcomes],
+        [one and _millis(one.keep) for one in outcomes],
+        [one and text(_encoded(one)) for one in outcomes],
+    )
+
+
+def _last_of_each(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return of several outcomes of an id the one that counts."""
+    kept: dict[str, Outcome] = {}
+    for outcome in outcomes:
+        old = kept.get(outcome.id)
+        if old is None or not is_outdated(outcome, old):
+            kept[outcome.id] = outcome
+    return list(kept.values())
+
+
 @lru_cache
 def _place(state: OutcomeState, queue: str) -> str:
     return f"{state.value}:{len(queue.encode())}:{queue}:"
 
 
 def _encoded(outcome: Outcome) -> bytes:
-    _, queue, task, state, *facts = outcome
-    return packed((queue, task, state.value, *facts))
+    _, queue, task, state, value, error, attempt, enqueued, started, finished, keep = outcome
+    return packed((attempt, enqueued, queue, task, state.value, value, error, started, finished, keep))
 
 
 def _decoded(id: str, text: bytes) -> Outcome:
     _, size, rest = text.split(b":", 2)
-    queue, task, state, *facts = _fields(memoryview(rest)[int(size) + 1 :])
-    return Outcome(id, queue, task, OutcomeState(state), *facts)
+    data = memoryview(rest)[int(size) + 1 :]
+    try:
+        attempt, enqueued, queue, task, state, value, error, *times = _fields(data)
+    except msgspec.ValidationError:
+        queue, task, state, value, error, attempt, enqueued, *times = _earlier_fields(data)
+    return Outcome(id, queue, task, OutcomeState(state), value, error, attempt, enqueued, *times)

@@ -16,7 +16,7 @@ Not on a network file system: SQLite's locks and its shared memory need one mach
 | statements.py | what the broker asks of SQLite |
 | watching.py | waiting until anybody has changed the file |
 | troubles.py | what SQLite's errors mean to the caller |
-| broker.py, results.py, registry.py | the contracts |
+| broker.py, results.py, registry.py, settling.py | the contracts |
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from bulkhead.backends.sqlite.broker import SqliteBroker
 from bulkhead.backends.sqlite.file import File
 from bulkhead.backends.sqlite.registry import SqliteRegistry
 from bulkhead.backends.sqlite.results import SqliteResultStore
+from bulkhead.backends.sqlite.settling import SqliteSettler
 from bulkhead.backends.url_options import Reader, one_of, read_options, seconds
 from bulkhead.errors import ConfigError
 
@@ -54,9 +55,9 @@ def connect(url: str, namespace: str) -> Backend:
     is_full = options.get("synchronous") == "full"
     file = File(path, is_full=is_full, busy_seconds=options.get("busy_timeout", 5.0))
     file.open()
-    return Backend(
-        SqliteBroker(file, namespace), SqliteResultStore(file, namespace), SqliteRegistry(file, namespace)
-    )
+    broker, results = SqliteBroker(file, namespace), SqliteResultStore(file, namespace)
+    registry, settler = SqliteRegistry(file, namespace), SqliteSettler(file, broker, results)
+    return Backend(broker, results, registry, settler=settler)
 
 
 def _path(url: str) -> Path:

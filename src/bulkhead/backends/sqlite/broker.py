@@ -15,6 +15,7 @@ from bulkhead.backends.base import (
     Burial,
     CancelAnswer,
     Claim,
+    Ending,
     Hold,
     Message,
     Place,
@@ -90,13 +91,7 @@ class SqliteBroker(Broker):
 
     def ack(self, holds: Sequence[Hold]) -> list[bool]:
         """See `Broker`."""
-
-        def ack(connection: sqlite3.Connection, part: Sequence[Hold]) -> list[bool]:
-            return [
-                self._remove(connection, hold.id, statements.REMOVE_HELD, self._key(hold)) for hold in part
-            ]
-
-        return self._change(holds, ack)
+        return self._change([Ending(hold) for hold in holds], self.end)
 
     def nack(self, returns: Sequence[Return]) -> list[bool]:
         """See `Broker`."""
@@ -114,15 +109,14 @@ class SqliteBroker(Broker):
 
         def bury(connection: sqlite3.Connection, part: Sequence[Burial]) -> list[bool]:
             now = time.time()
-            return [
-                connection.execute(
-                    statements.BURY, (now, dead.reason, dead.error, *self._key(dead.hold))
-                ).rowcount
-                == 1
-                for dead in part
-            ]
+            return [self._bury(connection, burial, now) for burial in part]
 
         return self._change(burials, bury)
+
+    def end(self, connection: sqlite3.Connection, endings: Sequence[Ending]) -> list[bool]:
+        """End claims, as part of a transaction; False where one was lost."""
+        now = time.time()
+        return [self._end(connection, ending, now) for ending in endings]
 
     def find(self, ids: Sequence[str]) -> list[Record | None]:
         """See `Broker`."""
@@ -219,6 +213,16 @@ class SqliteBroker(Broker):
         if wakes and things:
             self._file.tell()
         return answers
+
+    def _end(self, connection: sqlite3.Connection, ending: Ending, now: float) -> bool:
+        hold, _, reason, error = ending
+        if reason is None:
+            return self._remove(connection, hold.id, statements.REMOVE_HELD, self._key(hold))
+        return self._bury(connection, Burial(hold, reason, error), now)
+
+    def _bury(self, connection: sqlite3.Connection, dead: Burial, now: float) -> bool:
+        values = (now, dead.reason, dead.error, *self._key(dead.hold))
+        return connection.execute(statements.BURY, values).rowcount == 1
 
     def _row(self, message: Message, now: float) -> tuple[object, ...]:
         due = now + max(message.delay, 0.0) if message.due_at is None else max(message.due_at, now)

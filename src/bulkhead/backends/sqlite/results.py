@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bulkhead.backends.base import Outcome, OutcomeState, ResultStore
@@ -18,8 +18,19 @@ _log = logging.getLogger("bulkhead")
 
 _COLUMNS = "id, queue, task, state, value, error, attempt, enqueued, started, finished, keep"
 
+_VALUES = f"(namespace, until, {_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+
+# For whom no outcome can be too late: who has the claim.
+_PUT = f"INSERT OR REPLACE INTO outcomes {_VALUES}"
+
+_NEW = ", ".join(f"{column} = excluded.{column}" for column in ["until", *_COLUMNS.split(", ")])
+
+# The condition is `is_outdated`.
 _SAVE = f"""
-INSERT OR REPLACE INTO outcomes (namespace, until, {_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+INSERT INTO outcomes {_VALUES} ON CONFLICT (namespace, id) DO UPDATE
+SET seq = (SELECT MAX(seq) + 1 FROM outcomes), {_NEW}
+WHERE excluded.enqueued <> outcomes.enqueued
+OR (excluded.attempt, excluded.state <> 'running') >= (outcomes.attempt, outcomes.state <> 'running')
 """
 
 # Why casts: SQLite keeps whatever was written into a column, and one damaged row must not spoil a whole list.
@@ -51,8 +62,7 @@ class SqliteResultStore(ResultStore):
 
     def save_many(self, outcomes: Sequence[Outcome]) -> None:
         """See `ResultStore`."""
-        for outcome in outcomes:
-            check_size("the result of a job", outcome.value, outcome.error)
+        self.check_sizes(outcomes)
 
         def save(connection: sqlite3.Connection, part: Sequence[Outcome]) -> list[None]:
             now = time.time()
@@ -60,6 +70,22 @@ class SqliteResultStore(ResultStore):
             return []
 
         self._file.change_many(outcomes, save)
+
+    def check_sizes(self, outcomes: Iterable[Outcome]) -> None:
+        """Raise `MessageTooLarge` when there is no room for one of these."""
+        for outcome in outcomes:
+            if outcome.value is not None or outcome.error is not None:
+                check_size("the result of a job", outcome.value, outcome.error)
+
+    def put(self, connection: sqlite3.Connection, outcomes: Iterable[Outcome]) -> None:
+        """Keep these, whatever there is, as part of a transaction."""
+        now = time.time()
+        connection.executemany(_PUT, [self._row(outcome, now) for outcome in outcomes])
+
+    def look(self, connection: sqlite3.Connection, id: str) -> Outcome | None:
+        """Return what is kept, as part of a transaction."""
+        row = connection.execute(_GET, (self._namespace, id, time.time())).fetchone()
+        return None if row is None else _outcome(row)
 
     def get_many(self, ids: Sequence[str]) -> list[Outcome | None]:
         """See `ResultStore`."""

@@ -41,6 +41,7 @@ is said about speed (a job is claimed soon after it is due) is tried several tim
 | enqueueing.py | what is kept, in which order it is claimed, taken ids, sizes, odd names |
 | claiming.py | due times, waiting, claims of several at once, paused queues |
 | leasing.py | leases, stale tokens, ack, nack, cancellation |
+| settling.py | the end of a claim together with its outcome |
 | looking.py | dead letters, lists, counts |
 | sharing.py | namespaces, forks, closing |
 | results.py | result stores |
@@ -58,10 +59,11 @@ from bulkhead.testing.conformance.leasing import Leasing
 from bulkhead.testing.conformance.looking import Looking
 from bulkhead.testing.conformance.registering import RegistryContract
 from bulkhead.testing.conformance.results import ResultStoreContract
+from bulkhead.testing.conformance.settling import Settling
 from bulkhead.testing.conformance.sharing import Sharing
 
 __all__ = ["Again", "BrokerContract", "RegistryContract", "ResultStoreContract"]
 
 
-class BrokerContract(Enqueueing, Claiming, Leasing, Looking, Sharing):
-    """The tests of a broker."""
+class BrokerContract(Enqueueing, Claiming, Leasing, Settling, Looking, Sharing):
+    """The tests of a broker, and of how its claims end."""

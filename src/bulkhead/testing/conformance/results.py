@@ -81,6 +81,34 @@ class ResultStoreContract(Contract):
         assert store.outcomes(RUNNING) == store.outcomes(FAILED) == []
         assert ids_of(store.outcomes(SUCCEEDED)) == ["a"]
 
+    def test_an_outcome_of_an_earlier_attempt_takes_no_place(self, backend: Backend) -> None:
+        store, now = backend.results, time.time()
+        store.save_many([_outcome("a", SUCCEEDED, value=b"2", attempt=2, enqueued_at=now)])
+        store.save_many([_outcome("a", FAILED, error=b"1", attempt=1, enqueued_at=now), _outcome("b")])
+        store.save_many([_outcome("a", RUNNING, value=b"half", attempt=2, enqueued_at=now)])
+        assert sorted(ids_of(store.outcomes(SUCCEEDED))) == ["a", "b"]
+        assert store.outcomes(FAILED) == store.outcomes(RUNNING) == []
+        [kept] = store.get_many(["a"])
+        assert kept is not None
+        assert (kept.state, kept.value, kept.attempt) == (SUCCEEDED, b"2", 2)
+        several = [
+            _outcome("c", SUCCEEDED, attempt=10, enqueued_at=now),
+            _outcome("c", FAILED, enqueued_at=now),
+        ]
+        store.save_many(several)
+        [kept] = store.get_many(["c"])
+        assert kept is not None
+        assert kept.state is SUCCEEDED
+
+    def test_an_outcome_of_a_job_enqueued_at_another_time_takes_the_place(self, backend: Backend) -> None:
+        store, now = backend.results, time.time()
+        for enqueued_at in (now, now - 60, now + 60):  # Why also before: clocks are set
+            store.save_many([_outcome("a", SUCCEEDED, attempt=2, enqueued_at=enqueued_at)])
+            store.save_many([_outcome("a", FAILED, attempt=1, enqueued_at=enqueued_at + 0.1)])
+            [kept] = store.get_many(["a"])
+            assert kept is not None
+            assert (kept.state, kept.attempt) == (FAILED, 1)
+
     def test_an_outcome_of_another_queue_takes_the_place_too(self, backend: Backend) -> None:
         backend.results.save_many([Outcome("a", "one", "t", SUCCEEDED)])
         backend.results.save_many([Outcome("a", "two", "t", SUCCEEDED)])
