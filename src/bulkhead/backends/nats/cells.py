@@ -23,7 +23,7 @@ from bulkhead.backends.nats.names import token_of
 from bulkhead.backends.nats.pulling import Pull
 from bulkhead.backends.nats.session import Answer, Question, Session
 
-__all__ = ["Cell", "Cells", "read_cell"]
+__all__ = ["Cell", "Cells", "forget", "read_cell"]
 
 _NOT_THE_LAST = 10071  # the expected sequence is not the last one of the subject
 _NO_MESSAGE = 10037
@@ -124,7 +124,7 @@ class Cells:
                     break
         if at_end:
             self._cursor = 1
-        await self._forget(over)
+        await forget(self._session, self._stream, over)
         return len(over)
 
     async def _sweep_debt(self) -> None:
@@ -133,10 +133,6 @@ class Cells:
             await self.sweep(steps, _GRACE)
         finally:
             self._is_sweeping = False
-
-    async def _forget(self, versions: Sequence[int]) -> None:
-        subject = f"$JS.API.STREAM.MSG.DELETE.{self._stream}"
-        await self._session.ask([(subject, b'{"seq":%d,"no_erase":true}' % seq, None) for seq in versions])
 
     def _put(self, token: str, data: bytes, expected: int | None) -> Question:
         headers = None if expected is None else {"Nats-Expected-Last-Subject-Sequence": str(expected)}
@@ -151,6 +147,12 @@ def read_cell(answer: Answer) -> Cell | None:
             check_answer(answer, "reading a message")
         return None
     return Cell(message["seq"], base64.b64decode(message.get("data", "")))
+
+
+async def forget(session: Session, stream: str, versions: Sequence[int]) -> None:
+    """Delete messages of a stream by their sequence numbers, where they are still there."""
+    subject = f"$JS.API.STREAM.MSG.DELETE.{stream}"
+    await session.ask([(subject, b'{"seq":%d,"no_erase":true}' % seq, None) for seq in versions])
 
 
 def _version(answer: Answer) -> int | None:

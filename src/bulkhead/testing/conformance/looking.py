@@ -108,6 +108,23 @@ class Looking(Contract):
         assert broker.counts() == {}
         assert broker.revive(["dead"]) == [False]
 
+    @pytest.mark.parametrize("removed", ["a", "c", "scheduled"])
+    @pytest.mark.parametrize("is_claimed", [False, True])
+    def test_removing_a_job_takes_no_other_along(
+        self, backend: Backend, again: Again, removed: str, is_claimed: bool
+    ) -> None:
+        broker, other = backend.broker, again().broker
+        if is_claimed:
+            keep(broker, "first")
+            claims(broker)
+        keep(broker, *"abcd")
+        keep(broker, "scheduled", delay=LONG)
+        assert other.counts()["q"].ready == 4
+        assert other.cancel([removed]) == [CancelAnswer.REMOVED]
+        left = [id for id in "abcd" if id != removed]
+        assert broker.counts()["q"].ready == len(left)
+        assert ids_of(claims(broker, len(left))) == left
+
     def test_dead_letters_alone_are_deleted_where_that_is_asked_for(self, backend: Backend) -> None:
         broker = backend.broker
         keep(broker, "dead", "running", "ready")
