@@ -162,8 +162,8 @@ class Tickets:
         await self._session.ask([(subject, f'{{"filter":"{one}"}}'.encode(), None) for one in subjects])
 
     async def _take_from_queue(self, subjects: Sequence[str]) -> None:
-        # Why not by a purge: when no message of its subject is left, server 2.9 takes it for one of the whole stream and
-        # lets every consumer begin behind all tickets that there are.
+        # Why not by a purge: when no message of its subject is left, server 2.9 takes it for one of the whole stream
+        # and lets every consumer begin behind all tickets that there are.
         stream = self._layout.ready_stream
         subject = f"$JS.API.STREAM.MSG.GET.{stream}"
         answers = await self._session.ask(
