@@ -82,9 +82,12 @@ import bulkhead
 sys.meta_path.insert(0, Holding())
 """
 
+# From 3.12 on Python warns of what is tried here.
 FORKED = (
     HELD
     + """
+import warnings
+warnings.simplefilter("ignore", DeprecationWarning)
 thread = threading.Thread(target=lambda: bulkhead.Dispatcher)
 thread.start()
 is_in.wait()
