@@ -39,9 +39,21 @@ ALONE = (
 )
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not import the other files when these alone are wanted."""
+    if config.option.markexpr != "not slow and alone" or collection_path.suffix != ".py":
+        return None
+    has_some = is_alone(collection_path) or "mark.alone" in collection_path.read_text(encoding="utf-8")
+    return None if has_some else True
+
+
+def is_alone(path: Path) -> bool:
+    return not {*path.parts}.isdisjoint(ALONE)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if not {*item.path.parts}.isdisjoint(ALONE):
+        if is_alone(item.path):
             item.add_marker(pytest.mark.alone)
 
 
