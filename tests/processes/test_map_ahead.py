@@ -80,9 +80,6 @@ def test_an_idle_worker_gets_what_lies_behind_a_long_item(disp: Dispatcher, tmp_
     assert len(begun(tmp_path)) == 10
 
 
-# Not explained yet: beside much other work, one of a hundred runs sees the first item of a chunk that was sent ahead,
-# which kills its worker, run a second time.
-@pytest.mark.alone
 @pytest.mark.parametrize("chunksize", [1, 2, 3])
 @pytest.mark.parametrize("priority", [ONE, PAIR])
 def test_a_worker_that_dies_harms_nothing_of_what_lies_with_it(

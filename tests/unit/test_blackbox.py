@@ -123,3 +123,20 @@ def test_stacks_are_read_from_behind_the_ring(fd: int) -> None:
 
 def test_the_box_has_no_name_that_would_have_to_be_removed(fd: int) -> None:
     assert os.fstat(fd).st_nlink == 0
+
+
+def test_a_second_message_may_be_taken_back_when_the_worker_is_past_the_first(fd: int) -> None:
+    box, mark = BlackBox(fd), ReadMark(fd)
+    try:
+        assert mark.may_take_back()
+        box.note_read(1)
+        assert mark.take_back(3)
+        assert not mark.may_take_back()
+        box.note_read(3)
+        assert not mark.may_take_back()  # it has still to look whether it may begin
+        assert not box.claim(3)
+        box.note_read(5)
+        assert mark.may_take_back()
+    finally:
+        mark.close()
+    assert not mark.may_take_back()

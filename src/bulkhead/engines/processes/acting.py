@@ -186,6 +186,8 @@ class Acting:
             return  # it has been started since, or is in line again
         worker: Worker = slot.worker
         assert isinstance(job, Chunk)
+        if not worker.may_have_ahead():
+            return  # it waits here, and starts when the worker has answered
         number = worker.next_ahead()
         slot.is_ahead_sent = True
         order = chunks.order(job, 1 - worker.half, is_ahead=True)

@@ -154,6 +154,17 @@ class ReadMark:
         finally:
             fcntl.lockf(self._fd, fcntl.LOCK_UN, _MARK.size, _AHEAD_AT)
 
+    def may_take_back(self) -> bool:
+        """Tell whether another message could be taken back: only the last one is written down, so it must be past.
+
+        A worker is past a message when it has begun to read a later one.
+        """
+        try:
+            _, taken_back = _MARK.unpack_from(self._map, _AHEAD_AT)
+        except ValueError:  # the view is closed
+            return False
+        return bool(taken_back == 0 or self.last_read() > taken_back)
+
     def last_begun(self) -> int:
         """Return the number of the last message that was sent ahead and begun, or -1 when the view is closed."""
         try:

@@ -148,6 +148,10 @@ class Worker:
         """How far it is with a chunk that was sent ahead."""
         return self._halves[1 - self._half]
 
+    def may_have_ahead(self) -> bool:
+        """Tell whether what is sent ahead to it could be taken back."""
+        return self._box.may_take_back()
+
     def next_ahead(self) -> int:
         """Give a number to a message that is sent ahead. Why by two: as of those that are sent one after the other."""
         self.ahead = max(self.message, self.ahead) + 2
