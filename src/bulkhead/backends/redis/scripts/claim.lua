@@ -9,7 +9,6 @@ if call('SISMEMBER', KEYS[2], queue) == 1 then
     return { -1 }
 end
 local t = now()
-rescue(queue, t, most)
 put_in_line(queue, t, most)
 
 local ids, priorities, attempts, enqueued, dues, sizes, error_sizes = {}, {}, {}, {}, {}, {}, {}

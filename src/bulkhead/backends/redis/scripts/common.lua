@@ -128,43 +128,24 @@ local function put_right(id, queue)
     ring(place)
 end
 
--- Put jobs whose lease has run out back to those that wait. Their token stays: as long as nobody else claims such a job, its
--- late consumer may still settle it.
-local function rescue(queue, t, limit)
-    local running = running_key(queue)
-    local ids = call('ZRANGEBYSCORE', running, '-inf', t, 'LIMIT', 0, limit)
-    if #ids == 0 then
-        return
-    end
-    for _, id in ipairs(ids) do
-        local job = fields(id, 'queue', 'token', 'due', 'priority')
-        if job[1] == queue and job[2] and job[3] then
-            note(queue, job[4] or '0')
-            call('ZADD', waiting_key(job[4], queue), integer(whole(job[3])), id)
-        else
-            put_right(id, queue)
-        end
-    end
-    call('ZREM', running, unpack(ids))
-end
-
--- Put jobs that were given back for a while, which is over, back in line.
+-- Put jobs back in line whose lease has run out, or that were given back for a while which is over. The token of the former
+-- stays: as long as nobody else claims such a job, its late consumer may still settle it.
 local function put_in_line(queue, t, limit)
-    local back = back_key(queue)
-    local ids = call('ZRANGEBYSCORE', back, '-inf', t, 'LIMIT', 0, limit)
-    if #ids == 0 then
-        return
-    end
-    for _, id in ipairs(ids) do
-        local job = fields(id, 'queue', 'due', 'priority')
-        if job[1] == queue and job[2] then
-            note(queue, job[3] or '0')
-            call('ZADD', waiting_key(job[3], queue), integer(whole(job[2])), id)
-        else
-            put_right(id, queue)
+    for _, set in ipairs({ running_key(queue), back_key(queue) }) do
+        local ids = call('ZRANGEBYSCORE', set, '-inf', t, 'LIMIT', 0, limit)
+        for _, id in ipairs(ids) do
+            local job = fields(id, 'queue', 'due', 'priority')
+            if job[1] == queue and job[2] then
+                note(queue, job[3] or '0')
+                call('ZADD', waiting_key(job[3], queue), integer(whole(job[2])), id)
+            else
+                put_right(id, queue)
+            end
+        end
+        if #ids > 0 then
+            call('ZREM', set, unpack(ids))
         end
     end
-    call('ZREM', back, unpack(ids))
 end
 
 -- Take a job that is claimed, or was until its lease ran out, out of its sorted set.

@@ -4,7 +4,6 @@
 local t = now()
 local found = {}
 for _, queue in ipairs(call('HKEYS', KEYS[1])) do
-    rescue(queue, t, 1000)
     put_in_line(queue, t, 1000)
     local ready, total, oldest = 0, 0, t
     for _, level in ipairs(levels_of(queue)) do

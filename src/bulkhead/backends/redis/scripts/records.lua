@@ -66,7 +66,6 @@ local function of_each_queue(name)
 end
 
 for _, queue in ipairs(queues) do
-    rescue(queue, t, 1000)
     put_in_line(queue, t, 1000)
 end
 local found
