@@ -102,7 +102,8 @@ def test_the_stack_of_a_job_whose_worker_gets_no_cpu_for_a_while_is_waited_for(t
         os.kill(worker, signal.SIGCONT)
         error = tracker.exception(PATIENCE)
         assert isinstance(error, JobTimeout)
-        assert "in sleep_in_c" in error.stack
+        # Not where in the job: it may have been stopped before it slept.
+        assert "in note_and_call" in error.stack
 
 
 def test_a_worker_that_stays_stopped_is_ended_within_the_grace_and_half_of_it() -> None:
