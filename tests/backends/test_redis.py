@@ -211,6 +211,21 @@ def test_a_job_whose_hash_was_changed_by_hand_holds_up_no_other(
     backend.broker.find(names)
 
 
+def test_a_claimed_job_whose_hash_was_replaced_by_hand_is_lost_and_no_other(
+    redis_server: RedisServer, backend: Backend, namespace: str
+) -> None:
+    _keep(backend, *"abcd")
+    bad, *good = (claim.hold for claim in backend.broker.claim("mail", 4, LEASE))
+    redis_server.cli("set", f"{{{namespace}}}:job:a", "of somebody else")
+    lost, held = Standing.LOST, Standing.HELD
+    assert backend.broker.renew([bad, *good], LEASE) == [lost, held, held, held]
+    assert backend.broker.nack([Return(bad), Return(good[0])]) == [False, True]
+    assert backend.broker.cancel(["a", "b"]) == [CancelAnswer.UNKNOWN, CancelAnswer.REMOVED]
+    assert backend.broker.revive(["a"]) == [False]
+    assert backend.settle([Ending(bad), Ending(good[1]), Ending(good[2])]) == [False, True, True]
+    assert _counts(backend) == (0, 0, 0, 0)
+
+
 @pytest.mark.parametrize("is_claimed", [False, True])
 def test_a_job_whose_hash_names_another_queue_waits_there(
     redis_server: RedisServer, backend: Backend, namespace: str, is_claimed: bool
@@ -637,6 +652,32 @@ def test_a_server_that_is_out_of_memory_is_unavailable(own: RedisServer, owned: 
         _keep(owned, "b")
     own.cli("config", "set", "maxmemory", "0")
     assert _claimed(owned) == ["a"]
+
+
+def test_a_server_that_jobs_have_filled_can_be_emptied(own: RedisServer, owned: Backend) -> None:
+    _keep(owned, *"abcdefg")
+    succeeds, fails, waits, goes_on = owned.broker.claim("mail", 4, LEASE)
+    own.cli("config", "set", "maxmemory", "1")
+    assert owned.broker.renew([goes_on.hold], LEASE) == [Standing.HELD]
+    assert owned.settle([_ending(succeeds), Ending(fails.hold, reason="no use")]) == [True, True]
+    assert owned.broker.nack([Return(waits.hold, LEASE, error=b"not yet")]) == [True]
+    assert owned.broker.cancel(["d", "e"]) == [CancelAnswer.REQUESTED, CancelAnswer.REMOVED]
+    assert _claimed(owned, wait=1.0) == ["f", "g"]
+    assert _counts(owned) == (0, 1, 3, 1)
+
+
+@pytest.mark.parametrize("code", ["OOM", "READONLY", "MISCONF"])
+def test_so_it_is_where_an_earlier_server_says_so_from_within_a_script(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    said = f"ERR Error running script (call to f_1a2b): @user_script:4: @user_script: 4: -{code} told by a command."
+
+    def told(lines: Lines, *parts: object) -> None:
+        raise BaseParser.parse_error(said)
+
+    monkeypatch.setattr(Lines, "ask", told)
+    with pytest.raises(BrokerUnavailable, match=code):
+        _keep(backend, "a")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ All keys of a namespace have the hash tag `{namespace}`, and so lie on one node 
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Never
@@ -61,6 +62,9 @@ _UNAVAILABLE = (
     OSError,
 )
 _NOT_NOW = ("BUSY", "MISCONF", "NOREPLICAS", "UNBLOCKED")
+
+# The same of a command in a script, as servers before 7 say it.
+_NOT_NOW_IN_SCRIPT = re.compile(r"Error running script .*: -(MISCONF|NOREPLICAS|OOM|READONLY) ")
 
 # Race: a server that is sent too much at once says so and hangs up; mostly only the latter is seen, for its answer is
 # dropped when more of the argument arrives.
@@ -209,7 +213,8 @@ class Link:
                 f"puts there; delete that key, or choose another namespace: {message}"
             ) from error
         # Race: closed while another thread was using a connection, redis-py may say anything.
-        if isinstance(error, _UNAVAILABLE) or message.startswith((*_NOT_NOW, _TOO_MUCH)) or self._is_closed:
+        is_not_now = message.startswith((*_NOT_NOW, _TOO_MUCH)) or _NOT_NOW_IN_SCRIPT.match(message)
+        if isinstance(error, _UNAVAILABLE) or is_not_now or self._is_closed:
             raise BrokerUnavailable(f"{where} cannot be asked: {message or type(error).__name__}") from error
         raise error
 

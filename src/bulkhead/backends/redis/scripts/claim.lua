@@ -8,6 +8,7 @@ local queue, most, lease, token, after = ARGV[1], tonumber(ARGV[2]), tonumber(AR
 if call('SISMEMBER', KEYS[2], queue) == 1 then
     return { -1 }
 end
+even_when_full()
 local t = now()
 put_in_line(queue, t, most)
 

@@ -2,12 +2,13 @@
 -- keeps its place.
 -- Returns a character for each: 1 done, 0 the claim was lost.
 
+even_when_full()
 local ids, queues, tokens, delays, counts, errors, keeps = unpack(cmsgpack.unpack(ARGV[1]))
 local t = now()
 local answers = {}
 for i, id in ipairs(ids) do
     local key, queue = job_key(id), queues[i]
-    local job = call('HMGET', key, 'token', 'priority', 'due', 'enqueued', 'attempt')
+    local job = fields(id, 'token', 'priority', 'due', 'enqueued', 'attempt')
     if job[1] and job[1] == tokens[i] then
         answers[i] = '1'
         local due = t + delays[i]

@@ -2,12 +2,13 @@
 -- else, or "cancel", which leaves them and asks the consumers of running jobs to end them.
 -- Returns a character for each: r removed, q requested, u unknown or untouched.
 
+even_when_full()
 local is_cancel = ARGV[2] == 'cancel'
 local t = now()
 local answers = {}
 for i, id in ipairs(cmsgpack.unpack(ARGV[1])) do
     local key = job_key(id)
-    local job = call('HMGET', key, 'queue', 'priority', 'token', 'buried', 'remember')
+    local job = fields(id, 'queue', 'priority', 'token', 'buried', 'remember')
     answers[i] = 'u'
     if job[4] then
         if not is_cancel then

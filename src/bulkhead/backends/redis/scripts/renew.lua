@@ -1,12 +1,13 @@
 -- Let leases end later. ARGV[1]: columns of ids, queues, tokens. ARGV[2]: lease.
 -- Returns a character for each: h held, c held and to be cancelled, l lost.
 
+even_when_full()
 local ids, queues, tokens = unpack(cmsgpack.unpack(ARGV[1]))
 local ends = now() + tonumber(ARGV[2])
 local answers, leases = {}, {}
 for i, id in ipairs(ids) do
     local queue = queues[i]
-    local job = call('HMGET', job_key(id), 'token', 'cancelled', 'priority')
+    local job = fields(id, 'token', 'cancelled', 'priority')
     if job[1] == tokens[i] then
         answers[i] = job[2] and 'c' or 'h'
         leases[queue] = leases[queue] or { members = {} }

@@ -5,7 +5,7 @@ local t = now()
 local answers = {}
 for i, id in ipairs(ids) do
     local key = job_key(id)
-    local job = call('HMGET', key, 'queue', 'priority', 'buried')
+    local job = fields(id, 'queue', 'priority', 'buried')
     answers[i] = '0'
     if job[1] and job[3] then
         local due = t - #ids + i

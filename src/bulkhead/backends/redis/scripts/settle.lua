@@ -3,11 +3,12 @@
 -- times, milliseconds to keep, encoded outcomes.
 -- Returns a character for each: 1 done, now or by an earlier call whose outcome is kept; 0 the claim was lost.
 
+even_when_full()
 local ids, queues, tokens, reasons, errors, places, ended, keeps, blobs = unpack(cmsgpack.unpack(ARGV[1]))
 local t = now()
 local answers, jobs, done, chosen, missed = {}, {}, {}, {}, {}
 for i, id in ipairs(ids) do
-    local job = call('HMGET', job_key(id), 'token', 'remember', 'priority')
+    local job = fields(id, 'token', 'remember', 'priority')
     if job[1] and job[1] == tokens[i] and not done[id] then
         answers[i] = '1'
         jobs[i], done[id] = job, true
