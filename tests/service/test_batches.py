@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections import Counter
@@ -161,6 +162,26 @@ def test_more_batches_than_there_are_marks_run_one_by_one(make, path, monkeypatc
         for id in ids:
             service.settled(id)
     assert Counter(lines(path)) == Counter(map(str, range(500)))
+
+
+def test_on_a_full_disk_jobs_run_one_by_one(make, path, monkeypatch):
+    """A mapped page for which the disk has no room would kill who writes to it."""
+    given: list[int] = []
+
+    def set_aside(descriptor: int, start: int, size: int) -> None:
+        given.append(size)
+        if len(given) > 1:  # the first is the room for the marks
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", set_aside)
+    service = make(concurrency=2)
+    with service.working():
+        learn(service)
+        ids = enqueue_together(service, [service.jot.call(path, number) for number in range(50)])
+        for id in ids:
+            service.settled(id)
+    assert len(given) > 1
+    assert Counter(lines(path)) == Counter(map(str, range(50)))
 
 
 @pytest.mark.slow

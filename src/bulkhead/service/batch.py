@@ -12,6 +12,7 @@ runs, so that whatever happens in the middle is put down to that one alone:
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import time
@@ -46,15 +47,23 @@ class Marks:
     Both sides map the same file: a number for each slot, then for each a space that the worker fills with answers, each
     behind four bytes of length; a length of 0 ends them. What does not fit is left out: it runs again if the worker
     dies.
+
+    Raises:
+        OSError: The file cannot be made, or there is no room for it.
     """
 
     def __init__(self, path: str, *, create: bool = False) -> None:
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
         descriptor = os.open(path, flags, 0o600)
         size = SLOTS * (2 + _ANSWER_BYTES)
+        # Owner: who has made the file, and any thread of it, for a slot that it has taken.
+        self._descriptor = -1
+        self._reserved: set[int] = set()
         try:
             if create:
                 os.ftruncate(descriptor, size)  # Why so large: pages that are never written take no memory
+                _reserve(descriptor, 0, 2 * SLOTS)
+                self._descriptor = os.dup(descriptor)
             self._map = mmap.mmap(descriptor, size)
         finally:
             os.close(descriptor)
@@ -64,9 +73,16 @@ class Marks:
         whole.release()
 
     def clear(self, slot: int) -> None:
-        """Make a slot ready for another batch."""
+        """Make a slot ready for another batch.
+
+        Raises:
+            OSError: The disk has no room for the answers.
+        """
         self.slots[slot] = NO_MARK
         at = slot * _ANSWER_BYTES
+        if slot not in self._reserved:
+            _reserve(self._descriptor, 2 * SLOTS + at, _ANSWER_BYTES)
+            self._reserved.add(slot)
         self._answers[at : at + 4] = _NO_ANSWER
 
     def recorder(self, slot: int) -> Callable[[bytes], None]:
@@ -100,6 +116,20 @@ class Marks:
         self.slots.release()
         self._answers.release()
         self._map.close()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+
+def _reserve(descriptor: int, start: int, size: int) -> None:
+    """Have the disk set room aside. Why: who first writes to a mapped page when there is none is killed by SIGBUS."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(descriptor, start, size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        # This file system cannot set any aside.
 
 
 _marks: dict[tuple[int, str], Marks] = {}

@@ -407,7 +407,11 @@ class QueueConsumer:
             slot = self._free_slots.pop()  # Why the last one: few of them are ever written to
         except IndexError:
             return None
-        self._marks.clear(slot)
+        try:
+            self._marks.clear(slot)
+        except OSError:  # the disk is full: a job alone needs no room there
+            self._free_slots.append(slot)
+            return None
         return slot
 
     # Looking after what is held. Owner: the pulse thread.
