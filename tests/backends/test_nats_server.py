@@ -5,7 +5,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import TypeVar
@@ -17,7 +17,7 @@ from scripts import Script, running
 from servers import NatsServer
 
 from bulkhead import backends
-from bulkhead.backends.base import Backend, Message, Outcome, OutcomeState, Place, Standing
+from bulkhead.backends.base import Backend, Ending, Message, Outcome, OutcomeState, Place, Standing
 from bulkhead.errors import BrokerUnavailable, ConfigError, MessageTooLarge
 from bulkhead.testing.conformance.contract import LONG, claims, ids_of, keep, until
 
@@ -355,6 +355,35 @@ def test_what_is_too_large_for_the_server_is_refused_before_anything_is_kept(tmp
         ):
             with pytest.raises(MessageTooLarge):
                 call()
+
+
+def test_what_is_just_too_large_for_the_server_does_not_cost_the_connection(tmp_path: Path) -> None:
+    outcome = Outcome("a", "q", "t", OutcomeState.SUCCEEDED)
+    with NatsServer(tmp_path, config="max_payload: 16384") as server, connected(server.url) as backend:
+        for size in range(16384 - 400, 16384, 20):
+            for call in (
+                lambda size=size: backend.results.save_many([outcome._replace(value=bytes(size))]),
+                lambda size=size: backend.registry.put("key", bytes(size)),
+            ):
+                with suppress(MessageTooLarge):
+                    call()
+        found = backend.registry.get("key")
+        assert found is not None
+        assert len(found.value) > 16384 - 250
+
+
+def test_where_messages_are_small_jobs_are_buried_and_many_are_scheduled(tmp_path: Path) -> None:
+    with NatsServer(tmp_path, config="max_payload: 16384") as server, connected(server.url) as backend:
+        keep(backend.broker, "a")
+        [claim] = claims(backend.broker)
+        ending = Ending(claim.hold, reason="\u2603" * 1000, error=bytes(15_000))
+        assert backend.settle([ending]) == [True]
+        [record] = backend.broker.find(["a"])
+        assert record is not None
+        assert (record.place, record.reason[:2]) == (Place.DEAD, "\u2603" * 2)
+        later = [Message("x" * 190 + str(n), "q", b"", delay=LONG) for n in range(300)]
+        assert all(backend.broker.enqueue_many(later))
+        assert backend.broker.counts()["q"].scheduled == 300
 
 
 def test_a_server_without_jetstream_is_named_as_that(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from bulkhead.errors import BrokerUnavailable
 
 __all__ = ["Bells"]
 
-# Subjects in one message.
+# Subjects in one message, and bytes that one takes at most.
 _MOST = 500
+_LONGEST = 512
 
 
 class Bells:
@@ -46,9 +47,10 @@ class Bells:
     async def ring(self, queue: str, later: Iterable[str] = ()) -> None:
         """Wake everybody who waits for this queue; `later` are the subjects of what is not due yet."""
         subjects = list(later)
-        for start in range(0, max(1, len(subjects)), _MOST):
+        most = max(1, min(_MOST, self._session.room // _LONGEST))
+        for start in range(0, max(1, len(subjects)), most):
             await self._session.tell(
-                f"{self._prefix}.{queue}", "\n".join(subjects[start : start + _MOST]).encode()
+                f"{self._prefix}.{queue}", "\n".join(subjects[start : start + most]).encode()
             )
 
     async def wait(self, event: asyncio.Event, seconds: float) -> None:

@@ -259,7 +259,8 @@ class Jobs:
         def die(place: int, job: Job) -> Job:
             given = burials[place]
             error = job.error if given.error is None else self._fitting(job, given.error)
-            reason = given.reason[:1000]
+            # Why less where messages are small: a character takes up to 12 bytes, and there is more beside it.
+            reason = given.reason[: min(1000, self._session.max_payload // (16 * 2 * _RESERVE))]
             return replace(
                 job,
                 turn=job.turn + 1,

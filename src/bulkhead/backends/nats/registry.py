@@ -39,11 +39,11 @@ class Entries:
         """As `Registry.put`."""
         until = None if keep is None else self._clock.now() + keep
         data = pack([until, key], value)
-        if len(data) > self._session.max_payload:
+        if len(data) > self._session.room:
             raise MessageTooLarge(
-                f"registry value {key!r} has {len(data)} bytes; this NATS server takes {self._session.max_payload}",
+                f"registry value {key!r} has {len(data)} bytes; this NATS server takes {self._session.room}",
                 size_bytes=len(data),
-                limit_bytes=self._session.max_payload,
+                limit_bytes=self._session.room,
             )
         if expected == 0:
             cell = (await self._cells.get_named([key]))[0]

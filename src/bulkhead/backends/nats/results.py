@@ -157,7 +157,7 @@ class Results:
             outcome.keep,
         ]
         data = pack(facts, outcome.value, outcome.error)
-        limit = self._session.max_payload
+        limit = self._session.room
         if len(data) > limit:
             raise MessageTooLarge(
                 f"the outcome of job {outcome.id!r} has {len(data)} bytes; this NATS server takes {limit}",

@@ -22,7 +22,7 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from bulkhead.backends.nats.options import Options
-from bulkhead.errors import BrokerUnavailable
+from bulkhead.errors import BrokerUnavailable, MessageTooLarge
 
 __all__ = ["AccessRefused", "Answer", "Question", "Session"]
 
@@ -36,6 +36,9 @@ _WINDOW_BYTES = 4 * 1024 * 1024
 _RECONNECT_PAUSE = 0.2
 # Seconds between two looks whether JetStream is there again; a restarted server needs a moment for it.
 _JETSTREAM_PAUSE = 0.1
+
+# Bytes of a message that its headers may take: ours take some 70.
+_HEADERS = 128
 
 # What an answer has whose stream does not exist. Such answers are short (bytes), and others are not looked through.
 _NO_STREAM = b'"err_code":10059'
@@ -100,6 +103,11 @@ class Session:
     def max_payload(self) -> int:
         """The largest message in bytes that the server takes, headers included."""
         return self._client.max_payload
+
+    @property
+    def room(self) -> int:
+        """How much data in bytes a message can have. Why it counts: a server that gets more hangs up."""
+        return self._client.max_payload - _HEADERS
 
     async def open(self) -> None:
         """Connect.
@@ -169,7 +177,15 @@ class Session:
 
         Raises:
             BrokerUnavailable: The server cannot be reached, or JetStream does not answer.
+            MessageTooLarge: A question is larger than the server takes; none was asked.
         """
+        largest = max((len(payload) for _, payload, _ in questions), default=0)
+        if self._client.is_connected and largest > self.room:
+            raise MessageTooLarge(
+                f"{largest} bytes are more than the {self.room} that this NATS server takes (max_payload)",
+                size_bytes=largest,
+                limit_bytes=self.room,
+            )
         answers: list[Answer] = []
         for group in _groups(questions):
             answers += await self._ask_group(group)
