@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import socket
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from watching import wait_until
 
 from bulkhead import BrokerUnavailable, MessageTooLarge, PoolBroken, RemoteError, ResultNotFound, backends
 from bulkhead.backends.base import Backend, Ending, Message, Outcome, OutcomeState
+from bulkhead.service.link import Line, Link
 
 SOON = 20.0
 
@@ -360,6 +365,37 @@ def test_a_message_that_says_nothing_sensible_about_an_unknown_queue_does_not_di
     with service.working():
         assert service.app.result(service.add.enqueue(1, 2), timeout=SOON) == 3
     assert service.app.queues()["unknown"].ready == 1
+
+
+def test_a_consumer_without_descriptors_left_answers_its_jobs_when_it_has_some(monkeypatch):
+    class Listener:
+        def job_saves(self, job_id: str, value: bytes) -> None: ...
+        def job_reports(self, job_id: str, progress: bytes) -> None: ...
+        def is_job_cancelled(self, job_id: str) -> bool:
+            return job_id == "a"
+
+    accept, n_refused = socket.socket.accept, 0
+
+    def refused(ear):
+        nonlocal n_refused
+        n_refused += 1
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    link = Link(Listener(), lambda name, work: threading.Thread(target=work, name=name))
+    try:
+        monkeypatch.setattr(socket.socket, "accept", refused)
+        line = Line(link.address)
+        with ThreadPoolExecutor() as threads:
+            answer = threads.submit(line.is_cancelled, "a")
+            wait_until(lambda: n_refused > 2, "it has tried")
+            began, before = time.monotonic(), n_refused
+            time.sleep(0.2)
+            assert n_refused - before <= (time.monotonic() - began) / 0.05 + 1, "it knocks without a pause"
+            monkeypatch.setattr(socket.socket, "accept", accept)
+            assert answer.result(SOON)
+        line._drop()
+    finally:
+        link.close()
 
 
 def test_threads_are_named_and_gone_afterwards(service):

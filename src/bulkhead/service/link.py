@@ -20,6 +20,7 @@ import shutil
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +44,9 @@ _REST = 1 << 20
 
 # A Unix socket's name has at most 107 bytes on Linux (103 elsewhere); ours adds 25 to the folder for temporary files.
 _LONGEST_FOLDER = 75
+
+# Pause in seconds after a job that could not be let in.
+_NO_ENTRY = 0.05
 
 # Folders of consumers, and the file in each that its consumer has locked.
 _PREFIX = "bulkhead-"
@@ -206,10 +210,13 @@ class Link:
                     self._read(key.fileobj, key.data)  # type: ignore[arg-type]
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):
+        try:
             accepted, _ = self._ear.accept()
-            accepted.setblocking(False)
-            self._selector.register(accepted, selectors.EVENT_READ, bytearray())
+        except OSError:  # it has gone; or there are no descriptors left, and it goes on knocking
+            time.sleep(_NO_ENTRY)
+            return
+        accepted.setblocking(False)
+        self._selector.register(accepted, selectors.EVENT_READ, bytearray())
 
     def _read(self, connection: socket.socket, held: bytearray) -> None:
         try:
