@@ -221,6 +221,24 @@ def test_after_a_restart_with_an_empty_store_a_consumer_that_was_first_sees_what
         assert ids_of(claims(consumer.broker)) == ["b"]
 
 
+def test_what_is_enqueued_when_another_process_has_made_deleted_streams_anew_is_found(
+    nats_server: NatsServer,
+) -> None:
+    namespace = uuid4().hex[:12]
+    with connected(nats_server.url, namespace) as producer, connected(nats_server.url, namespace) as consumer:
+        keep(producer.broker, "a")
+        keep(producer.broker, "b", priority=3)
+        claims(consumer.broker, 2)
+        for stream in ("jobs", "ready", "index"):
+            subject = f"$JS.API.STREAM.DELETE.{namespace}-{stream}"
+            consumer.broker._link.call(lambda at, subject=subject: at.session.ask_one(subject))  # type: ignore[attr-defined]
+        assert consumer.broker.claim("q", 1, LONG) == []
+        keep(producer.broker, "c")
+        keep(producer.broker, "d", priority=3)
+        keep(producer.broker, "e", delay=0.2)
+        assert ids_of(claims(consumer.broker, 3)) == ["d", "c", "e"]
+
+
 @pytest.mark.parametrize("stream", ["{}-jobs", "{}-ready", "{}-index", "KV_{}-results", "KV_{}-registry"])
 def test_a_stream_that_somebody_has_deleted_is_made_anew_by_whoever_misses_it(
     nats_server: NatsServer, stream: str

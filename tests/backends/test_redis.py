@@ -226,6 +226,16 @@ def test_a_claimed_job_whose_hash_was_replaced_by_hand_is_lost_and_no_other(
     assert _counts(backend) == (0, 0, 0, 0)
 
 
+def test_a_delay_beyond_all_times_is_the_last_one(backend: Backend) -> None:
+    _keep(backend, "given back")
+    [claim] = backend.broker.claim("mail", 1, LEASE)
+    assert backend.broker.nack([Return(claim.hold, 1e300)]) == [True]
+    _keep(backend, "later", delay=1e300)
+    _keep(backend, "then", due_at=1e300)
+    assert {one.id for one in backend.broker.records(Place.SCHEDULED)} == {"given back", "later", "then"}
+    assert _counts(backend) == (0, 3, 0, 0)
+
+
 @pytest.mark.parametrize("is_claimed", [False, True])
 def test_a_job_whose_hash_names_another_queue_waits_there(
     redis_server: RedisServer, backend: Backend, namespace: str, is_claimed: bool

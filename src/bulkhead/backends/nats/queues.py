@@ -1,7 +1,8 @@
 """What is written down of each queue: its name, which priorities its jobs have had, and whether it is paused.
 
 Who claims reads it each time, so that a pause holds from the moment that `pause` returns, and a priority that is new
-is looked at. Who enqueues adds a priority, and does so again now and then: the server may have lost it.
+is looked at. Who enqueues adds a priority, and does so again now and then: the server may have lost it. Who claims and
+finds none looks for tickets themselves.
 """
 
 from __future__ import annotations
@@ -67,7 +68,12 @@ class Queues:
 
     async def get(self, name: str) -> Queue:
         """Return what is known of a queue."""
-        return _read(name, (await self._cells.get_named([name]))[0])
+        queue = _read(name, (await self._cells.get_named([name]))[0])
+        if queue.priorities or not (found := await self._tickets.waiting(queue.token)):
+            return queue
+        # Somebody has deleted what was written down, and those who enqueue do not know.
+        await self.change(name, lambda queue: _with(queue, *found))
+        return _with(queue, *found)
 
     async def all(self) -> list[Queue]:
         """Return the queues that have ever had a job or a pause."""
@@ -90,8 +96,8 @@ class Queues:
         raise BrokerUnavailable(f"queue {name!r} is changed by others all the time")
 
 
-def _with(queue: Queue, priority: int) -> Queue:
-    return replace(queue, priorities=tuple(sorted({*queue.priorities, priority}, reverse=True)))
+def _with(queue: Queue, *priorities: int) -> Queue:
+    return replace(queue, priorities=tuple(sorted({*queue.priorities, *priorities}, reverse=True)))
 
 
 def _read(name: str, cell: Cell | None) -> Queue:

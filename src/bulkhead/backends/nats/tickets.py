@@ -172,10 +172,15 @@ class Tickets:
         found = [cell.version for answer in answers if (cell := read_cell(answer)) is not None]
         await forget(self._session, stream, found)
 
-    async def listed(self, subjects: str) -> list[str]:
-        """Return the subjects of the index that match, in any order. Cost: 300,000 per second."""
+    async def waiting(self, queue: str) -> set[int]:
+        """Return of which priorities there are tickets of a queue (its token) in the work queue. Cost: as `listed`."""
+        found = await self.listed(f"{self._layout.ready}.{queue}.>", self._layout.ready_stream)
+        return {int(subject.rsplit(".", 3)[1]) for subject in found}
+
+    async def listed(self, subjects: str, stream: str | None = None) -> list[str]:
+        """Return the subjects of the index, or a stream, that match, in any order. Cost: 300,000 per second."""
         found: list[str] = []
-        subject = f"$JS.API.STREAM.INFO.{self._layout.index_stream}"
+        subject = f"$JS.API.STREAM.INFO.{stream or self._layout.index_stream}"
         while True:
             body = json.dumps({"subjects_filter": subjects, "offset": len(found)}).encode()
             answer = check_answer(await self._session.ask_one(subject, body), "listing tickets")

@@ -9,6 +9,8 @@
 
 local P = string.sub(KEYS[1], 1, -7)
 local SECOND = 1000000
+-- The last instant: beyond it numbers are not exact.
+local LAST = 9e15
 local call = redis.call
 
 -- A number as an argument has all its digits, but newer servers write a large round one as 1e+12, which is no integer to them;

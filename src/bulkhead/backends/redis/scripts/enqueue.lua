@@ -26,7 +26,7 @@ for i, id in ipairs(ids) do
     else
         seen[id] = true
         answers[i] = '1'
-        local queue, priority, due = queues[i], priorities[i], t + delays[i]
+        local queue, priority, due = queues[i], priorities[i], math.min(t + delays[i], LAST)
         if dues[i] ~= 0 then
             due = dues[i]
         end

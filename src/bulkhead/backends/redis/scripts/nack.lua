@@ -11,7 +11,7 @@ for i, id in ipairs(ids) do
     local job = fields(id, 'token', 'priority', 'due', 'enqueued', 'attempt')
     if job[1] and job[1] == tokens[i] then
         answers[i] = '1'
-        local due = t + delays[i]
+        local due = math.min(t + delays[i], LAST)
         local attempt = whole(job[5]) - (counts[i] and 0 or 1)
         local set, score = waiting_key(job[2], queue), due
         if keeps[i] then
