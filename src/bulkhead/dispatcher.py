@@ -133,7 +133,6 @@ class Dispatcher:
         self._displays: list[Displays] = []  # none or one: made when it is needed
         if progress is not False:
             _check_progress(progress)
-        self._journal = None if journal is None else _opened(journal)
         self._epoch = time.monotonic(), time.time()
         self._barriers: deque[tuple[Any, ...]] = deque(maxlen=_MAX_BARRIERS)  # fields of a `BarrierMark`
         self._pid = os.getpid()
@@ -141,6 +140,8 @@ class Dispatcher:
         self._pools: dict[int, ProcessPool] = {}
         _warn_of_threads(configs)
         setups = [packed_setup(config, niceness_step(rank)) for rank, config in enumerate(configs)]
+        # Why last of what can be refused: it is open then.
+        self._journal = None if journal is None else _opened(journal)
         try:
             # Why all before any begins: a launcher that is a fork must be made before our threads are.
             for config, setup in zip(configs, setups, strict=True):

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sqlite3
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -168,6 +169,13 @@ def test_a_journal_that_cannot_be_opened_is_refused_before_anything_starts(tmp_p
     (tmp_path / "text").write_text("no database, but long enough to be taken for one" * 100)
     with pytest.raises((ConfigError, BrokerUnavailable)):
         Dispatcher([(0, 1)], journal=tmp_path / "text")
+
+
+def test_a_pool_that_is_refused_leaves_no_journal_open(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(Exception, match="pickle") as caught:
+        Dispatcher([Pool(0, 1, initializer=jobs.note, initargs=(threading.Lock(),))], journal=tmp_path / "run.db")
+    assert len(os.listdir("/proc/self/fd")) == before, caught.value
 
 
 def test_an_id_that_the_next_run_could_not_find_is_refused(tmp_path: Path) -> None:
