@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
 from pathlib import Path
 from uuid import uuid4
 
 import msgspec
 import pytest
 from jobs import lines
+from watching import wait_until
 
 from bulkhead import BadMessage, RemoteError
 from bulkhead.backends.base import Message
@@ -220,6 +222,23 @@ def test_each_codec_carries_arguments_results_and_what_follows(make, codec):
         if codec == "pickle":
             id = service.echo.enqueue({1, (2, 3)})
             assert service.app.result(id, timeout=SOON) == {1, (2, 3)}
+
+
+def test_a_flood_of_what_cannot_be_read_is_buried_before_its_leases_run_out(make, monkeypatch):
+    service = make(options={"lease": 0.5}, concurrency=1)
+    broker = service.app.backend.broker
+    bury = broker.bury
+
+    def buried_slowly(burials):
+        time.sleep(0.02)
+        return bury(burials)
+
+    monkeypatch.setattr(broker, "bury", buried_slowly)
+    ids = [put(service, b"junk") for _ in range(100)]
+    with service.working():
+        wait_until(lambda: len(service.app.dead(limit=200)) == len(ids), "all are dead letters")
+        assert {one.attempt for one in broker.find(ids)} == {1}, "some were claimed again and again"
+        assert service.app.result(service.pid.enqueue(), timeout=SOON)
 
 
 def test_a_result_that_cannot_be_encoded_is_a_failure_that_says_so_and_is_not_tried_again(plain, path):

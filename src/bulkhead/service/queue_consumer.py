@@ -131,6 +131,7 @@ class QueueConsumer:
         waits = [one.claim_wait(name) for one in app.middlewares]
         self._wait = min([_CLAIM_WAIT, *(wait for wait in waits if wait is not None)])
         self._n_openers = 0  # groups that were claimed, likewise
+        self._has_errands = False  # some were handed over and perhaps not run yet, likewise
         self._fetcher = thread(f"{name} fetch", self._fetch)
         self._settler = thread(f"{name} settle", self._settle)
 
@@ -275,6 +276,7 @@ class QueueConsumer:
 
     def _wait_for_errands(self) -> None:
         """Wait until what was to be told until now is told."""
+        self._has_errands = False
         is_told = threading.Event()
         self._done.put(is_told.set)
         while not is_told.wait(0.5) and self._settler.is_alive():
@@ -285,6 +287,9 @@ class QueueConsumer:
             return []
         self._has_claimed = True
         while True:
+            if self._has_errands:
+                # Why: nobody renews their leases. More of them than are dealt with would come back again and again.
+                self._wait_for_errands()
             asked = time.monotonic()
             claims = self._app.backend.broker.claim(self.name, n, self._app.lease, wait=self._wait)
             for told in self._askers:
@@ -317,11 +322,11 @@ class QueueConsumer:
             envelope = self._app.sealer.open(claim.id, claim.queue, claim.body)
             if envelope.bundle is not None:
                 self._n_openers += 1
-                self._done.put(lambda: open_group(self._app, claim, envelope))
+                self._hand_over(lambda: open_group(self._app, claim, envelope))
                 return None
             task = self._app.find_task(envelope.task)
         except Exception as error:  # Why all: it must not take those that were claimed with it along
-            self._done.put(_burial(self._app, claim, error))
+            self._hand_over(_burial(self._app, claim, error))
             return None
         held = HeldJob(claim, envelope, task, self._app.sealer.bare(claim.body))
         if exhausted(envelope, claim.attempt):
@@ -330,6 +335,11 @@ class QueueConsumer:
                 f"{n} attempts, in the last of which its worker died or lost the lease", claim.error
             )
         return held
+
+    def _hand_over(self, errand: Errand) -> None:
+        """Have the settle thread run an errand."""
+        self._has_errands = True
+        self._done.put(errand)
 
     def _admit(self, jobs: Sequence[HeldJob]) -> None:
         for ousted in self._holdings.add(jobs):
