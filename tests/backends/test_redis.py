@@ -605,6 +605,50 @@ def test_a_cluster_is_not_taken_for_one_server_nor_one_server_for_a_cluster(
             backends.connect(f"redis://{node.address}", namespace)
 
 
+@pytest.mark.parametrize("first", ["jobs", "all but jobs"])
+def test_while_a_cluster_moves_the_slot_every_step_is_refused_and_nothing_is_lost(
+    redis_cluster: RedisCluster, namespace: str, first: str
+) -> None:
+    backend = backends.connect(redis_cluster.url, namespace)
+    _keep(backend, *(str(i) for i in range(20)))
+    found = backend.broker.claim("mail", 5, LEASE)
+    slot = redis_cluster.cli("cluster", "keyslot", f"{{{namespace}}}:queues").strip()
+    [source] = [node for node in redis_cluster.nodes if int(node.cli("cluster", "countkeysinslot", slot))]
+    target = next(node for node in redis_cluster.nodes if node is not source)
+    ids = [node.cli("cluster", "myid").strip() for node in (source, target)]
+    target.cli("cluster", "setslot", slot, "importing", ids[0])
+    source.cli("cluster", "setslot", slot, "migrating", ids[1])
+
+    def move(*, jobs: bool) -> None:
+        keys = source.cli("cluster", "getkeysinslot", slot, "1000").split()
+        keys = [key for key in keys if (":job:" in key) == jobs]
+        assert source.cli("migrate", "127.0.0.1", str(target.port), "", "0", "5000", "keys", *keys).strip() == "OK"
+
+    move(jobs=first == "jobs")
+    calls: list[Callable[[], object]] = [
+        lambda: _claimed(backend),
+        lambda: backend.broker.renew([claim.hold for claim in found], LEASE),
+        lambda: backend.settle([_ending(claim) for claim in found]),
+        lambda: backend.broker.ack([claim.hold for claim in found]),
+        lambda: backend.broker.nack([Return(claim.hold) for claim in found]),
+        lambda: backend.broker.cancel(["1", "10"]),
+        lambda: backend.broker.find(["1"]),
+        lambda: backend.broker.counts(),
+        lambda: _keep(backend, "new"),
+        lambda: backend.registry.put("key", b"value", expected=0),
+    ]
+    with ThreadPoolExecutor(len(calls)) as threads:  # each of them tries again for a while
+        for told in [threads.submit(call) for call in calls]:
+            assert isinstance(told.exception(), BrokerUnavailable)
+    move(jobs=first != "jobs")
+    for node in (target, source, *redis_cluster.nodes):
+        node.cli("cluster", "setslot", slot, "node", ids[1])
+    assert _counts(backend) == (15, 0, 5, 0)
+    assert backend.settle([_ending(claim) for claim in found]) == [True] * 5
+    assert _claimed(backend) == [str(i) for i in range(5, 20)]
+    backend.close()
+
+
 def test_a_key_of_another_type_is_named_as_the_trouble(
     redis_server: RedisServer, backend: Backend, namespace: str
 ) -> None:

@@ -66,6 +66,9 @@ _NOT_NOW = ("BUSY", "MISCONF", "NOREPLICAS", "UNBLOCKED")
 # The same of a command in a script, as servers before 7 say it.
 _NOT_NOW_IN_SCRIPT = re.compile(r"Error running script .*: -(MISCONF|NOREPLICAS|OOM|READONLY) ")
 
+# Of a script that begins while its slot is being moved (common.lua).
+_MOVING = "attempted to access a non local key"
+
 # Race: a server that is sent too much at once says so and hangs up; mostly only the latter is seen, for its answer is
 # dropped when more of the argument arrives.
 _TOO_MUCH = "Protocol error: invalid bulk length"
@@ -214,7 +217,7 @@ class Link:
             ) from error
         # Race: closed while another thread was using a connection, redis-py may say anything.
         is_not_now = message.startswith((*_NOT_NOW, _TOO_MUCH)) or _NOT_NOW_IN_SCRIPT.match(message)
-        if isinstance(error, _UNAVAILABLE) or is_not_now or self._is_closed:
+        if isinstance(error, _UNAVAILABLE) or is_not_now or _MOVING in message or self._is_closed:
             raise BrokerUnavailable(f"{where} cannot be asked: {message or type(error).__name__}") from error
         raise error
 
@@ -238,7 +241,7 @@ class Link:
 
 def _is_untouched(error: Exception) -> bool:
     """Tell whether no node has carried the call out: each sent it on to another one, or took none."""
-    return isinstance(error, ClusterError)
+    return isinstance(error, ClusterError) or _MOVING in str(error)
 
 
 def _is_lost(error: Exception) -> bool:

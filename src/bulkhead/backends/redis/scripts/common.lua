@@ -13,6 +13,10 @@ local SECOND = 1000000
 local LAST = 9e15
 local call = redis.call
 
+-- Race: a cluster moves a slot key by key to another node, and until that is over each of the two takes a key that the other one has
+-- for none. A command with two keys that are nowhere is refused by both then, before anything was done.
+call('EXISTS', P .. 'no', P .. 'nothing')
+
 -- A number as an argument has all its digits, but newer servers write a large round one as 1e+12, which is no integer to them;
 -- and Lua's own conversion keeps 14 digits. Scores and instants may be written either way.
 local function integer(number)
