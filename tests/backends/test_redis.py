@@ -622,7 +622,10 @@ def test_while_a_cluster_moves_the_slot_every_step_is_refused_and_nothing_is_los
     def move(*, jobs: bool) -> None:
         keys = source.cli("cluster", "getkeysinslot", slot, "1000").split()
         keys = [key for key in keys if (":job:" in key) == jobs]
-        assert source.cli("migrate", "127.0.0.1", str(target.port), "", "0", "5000", "keys", *keys).strip() == "OK"
+        assert (
+            source.cli("migrate", "127.0.0.1", str(target.port), "", "0", "5000", "keys", *keys).strip()
+            == "OK"
+        )
 
     move(jobs=first == "jobs")
     calls: list[Callable[[], object]] = [

@@ -174,7 +174,9 @@ def test_a_journal_that_cannot_be_opened_is_refused_before_anything_starts(tmp_p
 def test_a_pool_that_is_refused_leaves_no_journal_open(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(Exception, match="pickle") as caught:
-        Dispatcher([Pool(0, 1, initializer=jobs.note, initargs=(threading.Lock(),))], journal=tmp_path / "run.db")
+        Dispatcher(
+            [Pool(0, 1, initializer=jobs.note, initargs=(threading.Lock(),))], journal=tmp_path / "run.db"
+        )
     assert len(os.listdir("/proc/self/fd")) == before, caught.value
 
 

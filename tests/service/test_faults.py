@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import socket
@@ -367,13 +368,26 @@ def test_a_message_that_says_nothing_sensible_about_an_unknown_queue_does_not_di
     assert service.app.queues()["unknown"].ready == 1
 
 
-def test_a_consumer_without_descriptors_left_answers_its_jobs_when_it_has_some(monkeypatch):
-    class Listener:
-        def job_saves(self, job_id: str, value: bytes) -> None: ...
-        def job_reports(self, job_id: str, progress: bytes) -> None: ...
-        def is_job_cancelled(self, job_id: str) -> bool:
-            return job_id == "a"
+class Listener:
+    def job_saves(self, job_id: str, value: bytes) -> None: ...
+    def job_reports(self, job_id: str, progress: bytes) -> None: ...
+    def is_job_cancelled(self, job_id: str) -> bool:
+        return job_id == "a"
 
+
+def test_the_folder_of_a_consumer_is_locked_so_that_who_tidies_up_leaves_it_alone():
+    link = Link(Listener(), lambda name, work: threading.Thread(target=work, name=name))
+    folder = os.open(Path(link.address).parent, os.O_RDONLY)
+    try:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        link.close()
+    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(folder)
+
+
+def test_a_consumer_without_descriptors_left_answers_its_jobs_when_it_has_some(monkeypatch):
     accept, n_refused = socket.socket.accept, 0
 
     def refused(ear):

@@ -177,6 +177,9 @@ class Link:
         _remove_orphans(place)
         self._folder = tempfile.mkdtemp(prefix=_PREFIX, dir=place)
         self._mark = _marked(self._folder)
+        # Why: who tidies up old temporary files (systemd-tmpfiles) leaves alone what is in a locked folder.
+        self._lock = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
         self.address = f"{self._folder}/link"
         self._selector = selectors.DefaultSelector()
         self._ear = socket.socket(socket.AF_UNIX)
@@ -198,6 +201,7 @@ class Link:
         self._selector.close()
         shutil.rmtree(self._folder, ignore_errors=True)
         os.close(self._mark)
+        os.close(self._lock)
 
     def _run(self) -> None:
         while True:
