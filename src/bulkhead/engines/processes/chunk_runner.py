@@ -39,15 +39,18 @@ from bulkhead.errors import RemoteError
 
 __all__ = ["ChunkOrder", "leave_copy", "run_chunk"]
 
-# Results of so long (seconds) are recorded together; a block takes no longer either, as far as the last one tells.
-_TOGETHER = 50e-6
+# A block should take so long (seconds), as far as the last one tells. If it took longer, or all that is not recorded yet
+# did, its results are recorded.
+_BLOCK_SECONDS = 50e-6
+_TOGETHER = 200e-6
 
 # How many items a block may have, and how many times as many as the last one. Why so few: should one of them take long
 # after all, those before it are recorded no sooner. More would save little: a block costs as much as some 50 no-ops.
-_MAX_BLOCK = 256
+_MAX_BLOCK = 1024
 _GROWTH = 8
 
-# After a full block of items that took no longer each (seconds) the next one is noted as a whole.
+# After so many items in a block that took no longer each (seconds) the next one is noted as a whole.
+_MANY = 256
 _VERY_SHORT = 1e-6
 
 # A chunk that was made for short items and has taken so long gives the rest back (seconds): the caller deals it anew.
@@ -175,11 +178,11 @@ class _Chunk:
             before, now = now, time.perf_counter()
             took = max(now - before, 1e-9)
             is_plain = error is None and type(self._values[-1]) in _PLAIN
-            if not is_plain or now - recorded + took > _TOGETHER:
+            if not is_plain or took > _BLOCK_SECONDS or now - recorded > _TOGETHER:
                 self._record(position, error)
                 recorded = now
-            size = max(1, min(int(n_run * _TOGETHER / took), _GROWTH * n_run, _MAX_BLOCK))
-            next_loop = quick_loop if n_run == _MAX_BLOCK and took < _MAX_BLOCK * _VERY_SHORT else loop
+            size = max(1, min(int(n_run * _BLOCK_SECONDS / took), _GROWTH * n_run, _MAX_BLOCK))
+            next_loop = quick_loop if n_run >= _MANY and took < n_run * _VERY_SHORT else loop
         self._record(position, None)
         if use is not None:
             use.count(position)
