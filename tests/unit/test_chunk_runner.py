@@ -137,7 +137,14 @@ def test_the_result_of_an_item_that_takes_some_time_is_recorded_before_the_next_
 def test_each_item_keeps_its_place_whatever_those_before_it_have_returned_or_raised(
     progress: Progress, usual: int | None, is_star: bool
 ) -> None:
-    unusual = {1000: 7, 1001: None, 3000: [1], 3001: ValueError("3001"), 9999: ValueError("9999"), 15_000: "x"}
+    unusual = {
+        1000: 7,
+        1001: None,
+        3000: [1],
+        3001: ValueError("3001"),
+        9999: ValueError("9999"),
+        15_000: "x",
+    }
 
     def look_up(number: int) -> Any:
         found = unusual.get(number, usual)
