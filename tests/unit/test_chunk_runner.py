@@ -45,7 +45,7 @@ def values_of(progress: Progress) -> list[Any]:
     values: list[Any] = []
     for first, n, kind, body in sorted(progress.records(MESSAGE), key=lambda record: record[0]):
         assert first == len(values)
-        values += pickle.loads(body) if kind == VALUES else [pickle.loads(body)]
+        values += pickle.loads(body) if kind == VALUES else [pickle.loads(body)] * n
         assert len(values) == first + n
     return values
 
@@ -160,7 +160,7 @@ def test_each_item_keeps_its_place_whatever_those_before_it_have_returned_or_rai
         if kind == ERROR:
             assert str(unpack_error(body)) == str(first)
             continue
-        values = pickle.loads(body) if kind == VALUES else [pickle.loads(body)]
+        values = pickle.loads(body) if kind == VALUES else [pickle.loads(body)] * n
         assert values == [unusual.get(number, usual) for number in range(first, first + n)]
     assert ended == N
 

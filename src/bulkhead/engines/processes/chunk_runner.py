@@ -22,7 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from bulkhead import forks
 from bulkhead.engines.processes.parcels import Parcel
-from bulkhead.engines.processes.payload import cannot, pack_error, pack_value
+from bulkhead.engines.processes.payload import NONE, cannot, pack_error, pack_value
 from bulkhead.engines.processes.progress import (
     BEGAN,
     ERROR,
@@ -316,6 +316,10 @@ class _Chunk:
             self._put_one(position + last, values.pop())
             if not values:
                 return
+        # Why by identity first: so it costs the others nothing.
+        if values[0] is None and values.count(None) == len(values):
+            self._put_packed(position, len(values), VALUE, NONE)
+            return
         packed = pickle.dumps(values, _PROTOCOL)
         if len(packed) < _LARGE_VALUES * len(values):
             self._put_packed(position, len(values), VALUES, packed)
