@@ -40,8 +40,8 @@ from bulkhead.errors import RemoteError
 
 __all__ = ["ChunkOrder", "leave_copy", "run_chunk"]
 
-# A block should take so long (seconds), as far as the last one tells. If it took longer, or all that is not recorded yet
-# did, its results are recorded.
+# A block should take so long (seconds), as far as the last one tells. Its results are recorded if it took longer, or if
+# all that is not recorded yet did.
 _BLOCK_SECONDS = 50e-6
 _TOGETHER = 200e-6
 
