@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import socket
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -373,6 +374,23 @@ class Listener:
     def job_reports(self, job_id: str, progress: bytes) -> None: ...
     def is_job_cancelled(self, job_id: str) -> bool:
         return job_id == "a"
+
+
+@pytest.mark.parametrize("what", ["open", "mkdtemp", "bind", "socketpair", "thread"])
+def test_a_line_that_cannot_be_set_up_leaves_nothing_behind(monkeypatch, tmp_path, what):
+    def refused(*_args, **_rest):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    module = {"open": os, "mkdtemp": tempfile, "bind": socket.socket, "socketpair": socket}
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        if what != "thread":
+            patch.setattr(module[what], what, refused)
+        with pytest.raises(OSError, match="open files"):
+            Link(Listener(), refused)
+    assert list(tmp_path.iterdir()) == []
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_the_folder_of_a_consumer_is_locked_so_that_who_tidies_up_leaves_it_alone():

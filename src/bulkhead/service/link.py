@@ -173,35 +173,43 @@ class Link:
             "report": listener.job_reports,
             "is_cancelled": lambda job_id, _: listener.is_job_cancelled(job_id),
         }
-        place = _place() or tempfile.gettempdir()
-        _remove_orphans(place)
-        self._folder = tempfile.mkdtemp(prefix=_PREFIX, dir=place)
-        self._mark = _marked(self._folder)
-        # Why: who tidies up old temporary files (systemd-tmpfiles) leaves alone what is in a locked folder.
-        self._lock = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(self._lock, fcntl.LOCK_SH)
-        self.address = f"{self._folder}/link"
-        self._selector = selectors.DefaultSelector()
-        self._ear = socket.socket(socket.AF_UNIX)
-        self._ear.bind(self.address)
-        self._ear.listen(128)
-        self._ear.setblocking(False)
-        self._wake, self._woken = socket.socketpair()
-        self._selector.register(self._ear, selectors.EVENT_READ, None)
-        self._selector.register(self._woken, selectors.EVENT_READ, None)
-        self._thread = thread("link", self._run)
-        self._thread.start()
+        with contextlib.ExitStack() as undo:
+            self._open(undo)
+            self._thread = thread("link", self._run)
+            self._thread.start()
+            self._undo = undo.pop_all()
 
     def close(self) -> None:
         """End it. Blocking: until an answer that is being made is done."""
         self._wake.close()
         self._thread.join()
+        self._undo.close()
+
+    def _open(self, undo: contextlib.ExitStack) -> None:
+        place = _place() or tempfile.gettempdir()
+        _remove_orphans(place)
+        folder = tempfile.mkdtemp(prefix=_PREFIX, dir=place)
+        undo.callback(_remove, folder)
+        undo.callback(os.close, _marked(folder))
+        # Why: who tidies up old temporary files (systemd-tmpfiles) leaves alone what is in a locked folder.
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        undo.callback(os.close, lock)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        self.address = f"{folder}/link"
+        self._selector = selectors.DefaultSelector()
+        undo.callback(self._close_selector)
+        self._ear = undo.enter_context(socket.socket(socket.AF_UNIX))
+        self._ear.bind(self.address)
+        self._ear.listen(128)
+        self._ear.setblocking(False)
+        self._wake, self._woken = map(undo.enter_context, socket.socketpair())
+        self._selector.register(self._ear, selectors.EVENT_READ, None)
+        self._selector.register(self._woken, selectors.EVENT_READ, None)
+
+    def _close_selector(self) -> None:
         for key in list(self._selector.get_map().values()):
             key.fileobj.close()  # type: ignore[union-attr]
         self._selector.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
-        os.close(self._mark)
-        os.close(self._lock)
 
     def _run(self) -> None:
         while True:
@@ -266,6 +274,13 @@ def _marked(folder: str) -> int:
     # Race: somebody who looks for orphans sees the file only when it is locked.
     Path(folder, "new").rename(Path(folder, _OWNER))
     return made
+
+
+def _remove(folder: str) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    # Why: the former needs a descriptor, and there may be none left.
+    with contextlib.suppress(OSError):
+        Path(folder).rmdir()
 
 
 def _remove_orphans(place: str) -> None:
