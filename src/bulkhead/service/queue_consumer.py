@@ -63,6 +63,9 @@ _STUCK = 4 * BATCH_SECONDS
 # What has waited for a worker for so long (seconds) is given back: it was claimed because its kind used to be short.
 _LONGEST_WAIT = 1.0
 
+# So many errands may wait for the settle thread when jobs are claimed (arbitrary).
+_ERRANDS_AHEAD = 4
+
 # Pauses between attempts to reach a broker (seconds).
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 5.0
@@ -131,7 +134,7 @@ class QueueConsumer:
         waits = [one.claim_wait(name) for one in app.middlewares]
         self._wait = min([_CLAIM_WAIT, *(wait for wait in waits if wait is not None)])
         self._n_openers = 0  # groups that were claimed, likewise
-        self._has_errands = False  # some were handed over and perhaps not run yet, likewise
+        self._n_errands = 0  # that were handed over and perhaps not run yet, likewise
         self._fetcher = thread(f"{name} fetch", self._fetch)
         self._settler = thread(f"{name} settle", self._settle)
 
@@ -276,7 +279,7 @@ class QueueConsumer:
 
     def _wait_for_errands(self) -> None:
         """Wait until what was to be told until now is told."""
-        self._has_errands = False
+        self._n_errands = 0
         is_told = threading.Event()
         self._done.put(is_told.set)
         while not is_told.wait(0.5) and self._settler.is_alive():
@@ -287,7 +290,7 @@ class QueueConsumer:
             return []
         self._has_claimed = True
         while True:
-            if self._has_errands:
+            if self._n_errands > _ERRANDS_AHEAD:
                 # Why: nobody renews their leases. More of them than are dealt with would come back again and again.
                 self._wait_for_errands()
             asked = time.monotonic()
@@ -338,7 +341,7 @@ class QueueConsumer:
 
     def _hand_over(self, errand: Errand) -> None:
         """Have the settle thread run an errand."""
-        self._has_errands = True
+        self._n_errands += 1
         self._done.put(errand)
 
     def _admit(self, jobs: Sequence[HeldJob]) -> None:
