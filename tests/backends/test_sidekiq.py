@@ -123,6 +123,10 @@ def test_without_a_namespace_keys_are_sidekiqs_own(redis_server: RedisServer, na
     assert redis_server.cli("sismember", "queues", namespace) == "1\n"
 
 
+_ENDLESS: list[object] = []
+_ENDLESS.append(_ENDLESS)
+
+
 @pytest.mark.parametrize(
     ("args", "options", "names"),
     [
@@ -133,6 +137,11 @@ def test_without_a_namespace_keys_are_sidekiqs_own(redis_server: RedisServer, na
         (["HardJob", [{1: 2}]], {}, r"args\[0\]\[0\] has the key 1"),
         (["HardJob", [b"raw"]], {}, r"args\[0\]\[0\]"),
         (["HardJob", [[float("nan")]]], {}, r"args\[0\]\[0\]\[0\]"),
+        (["HardJob", ["\ud800"]], {}, r"args\[0\]\[0\]"),
+        (["HardJob", [{"\ud800": 1}]], {}, r"a key of args\[0\]\[0\]"),
+        (["HardJob", [10**5000]], {}, r"args\[0\]\[0\]"),
+        (["HardJob", [_ENDLESS]], {}, r"args\[0\] is nested"),
+        (["HardJob"], {"queue": "\ud800"}, "queue"),
         (["HardJob"], {"queue": ""}, "queue"),
         (["HardJob"], {"retry": -1}, "retry"),
         (["HardJob"], {"retry": "yes"}, "retry"),

@@ -29,6 +29,9 @@ from bulkhead.validate import seconds, whole_number
 __all__ = ["SidekiqClient"]
 
 _CLASS = re.compile(r"[A-Z]\w*(::[A-Z]\w*)*")
+# Bits of an integer: Python writes no longer ones as text (4,300 digits).
+_LONGEST_INTEGER = 14_000
+
 _OWN = frozenset({"class", "args", "queue", "retry", "jid", "at", "created_at", "enqueued_at"})
 
 
@@ -194,6 +197,14 @@ def _text(option: str, value: Any) -> str:
         raise ConfigTypeError(f"{option} must be a str, not {value!r} of type {type(value).__name__}")
     if not value:
         raise ConfigError(f"{option} must not be empty")
+    return _encodable(option, value)
+
+
+def _encodable(where: str, value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where} is {value!r}, which UTF-8 does not have") from None
     return value
 
 
@@ -207,20 +218,38 @@ def _list(option: str, value: Any) -> list[Any]:
 
 def _native(where: str, value: Any) -> Any:
     """Return a value that JSON has, tuples as lists; refuse what json would turn into something else."""
-    if value is None or isinstance(value, str | bool | int):
+    try:
+        return _copied(where, value)
+    except RecursionError:
+        raise ConfigError(f"{where} is nested too deeply for JSON") from None
+
+
+def _copied(where: str, value: Any) -> Any:
+    if isinstance(value, str):
+        return _encodable(where, value)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        if value.bit_length() > _LONGEST_INTEGER:
+            raise ConfigError(
+                f"{where} is an integer of {value.bit_length()} bits; JSON takes {_LONGEST_INTEGER}"
+            )
         return value
     if isinstance(value, float):
         if value - value != 0:
             raise ConfigError(f"{where} is {value!r}, which JSON does not have")
         return value
     if isinstance(value, list | tuple):
-        return [_native(f"{where}[{n}]", each) for n, each in enumerate(value)]
+        return [_copied(f"{where}[{n}]", each) for n, each in enumerate(value)]
     if isinstance(value, dict):
-        for key in value:
-            if not isinstance(key, str):
-                raise ConfigTypeError(f"{where} has the key {key!r}, and JSON has only text for keys")
-        return {key: _native(f"{where}[{key!r}]", each) for key, each in value.items()}
+        return {_key(where, key): _copied(f"{where}[{key!r}]", each) for key, each in value.items()}
     raise ConfigTypeError(f"{where} is {value!r} of type {type(value).__name__}, which JSON does not have")
+
+
+def _key(where: str, key: object) -> str:
+    if not isinstance(key, str):
+        raise ConfigTypeError(f"{where} has the key {key!r}, and JSON has only text for keys")
+    return _encodable(f"a key of {where}", key)
 
 
 def _json(job: dict[str, Any]) -> str:
