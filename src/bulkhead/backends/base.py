@@ -293,7 +293,7 @@ class Broker(ABC):
     def revive(self, ids: Sequence[str]) -> list[bool]:
         """Make dead letters ready again, as if enqueued now, with attempt 0; False for what is no dead letter.
 
-        What was the reason and whether it was cancelled is forgotten.
+        What was the reason and the error, and whether it was cancelled, is forgotten.
         """
 
     @abstractmethod

@@ -246,7 +246,7 @@ class MemoryBroker(Broker):
             return False
         now = time.time()
         job.move(due_at=now, visible_at=now)
-        job.enqueued_at, job.attempt, job.reason = now, 0, ""
+        job.enqueued_at, job.attempt, job.reason, job.error = now, 0, "", None
         job.is_dead = job.is_cancelled = False
         self._queues[job.queue].put(job)
         return True

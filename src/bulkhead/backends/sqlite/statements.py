@@ -77,7 +77,7 @@ REMEMBER = "INSERT OR REPLACE INTO taken (namespace, id, until) VALUES (?, ?, ?)
 REVIVE = f"""
 UPDATE jobs
 SET seq = (SELECT MAX(seq) + 1 FROM jobs), state = {READY}, due = ?, enqueued = ?,
-    attempt = 0, reason = '', is_cancelled = 0
+    attempt = 0, reason = '', error = NULL, is_cancelled = 0
 WHERE namespace = ? AND id = ? AND state = {DEAD}
 """
 

@@ -74,14 +74,14 @@ class Looking(Contract):
         assert broker.revive(["b", "no such job", "c", "a"]) == [True, False, False, True]
         [record] = broker.find(["a"])
         assert record is not None
-        assert (record.place, record.attempt, record.reason) == (Place.READY, 0, "")
+        assert (record.place, record.attempt, record.reason, record.error) == (Place.READY, 0, "", None)
         assert before - 0.1 <= record.enqueued_at <= time.time() + 0.1
         assert record.due_at == pytest.approx(record.enqueued_at, abs=0.002)
         assert broker.counts()["q"].ready == 3
         assert broker.counts()["q"].dead == 0
         found = claims(broker, 3)
         assert ids_of(found) == ["c", "b", "a"]
-        assert [claim.attempt for claim in found] == [1, 1, 1]
+        assert [(claim.attempt, claim.error) for claim in found] == [(1, None)] * 3
         assert broker.ack([claim.hold for claim in found]) == [True] * 3
 
     def test_a_revived_dead_letter_is_not_cancelled(self, backend: Backend) -> None:

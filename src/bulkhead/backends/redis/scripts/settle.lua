@@ -43,7 +43,7 @@ for i, id in ipairs(ids) do
             if errors[i] then
                 call('HSET', key, 'error', errors[i])
             end
-            call('HDEL', key, 'token', 'cancelled')
+            call('HDEL', key, 'token')
             -- A microsecond each, so that the last one of a call is the newest.
             call('ZADD', dead_key(queue), t + i, id)
         else
