@@ -282,6 +282,66 @@ def test_members_of_a_group_stand_from_the_moment_that_it_is_enqueued(app_with: 
     app.enqueue(app.call("work", 1))
 
 
+def test_members_of_a_group_stand_while_it_is_on_its_way_to_the_server(
+    app_with: Callable[..., App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick, slow = app_with(Unique()), app_with(Unique())
+    send = slow.backend.broker.enqueue_many
+    stood: list[str] = []
+
+    def meanwhile(messages: Any) -> Any:
+        stood.append(refused(quick, 1))
+        return send(messages)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slow.backend.broker, "enqueue_many", meanwhile)
+        group = slow.enqueue_group([slow.call("work", 1)])
+
+    assert stood == [f"{group}.0"]
+
+
+def test_a_producer_that_dies_before_its_group_is_sent_blocks_others_for_a_minute_only(
+    app_with: Callable[..., App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unique, "_BRINGING", 0.3)
+    app = app_with(Unique())
+    with monkeypatch.context() as patch:
+        for step in ("enqueue_many", "find"):  # so that it can take nothing back
+            patch.setattr(app.backend.broker, step, out_of_reach)
+        patch.setattr(app._groups, "_refuse_taken", lambda *_: None)
+        with pytest.raises(BrokerUnavailable):
+            app.enqueue_group([app.call("work", 1)], id="dead")
+
+    def is_taken_over() -> bool:
+        try:
+            app.enqueue(app.call("work", 1))
+        except DuplicateJobId as error:
+            assert error.job_ids == ("dead.0",)
+            return False
+        return True
+
+    assert not is_taken_over()
+    wait_until(is_taken_over, "the lock is taken over")
+
+
+def test_a_group_of_which_ctrl_c_leaves_open_whether_it_is_there_keeps_its_locks(
+    app_with: Callable[..., App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = app_with(Unique(seconds=60.0))
+    send = app.backend.broker.enqueue_many
+
+    def interrupted(messages: Any) -> Any:
+        send(messages)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(app.backend.broker, "enqueue_many", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            app.enqueue_group([app.call("work", 1)], id="group")
+
+    assert refused(app, 1) == "group.0"
+
+
 def test_a_group_that_is_enqueued_again_after_an_error_has_all_its_jobs(
     app_with: Callable[..., App], monkeypatch: pytest.MonkeyPatch
 ) -> None:

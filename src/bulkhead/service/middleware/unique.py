@@ -14,7 +14,8 @@ releases it when the job is settled.
   finds out when it confirms, and deletes its job again if that does not run yet.
 - A producer that was told an error, or another timer, enqueues the same job under the same id: it takes its own lock
   over, as nothing says that the job is there.
-- A job of a group or chain is not at the broker before its turn: so long those that bring it speak for it.
+- A job of a group or chain is not at the broker before its turn: so long those that bring it speak for it. Its lock is
+  confirmed before the group is sent, so for `_BRINGING` seconds it stands whatever is at the broker.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from bulkhead.backends.base import Entry, Place
 from bulkhead.errors import BrokerUnavailable, ConfigTypeError
 from bulkhead.service.middleware.base import Middleware, Submission
 from bulkhead.service.middleware.choosing import Chosen, be_the_only_one, digest, key_part
+from bulkhead.service.status import group_key
 from bulkhead.service.task import name as checked_name
 from bulkhead.service.verdicts import Bury, Cancel, Discard, Succeed, Verdict
 
@@ -48,6 +50,10 @@ _log = logging.getLogger("bulkhead")
 # How long a lock holds for which there is no job yet (seconds): well above the time that enqueueing takes.
 _PENDING = 10.0
 
+# As long after its confirmation the lock of a job of a group or chain holds before that is at the broker (seconds): well
+# above the time that it takes to lock all jobs of a large one. The clocks of producers are expected to agree better.
+_BRINGING = 60.0
+
 # A lock that nobody has released ends so long after its job is due (seconds). Arbitrary; a bound for what is kept.
 _LONGEST = 30 * 86400.0
 
@@ -59,11 +65,16 @@ _TRIES = 100
 
 
 class _Holder(msgspec.Struct, array_like=True, frozen=True):
-    """What a lock says: for which job, whether that is known to be enqueued, and which jobs may still bring it."""
+    """What a lock says: for which job, whether that is known to be enqueued, and which jobs may still bring it.
+
+    Attributes:
+        since: When it was confirmed, POSIX seconds.
+    """
 
     id: str
     is_confirmed: bool = False
     brought_by: tuple[str, ...] = ()
+    since: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,9 +211,19 @@ class Unique(Middleware):
             return False
         if not holder.is_confirmed or self.seconds is not None:
             return True
+        if self._may_be_on_its_way(holder):
+            return True
         # Race: its own id comes last, as it is enqueued before the one that brings it is gone.
         records = self._app.backend.broker.find([*holder.brought_by, holder.id])
         return any(record is not None and record.place is not Place.DEAD for record in records)
+
+    def _may_be_on_its_way(self, holder: _Holder) -> bool:
+        """Tell whether what brings a job may not have come to the broker yet."""
+        if not holder.brought_by or abs(time.time() - holder.since) >= _BRINGING:
+            return False
+        bringer, backend = holder.brought_by[0], self._app.backend
+        # What has come to the broker is there until it is opened or cancelled, and each of them leaves a trace.
+        return backend.registry.get(group_key(bringer)) is None and not backend.results.get_many([bringer])[0]
 
     def _confirm(self, lock: _Lock) -> None:
         registry, job = self._app.backend.registry, lock.job
@@ -210,7 +231,7 @@ class Unique(Middleware):
         if job.duplicate_of is not None and not is_there:  # by its own id, or by another middleware
             registry.delete(lock.key, expected=lock.version)
             return
-        value = _pack(_Holder(job.id, True, job.brought_by))
+        value = _pack(_Holder(job.id, True, job.brought_by, time.time()))
         if registry.put(lock.key, value, expected=lock.version, keep=self._keep(job)) is not None:
             return
         # Race: the job is settled already, and the lock released. Or we were too slow, and another one has it.
