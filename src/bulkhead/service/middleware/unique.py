@@ -50,8 +50,8 @@ _log = logging.getLogger("bulkhead")
 # How long a lock holds for which there is no job yet (seconds): well above the time that enqueueing takes.
 _PENDING = 10.0
 
-# As long after its confirmation the lock of a job of a group or chain holds before that is at the broker (seconds): well
-# above the time that it takes to lock all jobs of a large one. The clocks of producers are expected to agree better.
+# The lock of a job of a group or chain holds so long after it was confirmed while that is not at the broker (seconds):
+# well above the time that it takes to lock all jobs of a large one. The clocks of producers are expected to agree.
 _BRINGING = 60.0
 
 # A lock that nobody has released ends so long after its job is due (seconds). Arbitrary; a bound for what is kept.
