@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from bulkhead import validate
+from bulkhead.errors import ConfigError
 from bulkhead.service.middleware.changing import Shared
 from bulkhead.service.middleware.choosing import be_the_only_one, key_part
 from bulkhead.service.middleware.limiting import Limit, Per
@@ -34,6 +35,10 @@ R = TypeVar("R")
 
 # Without `burst`, so many of the starts of a period may come at once, at least one.
 _BATCH_SHARE = 50
+
+# Bounds of a period (seconds). Below, clocks are no longer fine enough; above, instants no longer are.
+_SHORTEST_PERIOD = 0.001
+_LONGEST_PERIOD = 10 * 365 * 86400.0
 
 # Who wants no job is asked again after at most so long (seconds); a start that is due before that is waited for.
 _SHORT_WAIT = 0.05
@@ -53,7 +58,7 @@ class RateLimit(Limit):
 
     Args:
         n: How many, at least 1.
-        seconds: The period.
+        seconds: The period, a millisecond to ten years.
         burst: How many may start at once after a pause. By default a fiftieth of `n`, at least one, and the pace is
             slowed by as much, so that no period of this length, wherever it begins, sees more than `n`. With a value of
             your own the pace is `n` in a period exactly, and a period may see up to `n` + `burst` - 1.
@@ -80,6 +85,8 @@ class RateLimit(Limit):
         super().__init__(per, queues, tasks)
         n = validate.whole_number("n", n, at_least=1, at_most=10_000_000)
         seconds = validate.seconds("seconds", seconds)
+        if not _SHORTEST_PERIOD <= seconds <= _LONGEST_PERIOD:
+            raise ConfigError(f"seconds must be {_SHORTEST_PERIOD} to {_LONGEST_PERIOD:.0f}, not {seconds!r}")
         if burst is None:
             batch = max(1, n // _BATCH_SHARE)
             self.rate = Rate(seconds / (n - batch + 1), batch)
