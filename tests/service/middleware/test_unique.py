@@ -193,6 +193,51 @@ def test_a_producer_that_is_too_slow_between_lock_and_job_takes_its_job_back(
     assert slow.queues()["default"].ready == 1
 
 
+def test_who_is_told_of_a_job_whose_producer_died_before_it_enqueued_it(
+    app_with: Callable[..., App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unique, "_PENDING", 0.3)
+    dying, app = app_with(Unique()), app_with(Unique())
+    with monkeypatch.context() as patch:
+        for step in ("enqueue_many", "find"):  # so that it can take nothing back
+            patch.setattr(dying.backend.broker, step, out_of_reach)
+        with pytest.raises(BrokerUnavailable):
+            dying.enqueue(dying.call("work", 1))
+
+    ids = app.enqueue_many([app.call("work", n) for n in (0, 1, 1)], existing="keep")
+
+    # Nobody is told that a job is there which never comes.
+    assert [job is not None for job in app.find_jobs(ids)] == [True] * 3
+    assert ids[1] == ids[2] != ids[0]
+
+
+def test_who_is_as_fast_is_told_when_the_job_is_there(
+    app_with: Callable[..., App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, quick = app_with(Unique()), app_with(Unique())
+    send = slow.backend.broker.enqueue_many
+    threads: list[threading.Thread] = []
+    told: list[tuple[str, JobState]] = []
+
+    def ask() -> None:
+        job_id = refused(quick, 1)
+        told.append((job_id, quick.job(job_id).state))
+
+    def meanwhile(messages: Any) -> Any:
+        threads.append(threading.Thread(target=ask))
+        threads[0].start()
+        threads[0].join(0.1)
+        assert threads[0].is_alive()
+        return send(messages)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slow.backend.broker, "enqueue_many", meanwhile)
+        job_id = slow.enqueue(slow.call("work", 1))
+    threads[0].join(20)
+
+    assert told == [(job_id, JobState.QUEUED)]
+
+
 def test_an_error_between_lock_and_job_releases_the_lock(app_with: Callable[..., App]) -> None:
     class Failing(Middleware):
         is_failing = True

@@ -5,8 +5,9 @@
 The way of a lock: the producer takes it for some seconds, enqueues the job, and then confirms it for long. The consumer
 releases it when the job is settled.
 
-- Two producers at once: compare-and-set lets one of them win, the other is told the winner's id.
-- A producer dies between lock and job: the lock ends by itself after `_PENDING` seconds.
+- Two producers at once: compare-and-set lets one of them win. The other waits until the winner's job is enqueued, and
+  is told its id then.
+- A producer dies between lock and job: the lock ends by itself after `_PENDING` seconds, and who waits for it goes on.
 - It dies between job and confirmation: the same, so that for the rest of its life the job has no lock.
 - A consumer dies between the end of a job and the release; a job is cancelled or deleted before it runs: who finds a
   confirmed lock looks whether its job still waits or runs, and takes the lock over if not.
@@ -60,6 +61,10 @@ _LONGEST = 30 * 86400.0
 # So many jobs are locked, enqueued and confirmed at a time: in well below `_PENDING`.
 _PART = 100
 
+# How often a lock is looked at whose job is not enqueued yet (seconds): first, and at most.
+_FIRST_LOOK = 0.002
+_LAST_LOOK = 0.05
+
 # Who is faster each time has got the lock, so that more tries than these mean that something is wrong. Arbitrary.
 _TRIES = 100
 
@@ -87,6 +92,9 @@ class _Lock:
     is_renewed: bool = False
 
 
+# Jobs with the keys of their locks, None of one that may be there many times.
+_Jobs = Sequence[tuple[Submission, str | None]]
+
 _pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.Decoder(_Holder).decode
 
@@ -95,7 +103,8 @@ class Unique(Middleware):
     """Enqueue no job while another one with the same key waits or runs. The caller is told which one that is.
 
     `enqueue` raises DuplicateJobId then, with the id of the other job in `job_ids`; `enqueue_many(existing="keep")`
-    returns that id.
+    returns that id. While another producer is just enqueueing the same job they wait for it: milliseconds or, if it was
+    killed in that moment, ten seconds.
 
     Args:
         key: Gets the submission and returns what may not be twice, or None for a job that may; by default task and
@@ -137,9 +146,9 @@ class Unique(Middleware):
         self, submissions: Sequence[Submission], forward: Callable[[Sequence[Submission]], None]
     ) -> None:
         """See `Middleware`."""
-        keys = [self._key_of(one) for one in submissions]
-        for at in range(0, len(submissions), _PART):
-            self._enqueue(submissions[at : at + _PART], keys[at : at + _PART], forward)
+        jobs = [(one, self._key_of(one)) for one in submissions]
+        for at in range(0, len(jobs), _PART):
+            self._enqueue(jobs[at : at + _PART], forward)
 
     def refused(self, submissions: Sequence[Submission], is_certain: bool) -> None:
         """See `Middleware`. What cannot be told ends by itself: with `seconds` after these, else when another asks."""
@@ -166,18 +175,28 @@ class Unique(Middleware):
             raise ConfigTypeError(f"the key function of Unique must return a str or None, not {key!r}")
         return f"{self._prefix}/{digest(key.encode('utf-8', 'surrogatepass'))}"
 
-    def _enqueue(
-        self,
-        part: Sequence[Submission],
-        keys: Sequence[str | None],
-        forward: Callable[[Sequence[Submission]], None],
-    ) -> None:
+    def _enqueue(self, jobs: _Jobs, forward: Callable[[Sequence[Submission]], None]) -> None:
+        deadline, pause = time.monotonic() + 2 * _PENDING, _FIRST_LOOK
+        while jobs := self._enqueue_some(jobs, forward, is_patient=time.monotonic() < deadline):
+            time.sleep(pause)
+            pause = min(2 * pause, _LAST_LOOK)
+
+    def _enqueue_some(
+        self, jobs: _Jobs, forward: Callable[[Sequence[Submission]], None], *, is_patient: bool
+    ) -> _Jobs:
+        """Enqueue those that nothing stands for; return those of which nobody can say that yet.
+
+        Invariant: who waits has no lock of its own that others would have to wait for.
+        """
         locks: list[_Lock] = []
+        wanted: list[Submission] = []
+        doubtful: list[tuple[Submission, str | None]] = []
         try:
-            for one, key in zip(part, keys, strict=True):
-                if key is not None:
-                    self._lock(key, one, locks)
-            wanted = [one for one in part if one.duplicate_of is None]
+            for one, key in jobs:
+                if key is not None and not self._try_lock(key, one, locks, is_patient=is_patient):
+                    doubtful.append((one, key))
+                elif one.duplicate_of is None:
+                    wanted.append(one)
             if wanted:
                 forward(wanted)
         except BaseException:
@@ -185,8 +204,10 @@ class Unique(Middleware):
             raise
         for lock in locks:
             self._confirm(lock)
+        return doubtful
 
-    def _lock(self, key: str, job: Submission, locks: list[_Lock]) -> None:
+    def _try_lock(self, key: str, job: Submission, locks: list[_Lock], *, is_patient: bool) -> bool:
+        """Take the lock, or note which job stands for this one; False if nobody can say that yet."""
         registry = self._app.backend.registry
         value = _pack(_Holder(job.id, brought_by=job.brought_by))
         expected, is_renewed = 0, False
@@ -195,26 +216,30 @@ class Unique(Middleware):
             if version is not None:
                 job.headers[self._header], job.notes[self._header] = key, is_renewed
                 locks.append(_Lock(key, version, job, is_renewed))
-                return
+                return True
             entry = registry.get(key)
             is_renewed = entry is not None and _is_own(entry, job)
-            if entry is not None and not is_renewed and self._stands(entry):
-                job.duplicate_of = _holder(entry).id
-                return
+            if entry is not None and not is_renewed:
+                stands = self._stands(entry)
+                if stands is None and is_patient:
+                    return False
+                if stands is not False:
+                    job.duplicate_of = _holder(entry).id
+                    return True
             expected = 0 if entry is None else entry.version
         raise BrokerUnavailable(f"a lock changed hands at each of {_TRIES} tries to get it")
 
-    def _stands(self, entry: Entry) -> bool:
-        """Tell whether the job of a lock keeps others out."""
-        holder = _holder(entry)
+    def _stands(self, entry: Entry) -> bool | None:
+        """Tell whether the job of a lock keeps others out; None while its producer has not enqueued it."""
+        holder, find = _holder(entry), self._app.backend.broker.find
         if not holder.id:
             return False
-        if not holder.is_confirmed or self.seconds is not None:
-            return True
-        if self._may_be_on_its_way(holder):
+        if not holder.is_confirmed:
+            return True if find([holder.id])[0] else None
+        if self.seconds is not None or self._may_be_on_its_way(holder):
             return True
         # Race: its own id comes last, as it is enqueued before the one that brings it is gone.
-        records = self._app.backend.broker.find([*holder.brought_by, holder.id])
+        records = find([*holder.brought_by, holder.id])
         return any(record is not None and record.place is not Place.DEAD for record in records)
 
     def _may_be_on_its_way(self, holder: _Holder) -> bool:
@@ -256,7 +281,8 @@ class Unique(Middleware):
         with contextlib.suppress(BrokerUnavailable):
             records = self._app.backend.broker.find([lock.job.id for lock in locks]) if locks else []
             for lock, record in zip(locks, records, strict=True):
-                if record is None:
+                # Why not that of a group that had it already: an earlier call may have enqueued it.
+                if record is None and not (lock.is_renewed and lock.job.brought_by):
                     self._app.backend.registry.delete(lock.key, expected=lock.version)
                 else:
                     self._confirm(lock)
