@@ -178,6 +178,19 @@ class TestOptions:
         with pytest.raises(ConfigTypeError, match="colour"):
             app.queue("q1", colour="red")
 
+    def test_a_function_that_only_returns_what_is_still_to_be_run_is_no_task(self):
+        async def later() -> None: ...
+
+        async def some_later():
+            yield
+
+        def some():
+            yield
+
+        for fn in (later, some_later, some):
+            with pytest.raises(ConfigTypeError, match="must return its result"):
+                App("memory://").task(fn)
+
     def test_two_tasks_of_one_name_are_an_error(self):
         app = App("memory://")
         task_of(app, name="a")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from consuming import placed
+from consuming import held, placed
 from jobs import lines
 from scripts import running
 from watching import wait_until
@@ -16,6 +16,7 @@ from bulkhead import App, ConfigError, ConfigTypeError, DuplicateJobId, JobState
 from bulkhead.errors import BrokerUnavailable
 from bulkhead.service.groups import open_group
 from bulkhead.service.middleware import Middleware, Submission, Unique, unique
+from bulkhead.service.verdicts import Succeed
 
 settling = App("memory://", middlewares=[Unique()])
 
@@ -67,6 +68,22 @@ def test_the_lock_is_released_when_its_job_has_ended(how: str, namespace: str) -
         assert app.backend.registry.entries("unique/") == []
 
         assert settle.enqueue(how) != first
+
+
+def test_a_lock_that_could_not_be_released_keeps_nobody_out(
+    app_with: Callable[..., App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = app_with(Unique())
+    first = app.enqueue(app.call("work", 1))
+    (claim,) = app.backend.broker.claim("default", 1, 30.0)
+    job = held(job_id=first)
+    job.envelope = app.sealer.open(first, "default", claim.body)
+    app.backend.broker.ack([claim.hold])
+    with monkeypatch.context() as patch:
+        patch.setattr(app.backend.registry, "get", out_of_reach)
+        app.middlewares[0].settled(job, Succeed(b""))  # not even an error: who runs it would log each
+
+    assert app.enqueue(app.call("work", 1)) != first
 
 
 def test_a_job_that_was_cancelled_stands_for_none(app_with: Callable[..., App]) -> None:

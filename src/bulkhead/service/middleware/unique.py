@@ -163,7 +163,9 @@ class Unique(Middleware):
         """See `Middleware`."""
         key = job.envelope.headers.get(self._header)
         if self.seconds is None and key is not None and isinstance(verdict, (Succeed, Bury, Discard, Cancel)):
-            self._release(key, job.id)
+            # What cannot be told does no harm: who finds the lock looks whether its job is there.
+            with contextlib.suppress(BrokerUnavailable):
+                self._release(key, job.id)
 
     def _key_of(self, one: Submission) -> str | None:
         if not self._chosen.has(one.queue, one.call.task.name):
