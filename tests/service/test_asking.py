@@ -253,6 +253,22 @@ class TestEnqueueing:
         with pytest.raises(ConfigError, match="belongs to another application"):
             service.app.enqueue(other.call())
 
+    def test_too_many_follow_ups_one_behind_the_other_are_refused(self, service):
+        call = service.echo.call()
+        for _ in range(2000):
+            call = service.echo.call().options(on_success=call)
+        with pytest.raises(ConfigError, match="too many others follow it"):
+            service.app.enqueue(call)
+        assert service.app.counts()["queued"] == 0
+
+    def test_a_state_that_is_not_listed_is_refused(self, service):
+        service.echo.call().options(delay=100.0).enqueue()
+        with pytest.raises(ConfigError, match=r"not 'retrying'; those that wait .* among the scheduled"):
+            service.app.jobs("retrying")
+        for state in ("nope", None, 5, ["queued"]):
+            with pytest.raises(ConfigError, match="state must be one of queued, scheduled"):
+                service.app.jobs(state)
+
     def test_an_unknown_task_is_an_error_at_the_call(self, service):
         with pytest.raises(UnknownTask, match="there is no task 'nope'; known are: add,"):
             service.app.call("nope", 1)
