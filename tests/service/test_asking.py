@@ -201,6 +201,16 @@ class TestOptions:
         with pytest.raises(ConfigTypeError, match="task already"):
             app.task(app.tasks()["a"])
 
+    def test_what_the_function_carries_hides_nothing_of_the_task(self):
+        def marked() -> str:
+            return "ran"
+
+        marked.enqueue = marked.handler = "of another library"
+        marked.colour = "blue"
+        task = App("memory://").task(marked)
+        assert (task.colour, task(), task.handler) == ("blue", "ran", None)
+        assert task.app.job(task.enqueue()).state == "queued"
+
     def test_a_task_is_still_the_function(self, service):
         assert service.add(2, 3) == 5
         assert service.add.__name__ == "add"

@@ -74,7 +74,12 @@ class Task(Generic[P, R]):
     """
 
     def __init__(self, app: App, fn: Callable[P, R], task_name: str, options: TaskOptions) -> None:
-        functools.update_wrapper(self, fn)
+        functools.update_wrapper(self, fn, updated=())
+        # What the function has of its own is the task's, too, but for what would hide a method of ours.
+        self.__dict__.update(
+            {name: value for name, value in getattr(fn, "__dict__", {}).items() if not hasattr(Task, name)}
+        )
+        self.handler: Callable[..., Any] | None = None  # with the middlewares around it; of the worker process
         self.app = app
         self.fn = fn
         self.name = task_name
