@@ -79,7 +79,9 @@ class Task(Generic[P, R]):
         self.__dict__.update(
             {name: value for name, value in getattr(fn, "__dict__", {}).items() if not hasattr(Task, name)}
         )
-        self.handler: Callable[..., Any] | None = None  # with the middlewares around it; of the worker process
+        self.handler: Callable[..., Any] | None = (
+            None  # with the middlewares around it; of the worker process
+        )
         self.app = app
         self.fn = fn
         self.name = task_name

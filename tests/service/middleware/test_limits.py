@@ -20,7 +20,7 @@ from watching import wait_until
 
 from bulkhead import App, BrokerUnavailable, ConfigError, JobState
 from bulkhead.service.batch import HeldJob
-from bulkhead.service.middleware import ConcurrencyLimit, LocalLimit, RateLimit
+from bulkhead.service.middleware import ConcurrencyLimit, LocalLimit, RateLimit, local_limit
 from bulkhead.service.verdicts import Bury, GiveBack, Succeed
 
 DONE = Succeed(b"")
@@ -315,6 +315,20 @@ def test_a_local_limit_counts_what_this_consumer_holds(per: Any) -> None:
     limit.settled(jobs[0], GiveBack())
 
     assert len(take(5)) == 1
+
+
+def test_keys_of_which_no_job_asks_any_more_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_limit, "_MANY", 10)
+    monkeypatch.setattr(local_limit, "FORGOTTEN", 0.05)
+    limit = LocalLimit(1, per=lambda job: job.id.partition("/")[0])
+    for number in range(10):
+        limit.dequeue("default", 5, lambda _, n=number: [held(job_id=f"{n}/{m}") for m in range(2)])
+    assert len(limit._waiting) == 10
+    time.sleep(0.1)
+
+    limit.dequeue("default", 5, lambda _: [held(job_id=f"last/{m}") for m in range(2)])
+
+    assert list(limit._waiting) == ["last"]
 
 
 @pytest.mark.parametrize("options", [{"n": 0}, {"n": "5"}, {"n": 1, "per": "host"}, {"n": 1, "queues": "q"}])
