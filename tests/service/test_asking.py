@@ -18,6 +18,7 @@ from bulkhead import (
     DuplicateJobId,
     JobNotFound,
     ResultNotFound,
+    RetryPolicy,
     UnknownQueue,
     UnknownTask,
     WaitTimeout,
@@ -108,6 +109,7 @@ class TestOptions:
             ({"lease": 1e300}, "lease must be 0.1 s to"),
             ({"lease": float("nan")}, "lease must be"),
             ({"middlewares": [object()]}, "middlewares must be instances"),
+            ({"results": "ftp://host"}, "results: url must begin with"),
         ],
     )
     def test_of_an_application_are_checked(self, options, message):
@@ -125,6 +127,7 @@ class TestOptions:
             ({"timeout": 0}, "timeout must be"),
             ({"timeout": -1}, "timeout must be"),
             ({"backoff": 3}, "backoff must be a Backoff"),
+            ({"backoff": RetryPolicy(9)}, "attempts are said by max_retries"),
             ({"keep_result": -1}, "keep_result must be"),
             ({"on_success": 3}, "on_success must be callable"),
             ({"name": ""}, "name must have"),

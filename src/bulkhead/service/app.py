@@ -110,7 +110,10 @@ class App:
     ) -> None:
         backends.check(url, namespace)
         if results is not None:
-            backends.check(results, namespace)
+            try:
+                backends.check(results, namespace)
+            except ConfigError as error:
+                raise type(error)(f"results: {error}") from None
         self.url = url
         self.results_url = results
         self.namespace = namespace

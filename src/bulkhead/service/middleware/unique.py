@@ -264,9 +264,10 @@ class Unique(Middleware):
         # Race: the job is settled already, and the lock released. Or we were too slow, and another one has it.
         entry = registry.get(lock.key)
         if entry is not None and (other := _holder(entry).id) != job.id:
-            if self._app.backend.broker.delete([job.id])[0]:
+            broker = self._app.backend.broker
+            if broker.delete([job.id])[0]:
                 job.duplicate_of = other
-            else:
+            elif broker.find([job.id])[0]:
                 _log.warning(
                     "jobs %s and %s are the same, and both are there: enqueueing took too long", job.id, other
                 )
