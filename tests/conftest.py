@@ -28,14 +28,10 @@ PATIENCE = 5.0
 
 # Files and folders whose tests need the machine for themselves.
 ALONE = (
-    "isolation",
+    "test_delay.py",
     "test_kills_in_transfer.py",
     "test_due_times.py",
-    "test_random_interrupts.py",
-    "test_priorities.py",
     "test_delays.py",
-    "test_long_waits.py",
-    "test_timeouts.py",
 )
 
 
@@ -58,7 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Take what was collected, which lives until the end, out of the garbage collector's sight: half a million objects."""
+    """Take the half a million objects of what was collected out of the garbage collector's sight: they stay anyway."""
     # Why: tests and traces.py collect garbage and go through all objects, which takes a tenth of a second otherwise.
     gc.collect()
     gc.freeze()

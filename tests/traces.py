@@ -121,9 +121,9 @@ def _descriptors() -> tuple[str, ...]:
     if not _PROC.is_dir():
         return ("?",) * psutil.Process().num_fds()
     found, segments = [], []
-    for entry in Path("/proc/self/fd").iterdir():
+    for name in os.listdir("/proc/self/fd"):
         try:
-            named = f"{entry.name} {entry.readlink()}"
+            named = f"{name} {os.readlink(f'/proc/self/fd/{name}')}"  # noqa: PTH115 - a Path costs more than the call
         except OSError:  # the descriptor of the listing itself
             continue
         (segments if "bulkhead-segment" in named else found).append(named)
