@@ -109,10 +109,21 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 
 @pytest.fixture(scope="session")
-def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
-    """A Redis Cluster of three nodes that tests share, each with its `namespace`."""
-    with RedisCluster(tmp_path_factory.mktemp("cluster")) as cluster:
+def starting_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    """The same as `redis_cluster`, perhaps not whole yet: for a module that uses it later."""
+    cluster = RedisCluster(tmp_path_factory.mktemp("cluster"))
+    try:
+        cluster.begin()
         yield cluster
+    finally:
+        cluster.kill()
+
+
+@pytest.fixture(scope="session")
+def redis_cluster(starting_cluster: RedisCluster) -> RedisCluster:
+    """A Redis Cluster of three nodes that tests share, each with its `namespace`."""
+    starting_cluster.wait()
+    return starting_cluster
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ PROMISE = 0.050
 DISPATCHES = 30
 
 # Between two dispatches, so that thirty of them see more than one moment of the other pool (seconds).
-PAUSE = 0.01
+PAUSE = 0.005
 
 LARGE = 500 * faulty_jobs.MEGABYTE
 
