@@ -17,6 +17,7 @@ sys.dont_write_bytecode = False
 
 from gates import Gate  # noqa: E402
 from servers import NatsServer, RedisCluster, RedisServer  # noqa: E402
+from staffing import wait_until_staffed  # noqa: E402
 from traces import Traces  # noqa: E402
 
 # Why here: whichever test imports it first, its assertions tell what they compared.
@@ -66,6 +67,7 @@ def _nothing_is_left_behind() -> Iterator[None]:
 
     Counts are compared, so a module's dispatcher may replace its workers; it has to be staffed before its first test.
     """
+    wait_until_staffed()  # or a worker that replaces one of the last test's would be left behind by this one
     before = Traces.now()
     yield
     deadline = time.monotonic() + PATIENCE

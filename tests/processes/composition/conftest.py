@@ -8,7 +8,7 @@ import pytest
 from composing import HERE, THERE
 from jobs import echo, nothing
 from staffing import staffed
-from watching import PATIENCE, wait_until_whole
+from watching import PATIENCE
 
 from bulkhead import (
     Dispatcher,
@@ -41,9 +41,7 @@ def _everything_has_settled(request: pytest.FixtureRequest) -> Iterator[None]:
     if "disp" in request.fixturenames:
         disp = request.getfixturevalue("disp")
         disp.barrier(timeout=PATIENCE, check=False)
-        for priority, pool in disp._pools.items():
-            # Why: a worker that comes up after the next test has begun would count as left behind by it.
-            wait_until_whole(disp, priority)
+        for pool in disp._pools.values():
             assert pool._scheduler.unsettled == 0
             assert pool._scheduler.promised_jobs() == []
         assert disp._history._reserved == {}
