@@ -36,7 +36,7 @@ class Chunk(Tracker):
         span: Which of them are this chunk's; None for all.
         is_star: Each item is a tuple of arguments.
         may_stop: A worker may give the rest back when it takes long.
-        is_exact: It is always known which item runs. Otherwise it may be any of some hundred very short ones.
+        is_exact: It is always known which item runs. Otherwise it may be any of up to a thousand very short ones.
 
     Attributes:
         todo: Which items the current or next sending is for.

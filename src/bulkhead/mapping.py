@@ -39,6 +39,9 @@ _CHUNK_BYTES = 4 << 20
 # A chunk is at most so many times as long as the last one: the first items may not be typical.
 _GROWTH = 64
 
+# The last chunks are smaller, down to this part of their size, so that all workers come to the end together.
+_LAST = 8
+
 # How much of the measurements so far counts when another one comes in.
 _MEMORY = 0.7
 
@@ -147,12 +150,10 @@ class _Source:
         self._name = name_of(fn)
         self._options = options
         self._is_star = len(iterables) != 1
-        self._input = _Input(_zipped(iterables))
+        self._input = _Input(_zipped(iterables), _length_hint(iterables))
         pool.pack_items(fn, [])  # so that a function that cannot be sent is refused at once
         self._sizing = _Sizing(options, pool.config.n_workers, pool.config.max_jobs_per_worker)
-        # Chunks that may be with the pool: those that run, and the next ones.
-        self._depth = 2 * pool.config.n_workers
-        self._offers = Offers(_forget, self._depth)
+        self._offers = Offers(_forget, self._sizing.depth)
         # Those of the window that can be given out, in the order of their end.
         self._ready: dict[Chunk, None] = {}
         self._unsent: deque[Chunk] = deque()  # those that have to be sent
@@ -344,7 +345,7 @@ class _Source:
                 self._look()
 
     def _wants_more(self) -> bool:
-        if self._n_sent >= self._depth:
+        if self._n_sent >= self._sizing.depth:
             return False
         if self._unsent or self._input.items:  # items that a Ctrl-C has kept from being sent
             return True
@@ -360,7 +361,7 @@ class _Source:
 
     def _read(self) -> bool:
         """Read some items and make a chunk of them; False when there are none."""
-        size = self._sizing.size
+        size = self._sizing.of_next(self._input.n_left)
         if self._options.buffersize is not None:
             size = min(size, self._options.buffersize - self._n_waiting)
         items = self._input.items
@@ -479,12 +480,19 @@ class _Input:
         is_at_end: There will be no more; it is not asked again.
     """
 
-    def __init__(self, source: Iterator[Any]) -> None:
+    def __init__(self, source: Iterator[Any], length: int | None = None) -> None:
         self._source = source
+        self._length = length
         self._n_taken = 0
         self.items: list[Any] = []
         self.is_slow = False
         self.is_at_end = False
+
+    @property
+    def n_left(self) -> int | None:
+        """How many items are still to come, as far as the iterables tell; None if they do not, or were wrong."""
+        left = 0 if self._length is None else self._length - self._n_taken
+        return left if left > 0 else None
 
     def read(self, size: int) -> list[Any]:
         """Read up to `size` items, fewer when the source ends or is slow, and return them.
@@ -516,10 +524,16 @@ class _Input:
 
 
 class _Sizing:
-    """How many items the next chunk should have, and how many may be read ahead, from what the last ones took."""
+    """How many items the next chunk should have, and how many may be read ahead, from what the last ones took.
+
+    Attributes:
+        size: How many items it should have when enough are left.
+        depth: How many chunks may be with the pool: those that run, and the next ones.
+    """
 
     def __init__(self, options: MapOptions, n_workers: int, max_jobs: int | None = None) -> None:
         self._n_workers = n_workers
+        self.depth = 2 * n_workers
         self._is_fixed = options.chunksize is not None
         # No worker does more, and what it gives back has to be sent again.
         self._limit = _MAX_ITEMS if max_jobs is None else min(_MAX_ITEMS, max_jobs)
@@ -534,6 +548,12 @@ class _Sizing:
     def lookahead(self) -> int:
         """How many items may be read and not given out when the user has named no bound."""
         return max(_LOOKAHEAD, 4 * self._n_workers * self.size)
+
+    def of_next(self, n_left: int | None) -> int:
+        """Return how many items the next chunk should have, when so many are still to come (None: unknown)."""
+        if n_left is None or self._is_fixed:
+            return self.size
+        return min(self.size, max(n_left // self._n_workers, self.size // _LAST, 1))
 
     def learn(self, chunk: Chunk) -> None:
         """Take in what a chunk has taken."""
@@ -562,6 +582,15 @@ def _length(iterables: tuple[Iterable[Any], ...]) -> int | None:
         return min(len(one) for one in iterables)  # type: ignore[arg-type]
     except Exception:  # one has no length, or one of the user's that raises
         return None
+
+
+def _length_hint(iterables: tuple[Iterable[Any], ...]) -> int | None:
+    """Return how many items there may be; a guess of theirs, for speed alone."""
+    try:
+        hints = [operator.length_hint(one, -1) for one in iterables]
+    except Exception:  # one of the user's that raises
+        return None
+    return min((hint for hint in hints if hint >= 0), default=None)
 
 
 def _forget(chunk: Any) -> None:

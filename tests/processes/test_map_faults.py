@@ -580,7 +580,8 @@ def test_finalize_in_the_middle_leaves_every_result_in_its_place(tmp_path: Path)
     """A chunk that was made for short items gives its rest back when the pool takes no more."""
     disp = Dispatcher([(0, 2)])
     items = [*range(999), *range(1000, 1010), *range(900)]
-    results = disp.map(held_from_1000, itertools.repeat(tmp_path), items)
+    # Why a generator: with a known length the last chunks would be small.
+    results = disp.map(held_from_1000, itertools.repeat(tmp_path), (item for item in items))
     reader = Call(outcomes, results)
     wait_until(lambda: 1000 in begun(tmp_path))
     time.sleep(0.1)  # so that the chunk has taken long

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from map_jobs import Counted
 
 from bulkhead import ConfigTypeError, mapping
-from bulkhead.mapping import MapOptions, _Input, _Sizing, _zipped
+from bulkhead.mapping import MapOptions, _Input, _length_hint, _Sizing, _zipped
 
 SECONDS = mapping._CHUNK_SECONDS
 BYTES = mapping._CHUNK_BYTES
@@ -112,7 +113,22 @@ def test_a_chunk_that_tells_nothing_teaches_nothing() -> None:
 
 @pytest.mark.parametrize("per_item", [1e-6, 10.0])
 def test_a_chunksize_that_is_named_stays(per_item: float) -> None:
-    assert learned(sizing(chunksize=17), per_item) == 17
+    one = sizing(chunksize=17)
+    assert learned(one, per_item) == 17
+    assert one.of_next(3) == 17
+
+
+def test_the_last_chunks_are_smaller_and_no_worker_gets_more_than_its_part_of_the_rest() -> None:
+    one = sizing(n_workers=4)
+    size = learned(one, 1e-5)
+    assert one.of_next(None) == one.of_next(4 * size) == size
+    left, sizes = 4 * size, []
+    while left > 0:
+        sizes.append(min(one.of_next(left), left))
+        assert sizes[-1] <= max(left / 4, size / 8)
+        left -= sizes[-1]
+    assert len(sizes) < 24
+    assert learned(sizing(), 1.0) == sizing().of_next(1) == 1
 
 
 def test_with_a_buffersize_there_are_chunks_enough_for_all_workers() -> None:
@@ -228,6 +244,49 @@ def test_a_quick_source_is_not_called_slow(slow_source: Callable[[float], Iterat
     one = _Input(slow_source(1e-7))
     assert len(one.read(1000)) == 1000
     assert not one.is_slow
+
+
+class Liar:
+    def __init__(self, hint: Any) -> None:
+        self.hint = hint
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(10))
+
+    def __length_hint__(self) -> Any:
+        if isinstance(self.hint, Exception):
+            raise self.hint
+        return self.hint
+
+
+def test_how_many_are_left_is_known_from_any_iterable_that_tells() -> None:
+    assert (
+        _length_hint(([1, 2, 3],))
+        == _length_hint((iter([1, 2, 3]),))
+        == _length_hint((range(3), "abcd"))
+        == 3
+    )
+    assert _length_hint((itertools.repeat(1), [1, 2])) == 2
+    assert _length_hint((Counted(),)) is None
+    one = _Input(iter(range(10)), 10)
+    assert one.n_left == 10
+    one.read(6)
+    one.taken()
+    assert one.n_left == 4
+
+
+@pytest.mark.parametrize("hint", [-1, "3", 2.0, ValueError("no"), NotImplemented], ids=repr)
+def test_an_iterable_that_cannot_tell_is_not_asked_again(hint: Any) -> None:
+    assert _length_hint((Liar(hint),)) is None
+
+
+@pytest.mark.parametrize("hint", [0, 3])
+def test_when_more_comes_than_was_told_nothing_is_known(hint: int) -> None:
+    one = _Input(iter(range(10)), hint)
+    one.read(5)
+    one.taken()
+    assert one.n_left is None
+    assert one.read(9) == [5, 6, 7, 8, 9]
 
 
 # What may be mapped over

@@ -173,13 +173,14 @@ def _records(progress: Progress, number: int) -> list[Record]:
 def _outcomes(records: Iterable[Record]) -> tuple[int, list[Outcome]]:
     size = 0
     outcomes: list[Outcome] = []
-    for position, _, kind, body in records:
+    for position, n, kind, body in records:
         size += len(body)
         if kind == ERROR:
             outcomes.append((position, [], unpack_error(body)))
             continue
         value, error = _value(body)
-        outcomes.append((position, value if kind == VALUES and error is None else [value], error))
+        values = value if kind == VALUES and error is None else [value] * n
+        outcomes.append((position, values, error))
     return size, outcomes
 
 

@@ -1,8 +1,8 @@
 """Running a chunk of a map in a worker: many small calls in one message, each with an end of its own.
 
 Each item is noted before it is called, and results are put where they outlive the worker (see progress.py). Why not
-each by itself: that costs about a microsecond, and many items take less. Results of some 50 microseconds are recorded
-together, so that of an item that takes longer is recorded at once. What a dying worker can take with it are the results
+each by itself: that costs about a microsecond, and many items take less. Results of some 200 microseconds are recorded
+together, that of an item that takes longer than 50 at once. What a dying worker can take with it are the results
 of short items just before the one it ran; those run again.
 
 The clock is read for each block of items. After a block of very short ones the next is noted as a whole, since a note
@@ -17,11 +17,12 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Sequence
+from operator import length_hint
 from typing import Any, ClassVar, NamedTuple
 
 from bulkhead import forks
 from bulkhead.engines.processes.parcels import Parcel
-from bulkhead.engines.processes.payload import cannot, pack_error, pack_value
+from bulkhead.engines.processes.payload import NONE, cannot, pack_error, pack_value
 from bulkhead.engines.processes.progress import (
     BEGAN,
     ERROR,
@@ -39,15 +40,18 @@ from bulkhead.errors import RemoteError
 
 __all__ = ["ChunkOrder", "leave_copy", "run_chunk"]
 
-# Results of so long (seconds) are recorded together; a block takes no longer either, as far as the last one tells.
-_TOGETHER = 50e-6
+# A block should take so long (seconds), as far as the last one tells. Its results are recorded if it took longer, or if
+# all that is not recorded yet did.
+_BLOCK_SECONDS = 50e-6
+_TOGETHER = 200e-6
 
 # How many items a block may have, and how many times as many as the last one. Why so few: should one of them take long
 # after all, those before it are recorded no sooner. More would save little: a block costs as much as some 50 no-ops.
-_MAX_BLOCK = 256
+_MAX_BLOCK = 1024
 _GROWTH = 8
 
-# After a full block of items that took no longer each (seconds) the next one is noted as a whole.
+# After so many items in a block that took no longer each (seconds) the next one is noted as a whole.
+_MANY = 256
 _VERY_SHORT = 1e-6
 
 # A chunk that was made for short items and has taken so long gives the rest back (seconds): the caller deals it anew.
@@ -175,11 +179,11 @@ class _Chunk:
             before, now = now, time.perf_counter()
             took = max(now - before, 1e-9)
             is_plain = error is None and type(self._values[-1]) in _PLAIN
-            if not is_plain or now - recorded + took > _TOGETHER:
+            if not is_plain or took > _BLOCK_SECONDS or now - recorded > _TOGETHER:
                 self._record(position, error)
                 recorded = now
-            size = max(1, min(int(n_run * _TOGETHER / took), _GROWTH * n_run, _MAX_BLOCK))
-            next_loop = quick_loop if n_run == _MAX_BLOCK and took < _MAX_BLOCK * _VERY_SHORT else loop
+            size = max(1, min(int(n_run * _BLOCK_SECONDS / took), _GROWTH * n_run, _MAX_BLOCK))
+            next_loop = quick_loop if n_run >= _MANY and took < n_run * _VERY_SHORT else loop
         self._record(position, None)
         if use is not None:
             use.count(position)
@@ -256,8 +260,21 @@ class _Chunk:
         call, plain = self._fn, _PLAIN
         self._marks[SPAN] = len(block)
         self._marks[RUNNING] = position
+        left = iter(block)
+        value = None
         try:
-            for item in block:
+            try:
+                # Why apart: most functions return None always or never, and this loop takes a fifth less.
+                for item in left:
+                    value = call(item)
+                    if value is not None:
+                        break
+            finally:
+                values += [None] * (len(block) - length_hint(left) - 1)
+            values.append(value)
+            if value is not None and type(value) not in plain:
+                return None
+            for item in left:
                 value = call(item)
                 values.append(value)
                 if value is not None and type(value) not in plain:
@@ -299,6 +316,10 @@ class _Chunk:
             self._put_one(position + last, values.pop())
             if not values:
                 return
+        # Why by identity first: so it costs the others nothing.
+        if values[0] is None and values.count(None) == len(values):
+            self._put_packed(position, len(values), VALUE, NONE)
+            return
         packed = pickle.dumps(values, _PROTOCOL)
         if len(packed) < _LARGE_VALUES * len(values):
             self._put_packed(position, len(values), VALUES, packed)

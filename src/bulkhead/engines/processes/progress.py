@@ -28,7 +28,7 @@ __all__ = [
     "records_in",
 ]
 
-# Kinds of records: a pickled list of results, one pickled result, one packed error.
+# Kinds of records: a pickled list of results, one pickled result that all items of the record have, one packed error.
 VALUES = 1
 VALUE = 2
 ERROR = 3

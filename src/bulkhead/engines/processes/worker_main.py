@@ -309,7 +309,7 @@ class _Desk:
             return Kind.NOTHING, b""
         try:
             fn, given, _ = unpack_call(opened.body, opened.buffers)
-            items = list(given)
+            items = given if type(given) is list else list(given)
         except BaseException as error:
             return Kind.ERROR, pack_error(cannot("the items could not be unpickled in the worker", error))
         progress = self._halves.get(order.half)
