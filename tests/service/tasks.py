@@ -115,11 +115,11 @@ def snooze(path: str, times: int, delay: float = 0.0) -> int:
 
 
 @app.task(backoff=AT_ONCE)
-def die(path: str, times: int = 1000) -> str:
+def die(path: str, times: int = 1000, by: int = signal.SIGKILL) -> str:
     """Be killed the first so many times."""
     note(path, current_job().attempt)
     if len(lines(path)) <= times:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), by)
     return "alive"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -78,6 +79,16 @@ def test_a_job_that_kills_its_worker_is_the_only_one_that_has_failed(two, path):
             assert two.app.job(id).attempt == 1
     assert two.settled(ids[30]).reason.startswith("failed 2 times: WorkerCrashed")
     assert lines(path) == ["1", "2"]
+    learn(two)
+
+
+def test_a_job_whose_worker_is_told_to_end_has_not_had_its_time(two, path):
+    """The consumer waits a moment to see whether it is told to, as well."""
+    calls = [two.echo.call(number) for number in range(20)]
+    calls[3] = two.die.call(path, by=signal.SIGTERM).options(max_retries=0, timeout=0.2)
+    ids = enqueue_together(two, calls)
+    assert two.settled(ids[3]).reason.startswith("failed: WorkerCrashed")
+    assert [two.app.result(id, timeout=SOON) for id in ids[:3] + ids[4:]] == [0, 1, 2, *range(4, 20)]
     learn(two)
 
 

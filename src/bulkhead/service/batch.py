@@ -241,6 +241,10 @@ class Batch:
             return self.mark is not None
         return self.tracker is not None and self.tracker.status().state == "running"
 
+    def has_ended(self) -> bool:
+        """Tell whether its run is over: its mark stands, and says nothing more about time."""
+        return self.tracker is not None and self.tracker.done()
+
     def standing(self) -> tuple[int | None, float]:
         """Return the mark, and for how many seconds it is known to have stood."""
         # Race: the clock is read before the mark and, of a new one, after it, so that never more is told than is true.

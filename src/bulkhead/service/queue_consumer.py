@@ -445,7 +445,7 @@ class QueueConsumer:
 
     def _look_after_batch(self, batch: Batch) -> None:
         mark, seconds = batch.standing()
-        if mark is None or seconds < _STUCK:
+        if mark is None or seconds < _STUCK or batch.has_ended():
             return
         for held in self._holdings.take_behind(batch, mark):
             self._send([held])
