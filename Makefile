@@ -26,7 +26,7 @@ demo: $(VENV)/.installed ## survey the standard library's sources with two pools
 
 test: $(VENV)/.installed-dev browser servers ## run the tests, without those marked slow
 ifeq ($(strip $(ARGS)),)
-	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow and not alone"
+	$(BIN)/python -m pytest -n 4 --dist worksteal -m "not slow and not alone"
 	$(BIN)/python -m pytest -m "not slow and alone"
 else
 	$(BIN)/python -m pytest $(ARGS)

@@ -1,9 +1,10 @@
 """Durable jobs: a folder's files are compressed by workers that may be killed at any moment.
 
-    python examples/durable_archive.py                      # all of it: enqueue, two kills, resume, check
-    python examples/durable_archive.py enqueue FOLDER       # or step by step, with the jobs in ./archive.db
-    bulkhead worker durable_archive:app                     # in the folder of this file; as many as you like
-    python examples/durable_archive.py status
+    cd examples
+    python durable_archive.py                   # all of it: enqueue, two kills, resume, check
+    python durable_archive.py enqueue FOLDER    # or step by step, with jobs (archive.db) and copies in this folder
+    bulkhead worker durable_archive:app         # as many as you like, each in a terminal of its own
+    python durable_archive.py status
 
 The queue is a SQLite file, so there is nothing to install or to start. Each file becomes a job with an id of its own:
 enqueueing the same folder again adds nothing.
@@ -40,7 +41,7 @@ def compress(source: str) -> int:
 
 def enqueue(folder: Path) -> int:
     """Enqueue a job for each file; return how many files there are."""
-    calls = [compress.call(str(path)).options(id=path.name) for path in sorted(folder.glob("*.py"))]
+    calls = [compress.call(str(path)).options(id=path.name) for path in sorted(folder.resolve().glob("*.py"))]
     app.enqueue_many(calls, existing="keep")
     return len(calls)
 

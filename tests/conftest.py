@@ -17,6 +17,7 @@ sys.dont_write_bytecode = False
 
 from gates import Gate  # noqa: E402
 from servers import NatsServer, RedisCluster, RedisServer  # noqa: E402
+from staffing import wait_until_staffed  # noqa: E402
 from traces import Traces  # noqa: E402
 
 # Why here: whichever test imports it first, its assertions tell what they compared.
@@ -26,16 +27,12 @@ pytest.register_assert_rewrite("bulkhead.testing.conformance")
 PATIENCE = 5.0
 
 
-# Files and folders whose tests need the machine for themselves.
+# Files whose tests need the machine for themselves, all of them; single ones are marked.
 ALONE = (
-    "isolation",
+    "test_delay.py",
     "test_kills_in_transfer.py",
     "test_due_times.py",
-    "test_random_interrupts.py",
-    "test_priorities.py",
     "test_delays.py",
-    "test_long_waits.py",
-    "test_timeouts.py",
 )
 
 
@@ -48,7 +45,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def is_alone(path: Path) -> bool:
-    return not {*path.parts}.isdisjoint(ALONE)
+    return path.name in ALONE
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -57,12 +54,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.alone)
 
 
+def pytest_collection_finish() -> None:
+    """Take the half a million objects of what was collected out of the garbage collector's sight: they stay anyway."""
+    # Why: tests and traces.py collect garbage and go through all objects, which takes a tenth of a second otherwise.
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _nothing_is_left_behind() -> Iterator[None]:
     """Fail a test after which more processes, threads, descriptors or shared memory exist than before it.
 
     Counts are compared, so a module's dispatcher may replace its workers; it has to be staffed before its first test.
     """
+    wait_until_staffed()  # or a worker that replaces one of the last test's would be left behind by this one
     before = Traces.now()
     yield
     deadline = time.monotonic() + PATIENCE
@@ -106,10 +111,21 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 
 @pytest.fixture(scope="session")
-def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
-    """A Redis Cluster of three nodes that tests share, each with its `namespace`."""
-    with RedisCluster(tmp_path_factory.mktemp("cluster")) as cluster:
+def starting_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    """The same as `redis_cluster`, perhaps not whole yet: for a module that uses it later."""
+    cluster = RedisCluster(tmp_path_factory.mktemp("cluster"))
+    try:
+        cluster.begin()
         yield cluster
+    finally:
+        cluster.kill()
+
+
+@pytest.fixture(scope="session")
+def redis_cluster(starting_cluster: RedisCluster) -> RedisCluster:
+    """A Redis Cluster of three nodes that tests share, each with its `namespace`."""
+    starting_cluster.wait()
+    return starting_cluster
 
 
 @pytest.fixture(scope="session")

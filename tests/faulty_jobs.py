@@ -241,6 +241,12 @@ def stop_self() -> str:
     return "continued"
 
 
+def stop_self_and_hang() -> None:
+    """Hang, stopped until somebody has the process go on."""
+    stop_self()
+    sleep_in_c()
+
+
 def hang_with_child(pids: Path, *, stubborn: bool = False, new_session: bool = False) -> None:
     """Start a process that lives for ever, note its pid, and wait for it."""
     code = _STUBBORN if stubborn else _FOREVER

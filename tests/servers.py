@@ -205,13 +205,21 @@ class RedisCluster:
 
     def start(self) -> Self:
         """Start the nodes; the first time they are made a cluster. Return when every node knows every slot's node."""
+        self.begin()
+        self.wait()
+        return self
+
+    def begin(self) -> None:
+        """Start the nodes as `start` does, and do not wait: for two seconds they take no keys."""
         is_new = not self.nodes[0].port
         for node in self.nodes:
             node.start()
         if is_new:
             self._join()
+
+    def wait(self) -> None:
+        """Return when every node knows every slot's node."""
         wait_until(self._is_whole, "each node of the cluster knows all")
-        return self
 
     def stop(self) -> None:
         """Let the nodes end in order."""

@@ -4,8 +4,9 @@ A call "dies" here where one of its later steps raises; another connection, as a
 """
 
 import asyncio
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -25,6 +26,8 @@ from bulkhead.backends.base import (
 from bulkhead.backends.nats import cells as nats_cells
 from bulkhead.backends.nats import claiming
 from bulkhead.backends.nats.names import token_of
+from bulkhead.backends.nats.session import Answer, Question, Session
+from bulkhead.errors import ConfigError
 from bulkhead.testing.conformance.contract import LONG, claims, ids_of, keep, until
 
 
@@ -330,3 +333,33 @@ def test_different_names_have_different_tokens() -> None:
         *("x" * n for n in range(90, 200)),
     ]
     assert len({token_of(name) for name in names}) == len(names)
+
+
+def test_streams_that_another_process_makes_at_the_same_moment_are_taken(
+    connect: Callable[[], Backend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(connect().broker, "job")
+    ask, asked = Session.ask, []
+
+    async def meet_another(self: Session, questions: Sequence[Question]) -> list[Answer]:
+        answers = await ask(self, questions)
+        made = [subject for subject, _, _ in questions if ".STREAM.CREATE." in subject]
+        asked.append(made)
+        # What the server says if the other's stream comes between its looks for the name and for the subjects.
+        overlap = {"code": 400, "err_code": 10065, "description": "subjects overlap with an existing stream"}
+        return answers if len(asked) > 1 else [{"error": overlap} for _ in made[:2]] + answers[2:]
+
+    monkeypatch.setattr(Session, "ask", meet_another)
+    assert ids_of(claims(connect().broker, 1)) == ["job"]
+    assert asked[1] == asked[0][:2]
+
+
+def test_a_stream_of_somebody_else_that_has_our_subjects_is_an_error_that_names_ours(
+    connect: Callable[[], Backend], nats_server: NatsServer, namespace: str
+) -> None:
+    stream = f"{namespace}-strange"
+    config = json.dumps({"name": stream, "subjects": [f"{namespace}-a.jobs.x"]}).encode()
+    create = f"$JS.API.STREAM.CREATE.{stream}"
+    assert "error" not in inside(connect(), lambda at: at.session.ask_one(create, config))
+    with pytest.raises(ConfigError, match=f"{namespace}-a-jobs: subjects overlap"):
+        backends.connect(nats_server.url, f"{namespace}-a")

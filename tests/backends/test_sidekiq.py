@@ -123,6 +123,10 @@ def test_without_a_namespace_keys_are_sidekiqs_own(redis_server: RedisServer, na
     assert redis_server.cli("sismember", "queues", namespace) == "1\n"
 
 
+ENDLESS: list[object] = []
+ENDLESS.append(ENDLESS)
+
+
 @pytest.mark.parametrize(
     ("args", "options", "names"),
     [
@@ -133,6 +137,11 @@ def test_without_a_namespace_keys_are_sidekiqs_own(redis_server: RedisServer, na
         (["HardJob", [{1: 2}]], {}, r"args\[0\]\[0\] has the key 1"),
         (["HardJob", [b"raw"]], {}, r"args\[0\]\[0\]"),
         (["HardJob", [[float("nan")]]], {}, r"args\[0\]\[0\]\[0\]"),
+        (["HardJob", ["\ud800"]], {}, r"args\[0\]\[0\]"),
+        (["HardJob", [{"\ud800": 1}]], {}, r"a key of args\[0\]\[0\]"),
+        (["HardJob", [10**5000]], {}, r"args\[0\]\[0\]"),
+        (["HardJob", ENDLESS], {}, r"args\[0\] is nested"),
+        (["HardJob"], {"queue": "\ud800"}, "queue"),
         (["HardJob"], {"queue": ""}, "queue"),
         (["HardJob"], {"retry": -1}, "retry"),
         (["HardJob"], {"retry": "yes"}, "retry"),
@@ -141,6 +150,7 @@ def test_without_a_namespace_keys_are_sidekiqs_own(redis_server: RedisServer, na
         (["HardJob"], {"at": float("inf")}, "at"),
         (["HardJob"], {"jid": "abc"}, "'jid'"),
         (["HardJob"], {"tags": {1, 2}}, "tags"),
+        (["HardJob"], {"tags": ENDLESS}, "tags is nested"),
     ],
 )
 def test_what_sidekiq_could_not_read_is_refused_and_not_enqueued(
@@ -172,3 +182,13 @@ def test_a_closed_client_and_an_absent_server_are_told(redis_server: RedisServer
         client.enqueue("HardJob")
     with pytest.raises(BrokerUnavailable):
         SidekiqClient("redis://127.0.0.1:1")
+
+
+def test_many_are_refused_as_a_whole_where_one_of_them_cannot_be_written(
+    redis_server: RedisServer, client: SidekiqClient, namespace: str
+) -> None:
+    with pytest.raises(ConfigError, match=r"args\[1500\]"):
+        client.enqueue_many("HardJob", ([n if n != 1500 else "\ud800"] for n in range(2000)))
+    with pytest.raises(ConfigTypeError, match="args must be an iterable"):
+        client.enqueue_many("HardJob", None)  # type: ignore[arg-type]
+    assert redis_server.cli("keys", f"{namespace}:*").strip() == ""

@@ -1,4 +1,7 @@
-"""Libraries that take an executor, or a `map`, run on bulkhead's as they are (D5)."""
+"""Libraries that take an executor, or a `map`, run on bulkhead's as they are (D5).
+
+The libraries are imported in the tests: it takes a second, in each process that looks for tests, and in workers here.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,10 @@ import io
 import os
 from collections.abc import Iterator
 
-import dask
-import dask.bag
 import pytest
 from faulty_jobs import kill_self
 from jobs import echo, fail, pid
-from scipy.optimize import differential_evolution, rosen
 from staffing import staffed
-from tqdm import tqdm
 from watching import PATIENCE, worker_pids
 
 from bulkhead import Dispatcher, Pool, WorkerCrashed
@@ -40,6 +39,9 @@ def double(number: int) -> int:
 
 
 def test_dask_computes_on_an_executor(disp: Dispatcher, executor: PoolExecutor) -> None:
+    import dask
+    import dask.bag
+
     numbers = dask.bag.from_sequence(range(100), npartitions=10)
     assert numbers.map(double).sum().compute(scheduler=executor) == 9900
     workers = dask.compute(*[dask.delayed(pid)() for _ in range(10)], scheduler=executor)
@@ -52,6 +54,8 @@ def test_dask_computes_on_an_executor(disp: Dispatcher, executor: PoolExecutor) 
 
 
 def test_scipy_optimizes_with_the_map_of_an_executor(executor: PoolExecutor) -> None:
+    from scipy.optimize import differential_evolution, rosen
+
     bounds = [(0.0, 2.0)] * 3
     options = {"seed": 1, "maxiter": 20, "updating": "deferred", "polish": False}
     alone = differential_evolution(rosen, bounds, **options)
@@ -61,6 +65,8 @@ def test_scipy_optimizes_with_the_map_of_an_executor(executor: PoolExecutor) -> 
 
 
 def test_tqdm_counts_the_results_of_map(disp: Dispatcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tqdm import tqdm
+
     monkeypatch.setattr(tqdm, "monitor_interval", 0)  # or it keeps a thread
     shown = io.StringIO()
     bar = tqdm(disp.map(double, range(500), priority=0), total=500, file=shown)

@@ -29,11 +29,6 @@ from joblib_jobs import (
 )
 from jobs import echo, fail, nap, nothing, pid
 from scripts import running
-from sklearn.datasets import make_classification
-from sklearn.ensemble import RandomForestClassifier
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, cross_val_score
-from sklearn.svm import SVC
 from staffing import staffed
 from watching import PATIENCE, alive, read_pids, wait_until, wait_until_whole, worker_pids
 
@@ -54,7 +49,12 @@ register()
 # autouse: all workers are up before the first test counts processes
 @pytest.fixture(scope="module", autouse=True)
 def disp() -> Iterator[Dispatcher]:
-    with staffed(Dispatcher([Pool(0, 2), Pool(1, 2, initializer=use_one_thread)])) as made:
+    # Why preloaded: many tests end workers, and each new one would import joblib and numpy anew.
+    pools = [
+        Pool(0, 2, preload=["joblib_jobs"]),
+        Pool(1, 2, preload=["joblib_jobs"], initializer=use_one_thread),
+    ]
+    with staffed(Dispatcher(pools)) as made:
         for priority in (0, 1):  # so that each pool has its callback thread
             made.executor(priority).submit(os.getpid).add_done_callback(id)
         yield made
@@ -82,21 +82,28 @@ def backend(
     wait_until_whole(disp, 1)
 
 
-# For what does not depend on whose workers they are: each worker that is replaced imports joblib anew.
+# For what does not depend on whose workers they are: each worker of its own that is replaced imports joblib anew.
 in_pool = pytest.mark.parametrize("backend", ["pool"], indirect=True)
 
 
-# scikit-learn
+# scikit-learn. Imported in the tests: it takes a second, in each process that looks for tests.
 
 
 @pytest.fixture(scope="module")
 def data() -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.datasets import make_classification
+
     return make_classification(n_samples=300, n_features=12, random_state=0)
 
 
 def test_scikit_learn_gives_the_results_of_a_sequential_run(
     backend: BulkheadBackend, data: tuple[np.ndarray, np.ndarray]
 ) -> None:
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, cross_val_score
+    from sklearn.svm import SVC
+
     grid = {"C": [0.1, 1.0, 10.0], "kernel": ["linear", "rbf"]}
     search = GridSearchCV(SVC(random_state=0), grid, cv=3).fit(*data)
     alone = GridSearchCV(SVC(random_state=0), grid, cv=3, n_jobs=1).fit(*data)

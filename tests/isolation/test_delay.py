@@ -5,6 +5,8 @@ Run with -s to see the figures: `pytest tests/isolation -v -s`.
 
 from __future__ import annotations
 
+import os
+import signal
 import statistics
 import threading
 import time
@@ -13,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 
 import faulty_jobs
 import pytest
-from watching import PATIENCE, wait_until, wait_until_whole
+from watching import PATIENCE, wait_until, wait_until_whole, worker_pids
 
 from bulkhead import BulkheadError, Dispatcher, Job, Pool
 
@@ -22,7 +24,7 @@ PROMISE = 0.050
 DISPATCHES = 30
 
 # Between two dispatches, so that thirty of them see more than one moment of the other pool (seconds).
-PAUSE = 0.01
+PAUSE = 0.005
 
 LARGE = 500 * faulty_jobs.MEGABYTE
 
@@ -125,6 +127,10 @@ def test_a_pool_that_hangs_delays_no_other(disturbed: int, watched: int, hang: C
             disp.dispatch(Job(hang).options(priority=disturbed))
         with repeating(lambda: disp.dispatch(Job(hang).options(priority=disturbed), timeout=0.1)):
             found = delays(disp, watched)
+        for pid in worker_pids(disp, disturbed):
+            os.kill(
+                pid, signal.SIGCONT
+            )  # or the pool's end has to wait until it may kill what does not answer
     assert show(f"hanging in {hang.__name__}", disturbed, found) < PROMISE
 
 

@@ -89,6 +89,7 @@ def test_a_niceness_that_is_not_allowed_breaks_the_pool_with_the_reason() -> Non
         disp.dispatch(Job(nothing)).result(20)
 
 
+@pytest.mark.alone
 def test_of_two_pools_that_fill_all_cores_the_urgent_one_gets_the_larger_cpu_share(cpus: set[int]) -> None:
     n = 2 * len(cpus)
     with staffed(Dispatcher([(0, n), (1, n)])) as disp:

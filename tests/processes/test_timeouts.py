@@ -25,17 +25,21 @@ from watching import (
 from bulkhead import Dispatcher, Job, JobState, JobTimeout, Pool
 from bulkhead.engines.processes import blackbox
 
-# A timeout that no good job of these tests comes near (seconds), and how long the ladder may take beyond a timeout.
+# A timeout for what hangs anyway (seconds), and how long the ladder may take beyond a timeout.
 BRIEF = 0.2
 LADDER = 2.0
 
+# A timeout before which a job has to have come so far that the test can begin: on a busy machine, too.
+AMPLE = 2.0
+
 
 def assert_all_are_ended_at_their_timeout(disp: Dispatcher, hangs: list[Callable[..., object]]) -> None:
-    """Let all hang at once, beside a good job; the pool has a worker for each."""
+    """Let all hang at once, beside a good job; the pool has a worker for each, which need not import the jobs first."""
+    brief = 2 * BRIEF  # in which each has to begin to hang
     wait_until_whole(disp)
     before = worker_pids(disp)
     began = time.monotonic()
-    trackers = [disp.dispatch(Job(hang).options(timeout=BRIEF)) for hang in hangs]
+    trackers = [disp.dispatch(Job(hang).options(timeout=brief)) for hang in hangs]
     other = disp.dispatch(Job(faulty_jobs.double, 4))
     for hang, tracker in zip(hangs, trackers, strict=True):
         error = tracker.exception(PATIENCE)
@@ -43,9 +47,9 @@ def assert_all_are_ended_at_their_timeout(disp: Dispatcher, hangs: list[Callable
         assert status.pid in before
         assert not is_alive(status.pid)
         assert isinstance(error, JobTimeout)
-        assert (error.pid, error.timeout) == (status.pid, BRIEF)
-        assert (status.finished_at - status.started_at).total_seconds() >= BRIEF
-        assert time.monotonic() - began < BRIEF + LADDER, hang
+        assert (error.pid, error.timeout) == (status.pid, brief)
+        assert (status.finished_at - status.started_at).total_seconds() >= brief
+        assert time.monotonic() - began < brief + LADDER, hang
         for text in (error.stack, str(error), status.traceback or ""):
             assert f"in {hang.__name__}" in text
         assert status.state is JobState.FAILED
@@ -54,16 +58,18 @@ def assert_all_are_ended_at_their_timeout(disp: Dispatcher, hangs: list[Callable
     assert not {tracker.status().pid for tracker in trackers} & {*worker_pids(disp)}
 
 
+@pytest.mark.alone
 def test_jobs_that_hang_are_ended_at_their_timeout_and_fresh_workers_take_over(
     usual_start_method: str,
 ) -> None:
-    disp = Dispatcher([Pool(0, 3, backlog=None, start_method=usual_start_method)])
+    disp = Dispatcher([Pool(0, 3, backlog=None, start_method=usual_start_method, preload=["faulty_jobs"])])
     try:
         assert_all_are_ended_at_their_timeout(disp, [faulty_jobs.loop, faulty_jobs.ignore_sigterm])
     finally:
         disp.finalize(cancel=True)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "hangs",
     [
@@ -81,20 +87,20 @@ def test_jobs_that_hang_are_ended_at_their_timeout_and_fresh_workers_take_over(
 def test_whatever_jobs_do_they_are_ended_at_their_timeout_and_their_stacks_are_told(
     hangs: list[Callable[..., object]],
 ) -> None:
-    disp = Dispatcher([Pool(0, len(hangs) + 1, backlog=None)])
+    disp = Dispatcher([Pool(0, len(hangs) + 1, backlog=None, preload=["faulty_jobs"])])
     try:
         assert_all_are_ended_at_their_timeout(disp, hangs)
     finally:
         disp.finalize(cancel=True)
 
 
-def test_the_stack_of_a_job_whose_worker_gets_no_cpu_for_a_while_is_waited_for(tmp_path: Path) -> None:
+@pytest.mark.alone
+def test_the_stack_of_a_job_whose_worker_gets_no_cpu_for_a_while_is_waited_for() -> None:
     with Dispatcher([Pool(0, 1)]) as disp:
-        job = Job(faulty_jobs.note_and_call, tmp_path / "log", faulty_jobs.sleep_in_c)
-        tracker = disp.dispatch(job.options(timeout=2 * BRIEF))
-        wait_until((tmp_path / "log").exists)
+        wait_until_whole(disp)
         (worker,) = worker_pids(disp)
-        os.kill(worker, signal.SIGSTOP)
+        # Why the job itself: whoever stops its worker from here may come after the timeout.
+        tracker = disp.dispatch(Job(faulty_jobs.stop_self_and_hang).options(timeout=BRIEF))
         wait_until(lambda: is_pending(worker, blackbox.DUMP), "the worker is asked for its stacks")
         # Not for a result: for longer than what an idle machine needs, and less than what the launcher gives it.
         time.sleep(0.2)
@@ -102,16 +108,15 @@ def test_the_stack_of_a_job_whose_worker_gets_no_cpu_for_a_while_is_waited_for(t
         os.kill(worker, signal.SIGCONT)
         error = tracker.exception(PATIENCE)
         assert isinstance(error, JobTimeout)
-        # Not where in the job: it may have been stopped before it slept.
-        assert "in note_and_call" in error.stack
+        assert "in stop_self_and_hang" in error.stack
 
 
+@pytest.mark.alone
 def test_a_worker_that_stays_stopped_is_ended_within_the_grace_and_half_of_it() -> None:
     with Dispatcher([Pool(0, 1)]) as disp:
         wait_until_whole(disp)
-        tracker = disp.dispatch(Job(faulty_jobs.sleep_in_c).options(timeout=BRIEF))
         (worker,) = worker_pids(disp)
-        os.kill(worker, signal.SIGSTOP)
+        tracker = disp.dispatch(Job(faulty_jobs.stop_self_and_hang).options(timeout=BRIEF))
         assert isinstance(tracker.exception(BRIEF + LADDER), JobTimeout)
         assert not is_alive(worker)
 
@@ -135,7 +140,7 @@ def test_a_process_that_a_job_has_started_is_gone_when_the_timeout_is_told(tmp_p
                     tmp_path / str(number),
                     stubborn=stubborn,
                     new_session=is_apart,
-                ).options(timeout=5 * BRIEF)
+                ).options(timeout=AMPLE)
             )
             for number, (stubborn, is_apart) in enumerate(kinds)
         ]
@@ -151,7 +156,7 @@ def test_a_process_that_a_job_has_started_is_gone_when_the_timeout_is_told(tmp_p
 def test_a_daemon_that_a_job_has_started_is_gone_when_the_timeout_is_told(tmp_path: Path) -> None:
     with Dispatcher([Pool(0, 1)]) as disp:
         job = Job(faulty_jobs.hang_with_daemon, tmp_path / "pids")
-        tracker = disp.dispatch(job.options(timeout=2 * BRIEF))
+        tracker = disp.dispatch(job.options(timeout=AMPLE))
         (daemon,) = read_pids(tmp_path / "pids")
         error = tracker.exception(PATIENCE)
         left = alive([daemon])
@@ -163,7 +168,7 @@ def test_a_daemon_that_a_job_has_started_is_gone_when_the_timeout_is_told(tmp_pa
 
 def test_a_job_that_runs_a_dispatcher_of_its_own_is_ended_with_it(tmp_path: Path) -> None:
     with Dispatcher([Pool(0, 1)]) as disp:
-        tracker = disp.dispatch(Job(run_inner_dispatcher, tmp_path / "pids").options(timeout=1.5))
+        tracker = disp.dispatch(Job(run_inner_dispatcher, tmp_path / "pids").options(timeout=1.5 * AMPLE))
         inner = read_pids(tmp_path / "pids", 2)
         assert isinstance(tracker.exception(PATIENCE), JobTimeout)
         wait_until(lambda: not alive(inner), within=2)
@@ -195,11 +200,12 @@ def test_a_jobs_timeout_beats_its_pools_in_both_directions() -> None:
 
 def test_a_timeout_counts_the_run_and_not_the_wait_for_a_worker() -> None:
     with Dispatcher([Pool(0, 1, backlog=None)]) as disp:
-        disp.dispatch(Job(faulty_jobs.nap, 3 * BRIEF))
-        waiting = disp.dispatch(Job(faulty_jobs.double, 4).options(timeout=BRIEF))
+        disp.dispatch(Job(faulty_jobs.nap, 1.1 * AMPLE))
+        waiting = disp.dispatch(Job(faulty_jobs.double, 4).options(timeout=AMPLE))
         assert waiting.result(PATIENCE) == 8
 
 
+@pytest.mark.alone
 def test_timeouts_come_true_while_nobody_waits() -> None:
     with Dispatcher([Pool(0, 2)]) as disp:
         trackers = [disp.dispatch(Job(faulty_jobs.loop).options(timeout=BRIEF)) for _ in range(2)]
@@ -207,6 +213,7 @@ def test_timeouts_come_true_while_nobody_waits() -> None:
         wait_until_whole(disp)
 
 
+@pytest.mark.alone
 def test_timeouts_come_true_while_other_threads_wait_for_other_things() -> None:
     with Dispatcher([Pool(0, 2, backlog=None)]) as disp:
         for _ in range(2):

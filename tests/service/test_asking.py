@@ -18,6 +18,7 @@ from bulkhead import (
     DuplicateJobId,
     JobNotFound,
     ResultNotFound,
+    RetryPolicy,
     UnknownQueue,
     UnknownTask,
     WaitTimeout,
@@ -104,9 +105,11 @@ class TestOptions:
             ({"key": "short"}, "at least 16 bytes"),
             ({"key": 7}, "key must be bytes or a str"),
             ({"lease": 0}, "lease must be"),
-            ({"lease": 0.01}, "lease must be at least 0.1"),
+            ({"lease": 0.01}, "lease must be 0.1 s to"),
+            ({"lease": 1e300}, "lease must be 0.1 s to"),
             ({"lease": float("nan")}, "lease must be"),
             ({"middlewares": [object()]}, "middlewares must be instances"),
+            ({"results": "ftp://host"}, "results: url must begin with"),
         ],
     )
     def test_of_an_application_are_checked(self, options, message):
@@ -124,6 +127,7 @@ class TestOptions:
             ({"timeout": 0}, "timeout must be"),
             ({"timeout": -1}, "timeout must be"),
             ({"backoff": 3}, "backoff must be a Backoff"),
+            ({"backoff": RetryPolicy(9)}, "attempts are said by max_retries"),
             ({"keep_result": -1}, "keep_result must be"),
             ({"on_success": 3}, "on_success must be callable"),
             ({"name": ""}, "name must have"),
@@ -177,6 +181,19 @@ class TestOptions:
         with pytest.raises(ConfigTypeError, match="colour"):
             app.queue("q1", colour="red")
 
+    def test_a_function_that_only_returns_what_is_still_to_be_run_is_no_task(self):
+        async def later() -> None: ...
+
+        async def some_later():
+            yield
+
+        def some():
+            yield
+
+        for fn in (later, some_later, some):
+            with pytest.raises(ConfigTypeError, match="must return its result"):
+                App("memory://").task(fn)
+
     def test_two_tasks_of_one_name_are_an_error(self):
         app = App("memory://")
         task_of(app, name="a")
@@ -186,6 +203,16 @@ class TestOptions:
             app.task(7)
         with pytest.raises(ConfigTypeError, match="task already"):
             app.task(app.tasks()["a"])
+
+    def test_what_the_function_carries_hides_nothing_of_the_task(self):
+        def marked() -> str:
+            return "ran"
+
+        marked.enqueue = marked.handler = "of another library"
+        marked.colour = "blue"
+        task = App("memory://").task(marked)
+        assert (task.colour, task(), task.handler) == ("blue", "ran", None)
+        assert task.app.job(task.enqueue()).state == "queued"
 
     def test_a_task_is_still_the_function(self, service):
         assert service.add(2, 3) == 5
@@ -238,6 +265,22 @@ class TestEnqueueing:
             service.app.enqueue(service.echo.call(1).options(on_error=other.call()))
         with pytest.raises(ConfigError, match="belongs to another application"):
             service.app.enqueue(other.call())
+
+    def test_too_many_follow_ups_one_behind_the_other_are_refused(self, service):
+        call = service.echo.call()
+        for _ in range(2000):
+            call = service.echo.call().options(on_success=call)
+        with pytest.raises(ConfigError, match="too many others follow it"):
+            service.app.enqueue(call)
+        assert service.app.counts()["queued"] == 0
+
+    def test_a_state_that_is_not_listed_is_refused(self, service):
+        service.echo.call().options(delay=100.0).enqueue()
+        with pytest.raises(ConfigError, match=r"not 'retrying'; those that wait .* among the scheduled"):
+            service.app.jobs("retrying")
+        for state in ("nope", None, 5, ["queued"]):
+            with pytest.raises(ConfigError, match="state must be one of queued, scheduled"):
+                service.app.jobs(state)
 
     def test_an_unknown_task_is_an_error_at_the_call(self, service):
         with pytest.raises(UnknownTask, match="there is no task 'nope'; known are: add,"):

@@ -11,6 +11,7 @@ from watching import wait_until
 
 from bulkhead import App, ConfigError
 from bulkhead.backends.base import Burial, Message, Place
+from bulkhead.service import dead_letters
 from bulkhead.service.dead_letters import DeadLetters
 
 
@@ -56,6 +57,19 @@ def test_those_that_are_too_old_are_deleted(app: App, monkeypatch: pytest.Monkey
     assert DeadLetters(app).sweep() == 0
     app.keep_dead = 1e-6
     wait_until(lambda: DeadLetters(app).sweep() and not dead(app), "all are too old")
+
+
+def test_a_look_that_takes_long_leaves_the_rest_for_the_next_one(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dead_letters, "_LOOK", 0.0)
+    monkeypatch.setattr(dead_letters, "_SOON", 0.0)
+    bury(app, 130)
+    app.max_dead, app.keep_dead = 10, None
+    letters = DeadLetters(app)
+    for n_left in (30, 10, 10):
+        letters.look_now_and_then()
+        assert len(dead(app)) == n_left
 
 
 def test_without_bounds_all_are_kept(app: App) -> None:

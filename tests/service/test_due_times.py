@@ -9,6 +9,9 @@ import pytest
 from jobs import lines
 from watching import wait_until
 
+# It takes two seconds to come up: the tests on the other backends need not wait for it.
+pytestmark = pytest.mark.usefixtures("starting_cluster")
+
 
 @pytest.fixture
 def _nothing_is_left_behind() -> None:

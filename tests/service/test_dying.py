@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -11,6 +12,8 @@ import pytest
 from gates import Gate
 from jobs import lines
 from watching import is_alive, wait_until
+
+from bulkhead.service import queue_consumer
 
 SOON = 20.0
 
@@ -189,11 +192,28 @@ class TestAStop:
             ids = [durable.nap.enqueue(path, 60) for _ in range(2)]
             wait_until(lambda: len(lines(path)) == 2)
             for pid in worker.processes():
-                os.kill(pid, signal.SIGTERM)
+                with contextlib.suppress(ProcessLookupError):  # ended because another one has
+                    os.kill(pid, signal.SIGTERM)
             worker.wait()
             wait_until(lambda: not worker.processes())
         for id in ids:
             assert (durable.app.job(id).state, durable.app.job(id).attempt) == ("queued", 0)
+
+    def test_that_reaches_a_worker_process_long_before_the_main_process_gives_back_what_ran(
+        self, service, path, monkeypatch
+    ):
+        monkeypatch.setattr(queue_consumer, "_SWEPT", SOON)
+        with service.working() as working:
+            id = service.nap.enqueue(path, 60)
+            wait_until(lambda: lines(path))
+            worker = int(lines(path)[0].split()[1])
+            (consumer,) = next(iter(service.app._consumers))._consumers
+            (batch,) = consumer._holdings.batches()
+            os.kill(worker, signal.SIGTERM)
+            wait_until(batch.tracker.done, "its end is known")
+            time.sleep(0.1)  # not for a result: for longer than it takes to judge the job
+            working.stop()
+        assert (service.app.job(id).state, service.app.job(id).attempt) == ("queued", 0)
 
     def test_loses_nothing_that_was_being_claimed(self, durable, path):
         ids = durable.app.enqueue_many([durable.jot.call(path, number) for number in range(1000)])

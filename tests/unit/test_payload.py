@@ -270,7 +270,7 @@ def test_functions_are_remembered_in_a_bounded_number(monkeypatch: pytest.Monkey
         (doubled, (lambda: 1,)),
         (doubled, (Refuses(TypeError("cannot")),)),
         (doubled, (Refuses(Mute()),)),
-        (doubled, (nested(100_000),)),
+        (doubled, (nested(20_000),)),
     ],
     ids=["lambda", "lambda as argument", "refusing argument", "mute refusal", "deep nesting"],
 )
@@ -329,7 +329,7 @@ def test_a_result_comes_out_as_it_went_in(segments: SegmentPool, value: Any) -> 
 
 @pytest.mark.usefixtures("no_cloudpickle")
 @pytest.mark.parametrize(
-    "value", [lambda: 1, Refuses(OSError("cannot")), nested(100_000)], ids=["lambda", "refuses", "deep"]
+    "value", [lambda: 1, Refuses(OSError("cannot")), nested(20_000)], ids=["lambda", "refuses", "deep"]
 )
 def test_a_result_that_cannot_be_pickled_raises_the_first_reason(segments: SegmentPool, value: Any) -> None:
     with pytest.raises((pickle.PicklingError, AttributeError, OSError, RecursionError)):

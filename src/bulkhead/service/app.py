@@ -66,7 +66,9 @@ _LAST_LOOK = 0.1
 # For how long an id stays taken after the job that had it is settled, where somebody may use it again (seconds).
 _REMEMBER = 86400.0
 
+# Bounds of a lease (seconds). What is longer than 30 days is meant in other units.
 _SHORTEST_LEASE = 0.1
+_LONGEST_LEASE = 30 * 86400.0
 
 
 class App:
@@ -81,7 +83,7 @@ class App:
         key: A secret of at least 16 bytes that producers and workers share. Messages are signed with it, and those
             that are not are never read: they become dead letters.
         lease: For how many seconds a worker's right to a job holds unless it renews it, which it does all the time:
-            after so long without a sign of life its jobs run elsewhere. At least 0.1.
+            after so long without a sign of life its jobs run elsewhere. From 0.1 s to 30 days.
         max_dead: So many dead letters are kept at most, over all queues; None keeps all. Workers delete the oldest
             beyond that once a minute.
         keep_dead: For so many seconds each is kept, half a year by default; None is for ever.
@@ -108,14 +110,17 @@ class App:
     ) -> None:
         backends.check(url, namespace)
         if results is not None:
-            backends.check(results, namespace)
+            try:
+                backends.check(results, namespace)
+            except ConfigError as error:
+                raise type(error)(f"results: {error}") from None
         self.url = url
         self.results_url = results
         self.namespace = namespace
         self.sealer = Sealer(namespace, key, codec)
         self.lease = validate.seconds("lease", lease)
-        if self.lease < _SHORTEST_LEASE:
-            raise ConfigError(f"lease must be at least {_SHORTEST_LEASE} s, not {lease!r}")
+        if not _SHORTEST_LEASE <= self.lease <= _LONGEST_LEASE:
+            raise ConfigError(f"lease must be {_SHORTEST_LEASE} s to {_LONGEST_LEASE:.0f} s, not {lease!r}")
         self.max_dead = None if max_dead is None else validate.whole_number("max_dead", max_dead, at_least=0)
         self.keep_dead = None if keep_dead is None else validate.seconds("keep_dead", keep_dead)
         self.middlewares = _middlewares(middlewares)

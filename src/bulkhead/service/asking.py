@@ -25,7 +25,6 @@ _PER_CALL = 1000
 _PLACES = {
     JobState.QUEUED: Place.READY,
     JobState.SCHEDULED: Place.SCHEDULED,
-    JobState.RETRYING: Place.SCHEDULED,
     JobState.RUNNING: Place.RUNNING,
 }
 _OUTCOMES = {
@@ -145,11 +144,14 @@ def _queue(queue: str | None) -> str | None:
 
 
 def _state(state: JobState | str) -> JobState:
-    try:
-        return JobState(state)
-    except ValueError:
-        known = ", ".join(one.value for one in JobState)
-        raise ConfigError(f"state must be one of {known}, not {state!r}") from None
+    listed = (*_PLACES, *_OUTCOMES)
+    if state not in listed:
+        known = ", ".join(one.value for one in listed)
+        hint = "; those that wait for another attempt are among the scheduled ones" * (
+            state == JobState.RETRYING
+        )
+        raise ConfigError(f"state must be one of {known}, not {validate.shown(state)}{hint}")
+    return JobState(state)
 
 
 def _no_outcome(job: QueuedJob) -> BulkheadError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,10 @@ __all__ = ["Catalog"]
 
 # What of a pool the consumer decides, or each task for itself.
 _NOT_OF_QUEUES = frozenset({"priority", "n_workers", "backlog", "timeout", "retry", "name"})
+
+
+# Functions that, when they are called, only return something that still has to be run.
+_NOT_CALLED = (inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction)
 
 
 class Catalog:
@@ -47,6 +52,11 @@ class Catalog:
         validate.function("a task", fn)
         if isinstance(fn, Task):
             raise ConfigTypeError(f"{fn.name!r} is a task already")
+        if any(is_one(fn) for is_one in _NOT_CALLED):
+            raise ConfigTypeError(
+                f"a task must return its result when it is called, and {validate.shown(fn)} is a coroutine function or "
+                "a generator; call asyncio.run(...) or list(...) in a function around it"
+            )
         task_name = name("name", given if given is not None else getattr(fn, "__name__", None))
         if task_name in self.tasks:
             raise ConfigError(f"there is a task {task_name!r} already; give one of them name=")

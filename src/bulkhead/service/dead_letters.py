@@ -28,9 +28,12 @@ KEEP_DEAD = 180 * 86400.0
 # Between two looks (seconds). Arbitrary: a look is two small questions.
 _EVERY = 60.0
 
-# So many are read at a time, with all that is in them, and so often in one look at most.
+# So many are read at a time, with all that is in them.
 _PAGE = 100
-_MOST_PAGES = 100
+
+# A look begins no further page after so long (seconds): schedules wait for it. What is left has its turn soon.
+_LOOK = 0.2
+_SOON = 2.0
 
 
 class DeadLetters:
@@ -45,42 +48,46 @@ class DeadLetters:
         now = time.monotonic()
         if now >= self._next_look:
             self._next_look = now + _EVERY
-            n = self.sweep()
+            n = self.sweep(now + _LOOK)
             if n:
                 _log.info("%d dead letters beyond max_dead or keep_dead were deleted", n)
+            if n >= _PAGE:
+                self._next_look = time.monotonic() + _SOON
 
-    def sweep(self) -> int:
-        """Delete what is beyond the bounds, 10,000 at most; return how many.
+    def sweep(self, until: float = float("inf")) -> int:
+        """Delete what is beyond the bounds; return how many.
+
+        Args:
+            until: When to begin no further page of them (monotonic seconds).
 
         Raises:
             BrokerUnavailable: Some may be deleted.
         """
-        return self._sweep_surplus() + self._sweep_old()
+        return self._sweep_surplus(until) + self._sweep_old(until)
 
-    def _sweep_surplus(self) -> int:
+    def _sweep_surplus(self, until: float) -> int:
         most, n = self._app.max_dead, 0
-        for _ in range(0 if most is None else _MOST_PAGES):
-            found = self._app.backend.broker.records(Place.DEAD, offset=most or 0, limit=_PAGE)
+        if most is None:
+            return 0
+        while True:
+            found = self._app.backend.broker.records(Place.DEAD, offset=most, limit=_PAGE)
             n += self._delete(found)
-            if len(found) < _PAGE:
-                break
-        return n
+            if len(found) < _PAGE or time.monotonic() >= until:
+                return n
 
-    def _sweep_old(self) -> int:
+    def _sweep_old(self, until: float) -> int:
         if self._app.keep_dead is None:
             return 0
         broker, n = self._app.backend.broker, 0
         latest = time.time() - self._app.keep_dead
         n_left = sum(counts.dead for counts in broker.counts().values())
-        for _ in range(_MOST_PAGES):
+        while n_left > 0:
             # The last ones of the list are the oldest.
-            page = (
-                broker.records(Place.DEAD, offset=max(0, n_left - _PAGE), limit=_PAGE) if n_left > 0 else []
-            )
+            page = broker.records(Place.DEAD, offset=max(0, n_left - _PAGE), limit=_PAGE)
             old = [one for one in page if one.due_at < latest]
             n += self._delete(old)
             n_left -= len(old)
-            if len(old) < len(page) or not page:
+            if len(old) < len(page) or not page or time.monotonic() >= until:
                 break
         return n
 

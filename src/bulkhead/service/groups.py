@@ -63,7 +63,7 @@ from bulkhead.errors import (
 )
 from bulkhead.service.envelope import Bundle, Envelope, Follow, failure, failure_of
 from bulkhead.service.middleware.base import Submission
-from bulkhead.service.status import from_record
+from bulkhead.service.status import from_record, group_key
 from bulkhead.service.task import Call, job_id
 from bulkhead.service.telling import guarded
 
@@ -352,7 +352,8 @@ class Groups:
         try:
             yield
         except BaseException as error:
-            is_certain = not isinstance(error, BrokerUnavailable)
+            # Why not after Ctrl-C, either: it may have come between the call and its answer.
+            is_certain = isinstance(error, Exception) and not isinstance(error, BrokerUnavailable)
             for middleware in self._app.middlewares:
                 guarded(middleware.refused, [one for one in members if one.duplicate_of is None], is_certain)
             raise
@@ -364,7 +365,7 @@ class Groups:
             records = backend.broker.find([group, *part])
             taken = tuple(record.id for record in records[1:] if record is not None)
             # Why: a group that is enqueued again is told that it is there itself.
-            if taken and records[0] is None and backend.registry.get(_key(group)) is None:
+            if taken and records[0] is None and backend.registry.get(group_key(group)) is None:
                 raise DuplicateJobId(
                     f"{len(taken)} jobs with ids of group {group!r} exist already, the first of them as {taken[0]!r}: "
                     "none was enqueued",
@@ -415,10 +416,10 @@ class Groups:
     def _note_opened(self, group: str, bundle: Bundle) -> _Group:
         registry, made = self._app.backend.registry, _group_of(bundle)
         while True:
-            entry = registry.get(_key(group))
+            entry = registry.get(group_key(group))
             if entry is not None:
                 return _read(entry)
-            if registry.put(_key(group), _pack(made), expected=0, keep=bundle.keep) is not None:
+            if registry.put(group_key(group), _pack(made), expected=0, keep=bundle.keep) is not None:
                 return made
 
     # Looking
@@ -429,7 +430,7 @@ class Groups:
         bundle = None if record is None else self._bundle(record)
         if record is not None and bundle is not None:
             return _group_of(bundle), record.place
-        entry = self._app.backend.registry.get(_key(group))
+        entry = self._app.backend.registry.get(group_key(group))
         if entry is None:
             raise _unknown(group)
         return _read(entry), None
@@ -483,7 +484,7 @@ class Groups:
         while True:
             record = self._app.backend.broker.find([group])[0]
             bundle = None if record is None else self._bundle(record)
-            entry = registry.get(_key(group))
+            entry = registry.get(group_key(group))
             if entry is not None:
                 known = _read(entry)
             elif bundle is not None:
@@ -493,7 +494,7 @@ class Groups:
             marked = msgspec.structs.replace(known, is_cancelled=True)
             version = 0 if entry is None else entry.version
             if (
-                registry.put(_key(group), _pack(marked), expected=version, keep=known.seconds_left)
+                registry.put(group_key(group), _pack(marked), expected=version, keep=known.seconds_left)
                 is not None
             ):
                 return marked.own_ids(group)
@@ -545,10 +546,6 @@ def _unknown(group: str) -> JobNotFound:
 
 def _member_id(group: str, at: int) -> str:
     return f"{group}.{at}"
-
-
-def _key(group: str) -> str:
-    return f"groups/{group}"
 
 
 def _state_of(record: Record) -> JobState:

@@ -20,12 +20,15 @@ from bulkhead.service.pace import Pace
 from bulkhead.service.running import FAILED, SNOOZED, Answer, answer_of
 from bulkhead.service.verdicts import Bury, Cancel, GiveBack, Verdict, after
 
-__all__ = ["Judged", "breakage", "judge"]
+__all__ = ["Judged", "breakage", "judge", "may_be_swept_away"]
 
 Judged = list[tuple[HeldJob, Verdict]]
 
 # Jobs that a pool which gives up has not run are given back for so long (seconds): its consumer ends meanwhile.
 _BROKEN = 1.0
+
+# Who stops a service may send these to all its processes at once.
+_SWEEPING = ("SIGTERM", "SIGINT", "SIGHUP")
 
 
 def judge(batch: Batch, pace: Pace, *, is_leaving: bool) -> tuple[Judged, list[HeldJob]]:
@@ -51,6 +54,15 @@ def judge(batch: Batch, pace: Pace, *, is_leaving: bool) -> tuple[Judged, list[H
     return _ended(batch, kept, error, pace, is_leaving)
 
 
+def may_be_swept_away(batch: Batch) -> bool:
+    """Tell whether a batch's worker has ended as one does when all processes of a service are told to end."""
+    error = batch.tracker.exception(0) if batch.tracker is not None else None
+    if not isinstance(error, WorkerCrashed):
+        return False
+    # Why also without: its launcher was ended with it, and nobody knows more.
+    return error.signal in _SWEEPING or (error.signal is None and error.exit_code is None)
+
+
 def breakage(batch: Batch) -> PoolBroken | None:
     """Return why the pool has given up, if that is what has become of the batch."""
     error: BaseException | None = batch.refusal
@@ -64,7 +76,7 @@ def _ended(
 ) -> tuple[Judged, list[HeldJob]]:
     """Judge a batch whose worker has died, or was ended."""
     blamed = 0 if batch.slot is None else batch.mark
-    # Why: who stops a service may send the signal to all its processes at once.
+    # Why any signal: when we leave, what ends a worker is no fault of its job.
     is_swept_away = is_leaving and isinstance(error, WorkerCrashed)
     has_not_begun = batch.is_withdrawn and blamed is None and isinstance(error, JobCancelled)
     noted = [answer_of(one) for one in batch.recorded()]

@@ -29,7 +29,7 @@ from bulkhead.service.batch import Batch, HeldJob, Marks
 from bulkhead.service.envelope import failure, failure_of
 from bulkhead.service.groups import open_group
 from bulkhead.service.holdings import Holdings
-from bulkhead.service.judging import Judged, breakage, judge
+from bulkhead.service.judging import Judged, breakage, judge, may_be_swept_away
 from bulkhead.service.leases import Leases, is_unwanted
 from bulkhead.service.middleware.base import Middleware
 from bulkhead.service.pace import Pace
@@ -62,6 +62,10 @@ _STUCK = 4 * BATCH_SECONDS
 
 # What has waited for a worker for so long (seconds) is given back: it was claimed because its kind used to be short.
 _LONGEST_WAIT = 1.0
+
+# A worker may be the first to end of a service all of whose processes are told to: so long (seconds) it is waited for
+# that we are, too. Well above what the main thread takes to see a signal that the system has given to another one.
+_SWEPT = 0.8
 
 # Pauses between attempts to reach a broker (seconds).
 _FIRST_PAUSE = 0.1
@@ -487,6 +491,9 @@ class QueueConsumer:
     def _settle_batches(self, batches: Sequence[Batch]) -> None:
         judged: Judged = []
         again: list[HeldJob] = []
+        if any(map(may_be_swept_away, batches)):
+            # Race: the signal that has ended the worker is on its way to us, and the job is not to be blamed.
+            self._is_leaving.wait(_SWEPT)
         for batch in batches:
             self._holdings.drop_batch(batch)
             done, rest = judge(batch, self._pace, is_leaving=self._is_leaving.is_set())

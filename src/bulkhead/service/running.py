@@ -132,13 +132,12 @@ def _run(task: Task[..., Any], job: JobContext, envelope: Envelope) -> Answer:
 
 def _handler(task: Task[..., Any]) -> Callable[[JobContext], Any]:
     """Return the task with the application's middlewares around it."""
-    found = task.__dict__.get("handler")
-    if found is None:
-        found = _Arguments(task.fn)
+    if task.handler is None:
+        found: Callable[[JobContext], Any] = _Arguments(task.fn)
         for middleware in reversed(task.app.middlewares):
             found = middleware.wrapped_handle(found)
-        task.__dict__["handler"] = found
-    return found
+        task.handler = found
+    return task.handler
 
 
 class _Arguments:

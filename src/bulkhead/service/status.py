@@ -13,7 +13,7 @@ from bulkhead.backends.base import Entry, Outcome, OutcomeState, Place, Record, 
 from bulkhead.errors import BadMessage
 from bulkhead.service.envelope import Failure, Sealer, failure
 
-__all__ = ["JobProgress", "QueuedJob", "from_outcome", "from_record", "progress_key"]
+__all__ = ["JobProgress", "QueuedJob", "from_outcome", "from_record", "group_key", "progress_key"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,11 @@ _LAST_INSTANT = datetime(9999, 12, 30, tzinfo=UTC).timestamp()
 def progress_key(job_id: str) -> str:
     """Return the registry's key of a job's progress."""
     return f"progress/{job_id}"
+
+
+def group_key(group: str) -> str:
+    """Return the registry's key of a group or chain that was opened, or is to be cancelled."""
+    return f"groups/{group}"
 
 
 def from_record(record: Record, sealer: Sealer, registry: Registry) -> QueuedJob:

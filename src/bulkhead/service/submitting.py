@@ -51,7 +51,13 @@ class Submitting:
         if not isinstance(call, Call):
             raise ConfigTypeError(f"jobs are made by task.call(...); this is {validate.shown(call)}")
         queue = self._queue_of(call)
-        return Submission(call.id or self.next_id(), call.id is not None, call, queue, self.envelope(call))
+        try:
+            envelope = self.envelope(call)
+        except RecursionError:
+            raise ConfigError(
+                f"a job of task {call.task.name!r} cannot be enqueued: too many others follow it one behind the other"
+            ) from None
+        return Submission(call.id or self.next_id(), call.id is not None, call, queue, envelope)
 
     def submit(self, submissions: Sequence[Submission], forward: Put | None = None) -> None:
         """Pass jobs through the middlewares, and what comes through on to `forward`, by default the broker."""

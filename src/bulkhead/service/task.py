@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 from bulkhead import validate
 from bulkhead.errors import ConfigError, ConfigTypeError
-from bulkhead.retry import Backoff
+from bulkhead.retry import Backoff, RetryPolicy
 
 if TYPE_CHECKING:
     from bulkhead.service.app import App
@@ -55,8 +55,7 @@ class TaskOptions:
         )
         if self.timeout is not None:
             put(self, "timeout", validate.seconds("timeout", self.timeout))
-        if not isinstance(self.backoff, Backoff):
-            raise ConfigTypeError(f"backoff must be a Backoff, not {self.backoff!r}")
+        put(self, "backoff", _backoff(self.backoff))
         put(self, "keep_result", validate.seconds("keep_result", self.keep_result, zero=True))
         for option in ("on_processing", "on_success", "on_retry", "on_failure"):
             if getattr(self, option) is not None:
@@ -74,7 +73,14 @@ class Task(Generic[P, R]):
     """
 
     def __init__(self, app: App, fn: Callable[P, R], task_name: str, options: TaskOptions) -> None:
-        functools.update_wrapper(self, fn)
+        functools.update_wrapper(self, fn, updated=())
+        # What the function has of its own is the task's, too, but for what would hide a method of ours.
+        self.__dict__.update(
+            {name: value for name, value in getattr(fn, "__dict__", {}).items() if not hasattr(Task, name)}
+        )
+        self.handler: Callable[..., Any] | None = (
+            None  # with the middlewares around it; of the worker process
+        )
         self.app = app
         self.fn = fn
         self.name = task_name
@@ -234,7 +240,12 @@ def _posix(value: object) -> float:
 
 def _backoff(value: object) -> Backoff:
     if not isinstance(value, Backoff):
-        raise ConfigTypeError(f"backoff must be a Backoff, not {value!r}")
+        raise ConfigTypeError(f"backoff must be a Backoff, not {validate.shown(value)}")
+    if isinstance(value, RetryPolicy):
+        # Why: what else it says would be passed over in silence.
+        raise ConfigTypeError(
+            "backoff must be a Backoff, not a RetryPolicy: attempts are said by max_retries"
+        )
     return value
 
 

@@ -10,6 +10,7 @@ from bulkhead.service.envelope import Envelope, failure
 from bulkhead.service.running import CANCELLED, DISCARDED, DONE, SNOOZED, UNRECOVERABLE, Answer
 
 __all__ = [
+    "MOST_LOSSES",
     "Bury",
     "Cancel",
     "Discard",
@@ -28,7 +29,7 @@ _REASON_CHARACTERS = 500
 
 
 # So many consumers may die with a job beyond its own attempts (arbitrary): a job may be what kills them.
-_MOST_LOSSES = 3
+MOST_LOSSES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,7 @@ def exhausted(envelope: Envelope, attempt: int) -> bool:
 
     Why more than its attempts: what a consumer has claimed and not begun when it dies has not had its attempt.
     """
-    return attempt > envelope.max_retries + 1 + _MOST_LOSSES
+    return attempt > envelope.max_retries + 1 + MOST_LOSSES
 
 
 def _text(data: bytes) -> str:

@@ -13,8 +13,9 @@ from watching import wait_until
 from bulkhead import App, Backoff, ConfigError, JobDiscarded, JobState, Unrecoverable
 from bulkhead.service.app import QueuedJob
 from bulkhead.service.context import JobContext
-from bulkhead.service.envelope import Envelope, encoded
+from bulkhead.service.envelope import Envelope, encoded, failure_of
 from bulkhead.service.middleware import DiscardAfter, DiscardInvalid, DiscardTooOld, Middleware
+from bulkhead.service.verdicts import Discard, TryAgain
 
 
 class Mail(msgspec.Struct):
@@ -138,25 +139,38 @@ def test_a_job_that_waited_too_long_in_the_queue_has_failed(
     assert job.verdict is not None
 
 
-def test_attempts_in_which_the_worker_died_count(app_with: Callable[..., App]) -> None:
+def test_what_dying_workers_had_claimed_runs_again_and_not_for_ever(app_with: Callable[..., App]) -> None:
     middleware = DiscardAfter(1)
     app = app_with(middleware)
     app.enqueue(app.call("work"))
-    app.backend.broker.claim("default", 1, 0.1)  # by a consumer that dies
-    (claim,) = _claimed(app)
+    verdicts = []
+    for attempt in range(1, 6):
+        (claim,) = _claimed(app)  # by a worker that dies, perhaps before the job has begun
+        assert claim.attempt == attempt
+        job = held()
+        job.claim = claim
+        middleware.dequeue("default", 1, lambda _, job=job: [job])
+        verdicts.append(job.verdict)
+
+    assert verdicts[:4] == [None] * 4
+    assert verdicts[4].reason == (
+        "discarded after 4 attempts, in the last of which its worker died or lost the lease"
+    )
+
+
+def test_a_failure_is_the_last_one_whatever_the_attempts_before_have_ended_with() -> None:
     job = held()
-    job.claim = claim
+    job.claim = job.claim._replace(attempt=2)
 
-    middleware.dequeue("default", 1, lambda _: [job])
+    verdict = DiscardAfter(2).judge(job, TryAgain(1.0, failure_of(ValueError("no luck"))))
 
-    assert claim.attempt == 2
-    assert job.verdict.reason == "discarded after 1 failed attempt"
+    assert verdict == Discard("discarded after 2 failed attempts; the last one with ValueError: no luck")
 
 
 def _claimed(app: App) -> list[Any]:
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        claims = app.backend.broker.claim("default", 1, 30.0, wait=0.5)
+        claims = app.backend.broker.claim("default", 1, 0.1, wait=0.5)
         if claims:
             return claims
     return []

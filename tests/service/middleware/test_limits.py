@@ -20,8 +20,8 @@ from watching import wait_until
 
 from bulkhead import App, BrokerUnavailable, ConfigError, JobState
 from bulkhead.service.batch import HeldJob
-from bulkhead.service.middleware import ConcurrencyLimit, LocalLimit, RateLimit
-from bulkhead.service.verdicts import GiveBack, Succeed
+from bulkhead.service.middleware import ConcurrencyLimit, LocalLimit, RateLimit, local_limit
+from bulkhead.service.verdicts import Bury, GiveBack, Succeed
 
 DONE = Succeed(b"")
 
@@ -101,8 +101,8 @@ def test_permits_of_a_consumer_that_is_gone_come_back_after_the_lease(app_with: 
     killed, other = ConcurrencyLimit(5), ConcurrencyLimit(5)
     app_with(killed, lease=0.4)
     app_with(other, lease=0.4)
+    began = time.monotonic()  # Why before: the lease may begin long before the call returns
     assert len(reserved(killed)) == 5
-    began = time.monotonic()
 
     wait_until(lambda: len(reserved(other)) == 5, "the permits of the one that is gone")
 
@@ -129,7 +129,7 @@ def test_permits_of_a_consumer_that_beats_stay(app_with: Callable[..., App]) -> 
 def test_a_consumer_that_stood_still_counts_again_when_it_goes_on(app_with: Callable[..., App]) -> None:
     stopped, other, third = ConcurrencyLimit(5), ConcurrencyLimit(5), ConcurrencyLimit(5)
     for limit in (stopped, other, third):
-        app_with(limit, lease=0.3)
+        app_with(limit, lease=0.8)  # within which the rest of the test is done, on a busy machine, too
     reserved(stopped)
     wait_until(lambda: reserved(other, 2), "the permits of the one that stood still")
 
@@ -137,6 +137,45 @@ def test_a_consumer_that_stood_still_counts_again_when_it_goes_on(app_with: Call
 
     # Seven are in use now; before two of them have ended none is given out.
     assert reserved(third) == []
+
+
+def test_what_one_takes_that_stood_still_before_its_next_beat_is_its_own(
+    app_with: Callable[..., App],
+) -> None:
+    stopped, other = ConcurrencyLimit(5), ConcurrencyLimit(5)
+    for limit in (stopped, other):
+        app_with(limit, lease=0.3)
+    reserved(stopped, 1)
+    wait_until(lambda: not other._app.backend.registry.entries("permits-alive/"), "nobody lives")
+
+    assert len(reserved(stopped, 1)) == 1
+
+    assert len(reserved(other)) == 3
+
+
+def test_one_that_could_not_tell_that_it_ended_tells_that_it_lives_when_it_begins_again(
+    app_with: Callable[..., App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, other = ConcurrencyLimit(5), ConcurrencyLimit(5)
+    app, _ = app_with(limit), app_with(other)
+    registry = app.backend.registry
+    limit.started(["default"])
+    for job in reserved(limit, 1):
+        limit.settled(job, DONE)
+
+    def gone(*args: Any, **kwargs: Any) -> Any:
+        raise BrokerUnavailable("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "delete", gone)
+        limit.stopped()
+    for entry in registry.entries("permits-alive/"):
+        registry.delete(entry.key)  # its time is over
+    limit.started(["default"])
+
+    assert len(reserved(limit, 2)) == 2
+
+    assert len(reserved(other)) == 3
 
 
 def test_what_the_consumer_has_not_claimed_is_free_for_others(app_with: Callable[..., App]) -> None:
@@ -241,6 +280,27 @@ def test_a_function_says_what_is_counted(app_with: Callable[..., App]) -> None:
     assert [job.verdict is None for job in jobs] == [True, False, True, True]
 
 
+def by_customer(job: HeldJob) -> str:
+    return job.envelope.headers["customer"]
+
+
+@pytest.mark.parametrize("per", [by_customer, lambda job: 5])
+@pytest.mark.parametrize("kind", [ConcurrencyLimit, LocalLimit, RateLimit])
+def test_a_job_of_which_nobody_can_say_what_it_counts_as_is_a_dead_letter_and_others_go_on(
+    kind: Any, per: Any
+) -> None:
+    limit = kind(2, per=lambda job: per(job) if job.id == "odd" else None)
+    App("memory://", middlewares=[limit])
+    jobs = [held(job_id=job_id) for job_id in ("one", "odd", "two")]
+
+    assert limit.dequeue("default", 3, lambda _: jobs) == jobs
+
+    assert [job.verdict is None for job in jobs] == [True, False, True]
+    verdict = jobs[1].verdict
+    assert isinstance(verdict, Bury)
+    assert "customer" in verdict.reason or "must return a str" in verdict.reason
+
+
 @pytest.mark.parametrize("per", ["queue", "task"])
 def test_a_local_limit_counts_what_this_consumer_holds(per: Any) -> None:
     limit = LocalLimit(3, per=per)
@@ -255,6 +315,20 @@ def test_a_local_limit_counts_what_this_consumer_holds(per: Any) -> None:
     limit.settled(jobs[0], GiveBack())
 
     assert len(take(5)) == 1
+
+
+def test_keys_of_which_no_job_asks_any_more_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_limit, "_MANY", 10)
+    monkeypatch.setattr(local_limit, "FORGOTTEN", 0.05)
+    limit = LocalLimit(1, per=lambda job: job.id.partition("/")[0])
+    for number in range(10):
+        limit.dequeue("default", 5, lambda _, n=number: [held(job_id=f"{n}/{m}") for m in range(2)])
+    assert len(limit._waiting) == 10
+    time.sleep(0.1)
+
+    limit.dequeue("default", 5, lambda _: [held(job_id=f"last/{m}") for m in range(2)])
+
+    assert list(limit._waiting) == ["last"]
 
 
 @pytest.mark.parametrize("options", [{"n": 0}, {"n": "5"}, {"n": 1, "per": "host"}, {"n": 1, "queues": "q"}])

@@ -125,7 +125,15 @@ def test_a_job_that_has_to_wait_is_given_back_until_its_turn(app_with: Callable[
 
 
 @pytest.mark.parametrize(
-    "options", [{"n": 0}, {"n": 1, "seconds": 0}, {"n": 1, "burst": 2}, {"n": 1, "per": "x"}]
+    "options",
+    [
+        {"n": 0},
+        {"n": 1, "seconds": 0},
+        {"n": 1, "seconds": 1e-310},
+        {"n": 1, "seconds": 1e300},
+        {"n": 1, "burst": 2},
+        {"n": 1, "per": "x"},
+    ],
 )
 def test_a_bad_value_is_refused_when_it_is_made(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=list(options)[-1]):

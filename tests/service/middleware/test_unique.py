@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from consuming import placed
+from consuming import held, placed
 from jobs import lines
 from scripts import running
 from watching import wait_until
@@ -16,6 +16,7 @@ from bulkhead import App, ConfigError, ConfigTypeError, DuplicateJobId, JobState
 from bulkhead.errors import BrokerUnavailable
 from bulkhead.service.groups import open_group
 from bulkhead.service.middleware import Middleware, Submission, Unique, unique
+from bulkhead.service.verdicts import Succeed
 
 settling = App("memory://", middlewares=[Unique()])
 
@@ -67,6 +68,22 @@ def test_the_lock_is_released_when_its_job_has_ended(how: str, namespace: str) -
         assert app.backend.registry.entries("unique/") == []
 
         assert settle.enqueue(how) != first
+
+
+def test_a_lock_that_could_not_be_released_keeps_nobody_out(
+    app_with: Callable[..., App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = app_with(Unique())
+    first = app.enqueue(app.call("work", 1))
+    (claim,) = app.backend.broker.claim("default", 1, 30.0)
+    job = held(job_id=first)
+    job.envelope = app.sealer.open(first, "default", claim.body)
+    app.backend.broker.ack([claim.hold])
+    with monkeypatch.context() as patch:
+        patch.setattr(app.backend.registry, "get", out_of_reach)
+        app.middlewares[0].settled(job, Succeed(b""))  # not even an error: who runs it would log each
+
+    assert app.enqueue(app.call("work", 1)) != first
 
 
 def test_a_job_that_was_cancelled_stands_for_none(app_with: Callable[..., App]) -> None:
@@ -193,6 +210,51 @@ def test_a_producer_that_is_too_slow_between_lock_and_job_takes_its_job_back(
     assert slow.queues()["default"].ready == 1
 
 
+def test_who_is_told_of_a_job_whose_producer_died_before_it_enqueued_it(
+    app_with: Callable[..., App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unique, "_PENDING", 0.3)
+    dying, app = app_with(Unique()), app_with(Unique())
+    with monkeypatch.context() as patch:
+        for step in ("enqueue_many", "find"):  # so that it can take nothing back
+            patch.setattr(dying.backend.broker, step, out_of_reach)
+        with pytest.raises(BrokerUnavailable):
+            dying.enqueue(dying.call("work", 1))
+
+    ids = app.enqueue_many([app.call("work", n) for n in (0, 1, 1)], existing="keep")
+
+    # Nobody is told that a job is there which never comes.
+    assert [job is not None for job in app.find_jobs(ids)] == [True] * 3
+    assert ids[1] == ids[2] != ids[0]
+
+
+def test_who_is_as_fast_is_told_when_the_job_is_there(
+    app_with: Callable[..., App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, quick = app_with(Unique()), app_with(Unique())
+    send = slow.backend.broker.enqueue_many
+    threads: list[threading.Thread] = []
+    told: list[tuple[str, JobState]] = []
+
+    def ask() -> None:
+        job_id = refused(quick, 1)
+        told.append((job_id, quick.job(job_id).state))
+
+    def meanwhile(messages: Any) -> Any:
+        threads.append(threading.Thread(target=ask))
+        threads[0].start()
+        threads[0].join(0.1)
+        assert threads[0].is_alive()
+        return send(messages)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slow.backend.broker, "enqueue_many", meanwhile)
+        job_id = slow.enqueue(slow.call("work", 1))
+    threads[0].join(20)
+
+    assert told == [(job_id, JobState.QUEUED)]
+
+
 def test_an_error_between_lock_and_job_releases_the_lock(app_with: Callable[..., App]) -> None:
     class Failing(Middleware):
         is_failing = True
@@ -280,6 +342,61 @@ def test_members_of_a_group_stand_from_the_moment_that_it_is_enqueued(app_with: 
     assert app.group_status(again).job_ids == (f"{group}.1", f"{again}.1")
     app.cancel_group(group)
     app.enqueue(app.call("work", 1))
+
+
+def test_members_of_a_group_stand_while_it_is_on_its_way_to_the_server(
+    app_with: Callable[..., App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick, slow = app_with(Unique()), app_with(Unique())
+    send = slow.backend.broker.enqueue_many
+    stood: list[str] = []
+
+    def meanwhile(messages: Any) -> Any:
+        stood.append(refused(quick, 1))
+        return send(messages)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slow.backend.broker, "enqueue_many", meanwhile)
+        group = slow.enqueue_group([slow.call("work", 1)])
+
+    assert stood == [f"{group}.0"]
+
+
+def test_a_producer_that_dies_before_its_group_is_sent_blocks_others_for_a_minute_only(
+    app_with: Callable[..., App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unique, "_BRINGING", 0.3)
+    app = app_with(Unique())
+    with monkeypatch.context() as patch:
+        for step in ("enqueue_many", "find"):  # so that it can take nothing back
+            patch.setattr(app.backend.broker, step, out_of_reach)
+        patch.setattr(app._groups, "_refuse_taken", lambda *_: None)
+        with pytest.raises(BrokerUnavailable):
+            app.enqueue_group([app.call("work", 1)], id="dead")
+
+    def is_taken_over() -> bool:
+        return app.enqueue_many([app.call("work", 1)], existing="keep") != ["dead.0"]
+
+    assert not is_taken_over()
+    wait_until(is_taken_over, "the lock is taken over")
+
+
+def test_a_group_of_which_ctrl_c_leaves_open_whether_it_is_there_keeps_its_locks(
+    app_with: Callable[..., App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = app_with(Unique(seconds=60.0))
+    send = app.backend.broker.enqueue_many
+
+    def interrupted(messages: Any) -> Any:
+        send(messages)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(app.backend.broker, "enqueue_many", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            app.enqueue_group([app.call("work", 1)], id="group")
+
+    assert refused(app, 1) == "group.0"
 
 
 def test_a_group_that_is_enqueued_again_after_an_error_has_all_its_jobs(

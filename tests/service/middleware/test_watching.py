@@ -181,6 +181,7 @@ def test_each_attempt_is_logged_with_its_facts(namespace: str, caplog: pytest.Lo
         (hanging, 1, "failed"),
     }
     assert {(one["queue"], one["task"]) for one in records} == {("default", "logging_task")}
+    assert all("of logging_task in queue default" in record.getMessage() for record in caplog.records[:4])
     assert facts[done, 1, "succeeded"]["duration_seconds"] > 0
     assert facts[done, 1, "succeeded"]["levelname"] == "INFO"
     assert facts[failed, 1, "retrying"]["error_type"] == "ValueError"
@@ -213,6 +214,7 @@ def test_each_outcome_has_its_level(
 
     (record,) = caplog.records
     assert (record.levelname, record.__dict__["outcome"]) == (level, outcome)
+    assert f"of work in queue default: {outcome}, attempt 1" in record.getMessage()
 
 
 def test_a_bad_logger_is_refused_when_it_is_made() -> None:

@@ -25,7 +25,9 @@ from bulkhead.errors import BrokerUnavailable, ConfigError
 
 __all__ = ["Layout", "check_answer"]
 
-_ALREADY_THERE = 10058  # a stream of this name with another configuration
+# Codes of errors: a stream of this name has another configuration; another stream has such subjects.
+_ALREADY_THERE = 10058
+_OVERLAP = 10065
 
 
 class Layout:
@@ -57,17 +59,27 @@ class Layout:
             BrokerUnavailable: JetStream refuses, for example for want of space.
         """
         configs = self._streams()
+        answers = await self._created(session, configs)
+        # Race: others make the same streams now. A server that looks for the name, and then for the subjects, may meet
+        # theirs between the two; asked again it knows the name.
+        doubtful = [config for config in configs if _code(answers[config["name"]]) == _OVERLAP]
+        answers |= await self._created(session, doubtful)
+        for name, answer in answers.items():
+            error = answer.get("error")
+            if error is None or _code(answer) == _ALREADY_THERE:
+                continue
+            if error.get("code") == 400:
+                raise ConfigError(f"NATS refuses the stream {name}: {error['description']}")
+            check_answer(answer, f"making the stream {name}")
+
+    async def _created(self, session: Session, configs: list[dict[str, Any]]) -> dict[str, Answer]:
+        """Have these streams made; return what is answered for each name."""
         questions: list[Question] = [
             (f"$JS.API.STREAM.CREATE.{config['name']}", json.dumps(config).encode(), None)
             for config in configs
         ]
-        for config, answer in zip(configs, await session.ask(questions), strict=True):
-            error = answer.get("error")
-            if error is None or error.get("err_code") == _ALREADY_THERE:
-                continue
-            if error.get("code") == 400:
-                raise ConfigError(f"NATS refuses the stream {config['name']}: {error['description']}")
-            check_answer(answer, f"making the stream {config['name']}")
+        names = [config["name"] for config in configs]
+        return dict(zip(names, await session.ask(questions), strict=True))
 
     def _streams(self) -> list[dict[str, Any]]:
         kept = {"max_msgs_per_subject": 1, "allow_rollup_hdrs": True}
@@ -110,6 +122,11 @@ class Layout:
             "max_age": 0,
             **more,
         }
+
+
+def _code(answer: Answer) -> int | None:
+    code: int | None = answer.get("error", {}).get("err_code")
+    return code
 
 
 def check_answer(answer: Answer, doing: str) -> Answer:

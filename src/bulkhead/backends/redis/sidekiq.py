@@ -24,11 +24,15 @@ from bulkhead.backends.redis.address import Address
 from bulkhead.backends.redis.link import Link
 from bulkhead.backends.redis.wire import batches
 from bulkhead.errors import ConfigError, ConfigTypeError
-from bulkhead.validate import seconds, whole_number
+from bulkhead.validate import seconds, several, shown, text, whole_number
 
 __all__ = ["SidekiqClient"]
 
 _CLASS = re.compile(r"[A-Z]\w*(::[A-Z]\w*)*")
+
+# Python turns no longer number into text (4,300 digits).
+_MOST_BITS = 14_000
+
 _OWN = frozenset({"class", "args", "queue", "retry", "jid", "at", "created_at", "enqueued_at"})
 
 
@@ -110,7 +114,7 @@ class SidekiqClient:
         """
         due = _due(at, delay)
         common = _common(class_name, queue, retry, attributes)
-        calls = [_native(f"args[{n}]", _list(f"args[{n}]", each)) for n, each in enumerate(args)]
+        calls = [_arguments(f"args[{n}]", each) for n, each in enumerate(several("args", args))]
         jids: list[str] = []
         for part in batches(calls):
             jobs = [self._job(common, each) for each in part]
@@ -153,7 +157,7 @@ class SidekiqClient:
 
 def _scheme_checked(url: str) -> str:
     if not isinstance(url, str):
-        raise ConfigTypeError(f"url must be a str, not {url!r} of type {type(url).__name__}")
+        raise ConfigTypeError(f"url must be a str, not {shown(url)} of type {type(url).__name__}")
     scheme = url.partition("://")[0]
     if scheme not in {"redis", "rediss"}:
         raise ConfigError(f"url must begin with redis:// or rediss:// for Sidekiq, not {scheme!r}")
@@ -166,13 +170,13 @@ def _common(class_name: str, queue: str, retry: bool | int, attributes: dict[str
             f'class_name must be that of a Ruby class, as in "Mail::Sender", not {class_name!r}'
         )
     if not isinstance(retry, bool):
-        retry = whole_number("retry", retry, at_least=0)
+        retry = whole_number("retry", retry, at_least=0, at_most=2**31)
     for name in attributes.keys() & _OWN:
         raise ConfigError(f"{name!r} cannot be given as an attribute of a job: it is set by its own argument")
     return {
         "retry": retry,
         "queue": _text("queue", queue),
-        **{name: _native(name, value) for name, value in attributes.items()},
+        **{text("the name of an attribute", name): _plain(name, value) for name, value in attributes.items()},
         "class": class_name,
     }
 
@@ -190,25 +194,34 @@ def _due(at: float | None, delay: float | None) -> float | None:
 
 
 def _text(option: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise ConfigTypeError(f"{option} must be a str, not {value!r} of type {type(value).__name__}")
-    if not value:
+    if not text(option, value):
         raise ConfigError(f"{option} must not be empty")
-    return value
+    return str(value)
 
 
-def _list(option: str, value: Any) -> list[Any]:
+def _arguments(option: str, value: Any) -> Any:
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         raise ConfigTypeError(
-            f"{option} must be a list of arguments, not {value!r} of type {type(value).__name__}"
+            f"{option} must be a list of arguments, not {shown(value)} of type {type(value).__name__}"
         )
-    return list(value)
+    return _plain(option, list(value))
+
+
+def _plain(option: str, value: Any) -> Any:
+    try:
+        return _native(option, value)
+    except RecursionError:
+        raise ConfigError(f"{option} is nested too deeply, or holds itself") from None
 
 
 def _native(where: str, value: Any) -> Any:
     """Return a value that JSON has, tuples as lists; refuse what json would turn into something else."""
-    if value is None or isinstance(value, str | bool | int):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, str):
+        return text(where, value)
+    if isinstance(value, int):
+        return _whole(where, value)
     if isinstance(value, float):
         if value - value != 0:
             raise ConfigError(f"{where} is {value!r}, which JSON does not have")
@@ -216,11 +229,22 @@ def _native(where: str, value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_native(f"{where}[{n}]", each) for n, each in enumerate(value)]
     if isinstance(value, dict):
-        for key in value:
-            if not isinstance(key, str):
-                raise ConfigTypeError(f"{where} has the key {key!r}, and JSON has only text for keys")
-        return {key: _native(f"{where}[{key!r}]", each) for key, each in value.items()}
-    raise ConfigTypeError(f"{where} is {value!r} of type {type(value).__name__}, which JSON does not have")
+        return {_key(where, key): _native(f"{where}[{key!r}]", each) for key, each in value.items()}
+    raise ConfigTypeError(
+        f"{where} is {shown(value)} of type {type(value).__name__}, which JSON does not have"
+    )
+
+
+def _whole(where: str, value: int) -> int:
+    if value.bit_length() > _MOST_BITS:
+        raise ConfigError(f"{where} is a number of {value.bit_length()} bits; {_MOST_BITS} are taken")
+    return value
+
+
+def _key(where: str, key: Any) -> str:
+    if not isinstance(key, str):
+        raise ConfigTypeError(f"{where} has the key {shown(key)}, and JSON has only text for keys")
+    return text(f"a key of {where}", key)
 
 
 def _json(job: dict[str, Any]) -> str:

@@ -96,6 +96,7 @@ class ConcurrencyLimit(Limit):
         self._written: dict[str, float] = {}  # when, monotonic seconds
         self._unsaid: set[str] = set()  # keys of which the registry may not know how many we have
         self._alive_version: int | None = None
+        self._alive_until = 0.0  # at least, monotonic seconds
         self._looked: dict[str, float] = {}  # for consumers that are gone; when, monotonic seconds
         self._last_beat = float("-inf")
         self._shared = Shared(Permits)
@@ -182,10 +183,10 @@ class ConcurrencyLimit(Limit):
             self._n_consumers -= 1
             if self._n_consumers or self._alive_version is None:
                 return
+            self._alive_version = None
             for key in [*self._unsaid]:
                 self._say(key)
             self._app.backend.registry.delete(f"{_ALIVE}/{self._me}")
-            self._alive_version = None
 
     def _pause_of_first(self, key: str, n_waiting: int) -> float:
         pause = self._pauses.next(key, share=_FIRST_SHARE, longest=_FIRST_LONGEST)
@@ -231,8 +232,9 @@ class ConcurrencyLimit(Limit):
             self._alive_version = None
             for known in (self._counts, self._keys, self._written, self._unsaid, self._looked):
                 known.clear()
-        if self._alive_version is None:
-            self._alive_version = self._put_alive(None)
+        # Race: we may have stood still since the last beat, for longer than that was worth.
+        if self._alive_version is None or time.monotonic() >= self._alive_until:
+            self._renew()
 
     def _renew(self) -> None:
         version = self._put_alive(self._alive_version)
@@ -243,8 +245,13 @@ class ConcurrencyLimit(Limit):
         self._alive_version = version
 
     def _put_alive(self, expected: int | None) -> int | None:
-        registry = self._app.backend.registry
-        return registry.put(f"{_ALIVE}/{self._me}", b"", expected=expected, keep=self._app.lease)
+        began = time.monotonic()
+        version = self._app.backend.registry.put(
+            f"{_ALIVE}/{self._me}", b"", expected=expected, keep=self._app.lease
+        )
+        if version is not None:
+            self._alive_until = began + self._app.lease
+        return version
 
     def _has_taken_back(self, key: str) -> bool:
         """Take back what consumers had that are gone, now and then; True if there was something."""

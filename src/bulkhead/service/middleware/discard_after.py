@@ -9,7 +9,7 @@ from bulkhead import validate
 from bulkhead.service.envelope import failure
 from bulkhead.service.middleware.base import Middleware
 from bulkhead.service.middleware.choosing import Chosen
-from bulkhead.service.verdicts import Bury, Discard, TryAgain, Verdict
+from bulkhead.service.verdicts import MOST_LOSSES, Bury, Discard, TryAgain, Verdict
 
 if TYPE_CHECKING:
     from bulkhead.service.batch import HeldJob
@@ -20,7 +20,8 @@ __all__ = ["DiscardAfter"]
 class DiscardAfter(Middleware):
     """Drop a job when `n` attempts have failed, whatever its `max_retries` say. It has failed then, with the reason.
 
-    A job that fails for good before that (`max_retries`, `Unrecoverable`) becomes a dead letter as always.
+    A job that fails for good before that (`max_retries`, `Unrecoverable`) becomes a dead letter as always. One whose
+    consumer died may not have begun: it runs again, up to three times beyond `n`.
 
     Args:
         n: How many attempts, at least 1.
@@ -41,9 +42,14 @@ class DiscardAfter(Middleware):
         """See `Middleware`. Attempts in which the consumer died are seen only here."""
         jobs = forward(n)
         for held in jobs:
+            attempt = held.claim.attempt
             is_open = held.verdict is None or isinstance(held.verdict, Bury)
-            if is_open and held.claim.attempt > self.n and self._chosen.has(queue, held.envelope.task):
-                held.verdict = self._discard(held.claim.error)
+            # Why more than its attempts: what a consumer had claimed when it died may not have begun.
+            is_over = attempt > self.n + MOST_LOSSES
+            if is_open and is_over and self._chosen.has(queue, held.envelope.task):
+                held.verdict = Discard(
+                    f"discarded after {attempt - 1} attempts, in the last of which its worker died or lost the lease"
+                )
         return jobs
 
     def judge(self, job: HeldJob, verdict: Verdict) -> Verdict:

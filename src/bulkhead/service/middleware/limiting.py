@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Literal
 
 from bulkhead import validate
 from bulkhead.errors import ConfigError
+from bulkhead.service.envelope import failure_of
 from bulkhead.service.middleware.base import Middleware
 from bulkhead.service.middleware.choosing import Chosen, key_part
 from bulkhead.service.pauses import Pauses, soon
-from bulkhead.service.verdicts import GiveBack
+from bulkhead.service.verdicts import Bury, GiveBack
 
 if TYPE_CHECKING:
     from bulkhead.service.batch import HeldJob
@@ -46,7 +47,8 @@ class Limit(Middleware, ABC):
 
     Args:
         per: "queue" counts each queue by itself, "all" all of them together, "task" each task; a function gets the held
-            job and returns what it counts as, or None for a job that is not limited.
+            job and returns what it counts as, or None for a job that is not limited; one of which it raises becomes a
+            dead letter.
         queues: Jobs of these queues alone.
         tasks: Jobs of the tasks with these names alone.
     """
@@ -106,8 +108,17 @@ class Limit(Middleware, ABC):
         jobs = forward(searched)
         groups: dict[str | None, list[HeldJob]] = {}
         for held in jobs:
-            if held.verdict is None:
+            if held.verdict is not None:
+                continue
+            try:
                 groups.setdefault(self._counted_as(held), []).append(held)
+            except (
+                Exception
+            ) as error:  # Why no more: raised, it would hold up all that were claimed with it, for ever
+                held.verdict = Bury(
+                    f"a limit cannot tell what it counts as: {type(error).__name__}: {error}",
+                    failure_of(error),
+                )
         n_free = n
         for key, group in groups.items():
             n_free -= self._admit_some(key, group, n_free)

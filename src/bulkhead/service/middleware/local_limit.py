@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING
 
 from bulkhead import validate
 from bulkhead.service.middleware.limiting import Limit, Per
-from bulkhead.service.middleware.permits import Permits, admitted
+from bulkhead.service.middleware.permits import FORGOTTEN, Permits, admitted
 
 if TYPE_CHECKING:
     from bulkhead.service.batch import HeldJob
     from bulkhead.service.verdicts import Verdict
 
 __all__ = ["LocalLimit"]
+
+# As many keys have waiting jobs before the old ones are looked for (arbitrary).
+_MANY = 1000
 
 
 class LocalLimit(Limit):
@@ -69,6 +72,8 @@ class LocalLimit(Limit):
             after, answers = admitted(known, self.n, "", self._counts[key], wanted, time.time(), most)
             if after.waiting:
                 self._waiting[key] = after
+            if len(self._waiting) > _MANY:
+                self._forget_old()
             granted = [held for held, is_granted in zip(jobs, answers, strict=True) if is_granted]
             self._counts[key] += len(granted)
             self._keys.update(dict.fromkeys(granted, key))
@@ -85,6 +90,15 @@ class LocalLimit(Limit):
             key = self._keys.pop(job, None)
             if key is not None:
                 self._give_up(key, 1)
+
+    def _forget_old(self) -> None:
+        """Forget the keys of which no job has asked for long: they may never be asked for again."""
+        oldest = time.time() - FORGOTTEN
+        self._waiting = {
+            key: known
+            for key, known in self._waiting.items()
+            if any(one.seen > oldest for one in known.waiting.values())
+        }
 
     def _give_up(self, key: str, n: int) -> None:
         self._counts[key] -= n

@@ -57,7 +57,7 @@ class LogJobs(Middleware):
         if self._log.isEnabledFor(logging.DEBUG):
             for one in submissions:
                 outcome = "enqueued" if one.duplicate_of is None else "duplicate"
-                facts = {"job_id": one.id, "queue": one.queue, "task": one.call.task.name, "outcome": outcome}
+                facts = {"job_id": one.id, "task": one.call.task.name, "queue": one.queue, "outcome": outcome}
                 self._log.debug("job %s of %s in queue %s: %s", *facts.values(), extra=facts)
 
     def settled(self, job: HeldJob, verdict: Verdict) -> None:
@@ -67,15 +67,14 @@ class LogJobs(Middleware):
             return
         facts: dict[str, Any] = {
             "job_id": job.id,
-            "queue": job.claim.queue,
             "task": job.envelope.task,
+            "queue": job.claim.queue,
             "outcome": outcome,
             "attempt": job.claim.attempt,
             "duration_seconds": job.seconds,
         }
         text = "job %s of %s in queue %s: %s, attempt %d, %.3f s"
-        told = _told(verdict)
-        self._log.log(level, text + told.pop("text", ""), *facts.values(), extra={**facts, **told})
+        self._log.log(level, text, *facts.values(), extra={**facts, **_told(verdict)})
 
 
 def _told(verdict: Verdict) -> dict[str, Any]:

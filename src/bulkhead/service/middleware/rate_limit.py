@@ -9,6 +9,7 @@ that is ahead takes what the others would have had, never more than the rate.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import secrets
 import threading
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from bulkhead import validate
+from bulkhead.errors import ConfigError
 from bulkhead.service.middleware.changing import Shared
 from bulkhead.service.middleware.choosing import be_the_only_one, key_part
 from bulkhead.service.middleware.limiting import Limit, Per
@@ -32,8 +34,17 @@ __all__ = ["RateLimit"]
 
 R = TypeVar("R")
 
-# Without `burst`, so many of the starts of a period may come at once, at least one.
-_BATCH_SHARE = 50
+# A consumer may ask so late for a start that is free (seconds; at most this share of the period). Without `burst` as
+# many as are due in that time may come at once, so that none is lost for good.
+_LATE = 0.05
+_LATE_SHARE = 0.05
+
+# A worker may begin a job twice as late as that: so the pace is lower, for what begins late not to be too much.
+_MARGIN = 2
+
+# Bounds of a period (seconds). Below, clocks are no longer fine enough; above, instants no longer are.
+_SHORTEST_PERIOD = 0.001
+_LONGEST_PERIOD = 10 * 365 * 86400.0
 
 # Who wants no job is asked again after at most so long (seconds); a start that is due before that is waited for.
 _SHORT_WAIT = 0.05
@@ -53,10 +64,11 @@ class RateLimit(Limit):
 
     Args:
         n: How many, at least 1.
-        seconds: The period.
-        burst: How many may start at once after a pause. By default a fiftieth of `n`, at least one, and the pace is
-            slowed by as much, so that no period of this length, wherever it begins, sees more than `n`. With a value of
-            your own the pace is `n` in a period exactly, and a period may see up to `n` + `burst` - 1.
+        seconds: The period, a millisecond to ten years.
+        burst: How many may start at once after a pause. By default those of a twentieth of a second, a tenth of `n` at
+            most beyond the first, and the pace is slowed by as much and a tenth of a second, so that no period of this
+            length, wherever it begins, sees more than `n`. With a value of your own the pace is `n` in a period
+            exactly, and a period may see up to `n` + `burst` - 1.
         per: What is counted by itself: each "queue", each "task", "all", or what a function of the held job returns.
         queues: Jobs of these queues alone.
         tasks: Jobs of the tasks with these names alone.
@@ -80,9 +92,12 @@ class RateLimit(Limit):
         super().__init__(per, queues, tasks)
         n = validate.whole_number("n", n, at_least=1, at_most=10_000_000)
         seconds = validate.seconds("seconds", seconds)
+        if not _SHORTEST_PERIOD <= seconds <= _LONGEST_PERIOD:
+            raise ConfigError(f"seconds must be {_SHORTEST_PERIOD} to {_LONGEST_PERIOD:.0f}, not {seconds!r}")
         if burst is None:
-            batch = max(1, n // _BATCH_SHARE)
-            self.rate = Rate(seconds / (n - batch + 1), batch)
+            late = min(_LATE, _LATE_SHARE * seconds)
+            batch = 1 + min(n // 10, math.ceil(n * late / seconds))
+            self.rate = Rate((seconds + _MARGIN * late) / (n - batch + 1), batch)
         else:
             self.rate = Rate(seconds / n, validate.whole_number("burst", burst, at_least=1, at_most=n))
         self.name = checked_name("name", name)
