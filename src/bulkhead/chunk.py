@@ -116,7 +116,8 @@ class Chunk(Tracker):
         """Note the results of items that follow each other in `todo`."""
         todo, base = self.todo, self.span.start
         # Race: a worker that is being ended may tell twice, in its answer and by what it has recorded.
-        if not values or not self._is_missing(todo[position]):
+        # Why the length: the memory of a damaged worker may say anything, and that is not to harm the pool.
+        if not values or position + len(values) > len(todo) or not self._is_missing(todo[position]):
             return
         self._n_missing -= len(values)
         if isinstance(todo, range):
@@ -128,9 +129,9 @@ class Chunk(Tracker):
 
     def take_error(self, position: int, error: BaseException) -> None:
         """Note that an item has failed."""
-        index = self.todo[position]
-        if not self._is_missing(index):
+        if position >= len(self.todo) or not self._is_missing(self.todo[position]):
             return
+        index = self.todo[position]
         self._errors[index] = error
         self._failed_now.append(index)
         if not is_of(error, JobTimeout, WorkerCrashed):  # these name the item

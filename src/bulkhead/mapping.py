@@ -286,7 +286,7 @@ class _Source:
         parts: list[Chunk] = []
         for span, is_missing in chunk.runs():
             if is_missing:
-                size = 1 if chunk.is_unreadable else self._sizing.size
+                size = 1 if chunk.is_unreadable else self._sizing.of_rest(len(span))
                 starts = range(span.start, span.stop, size)
                 parts += [self._redone(chunk, range(at, min(at + size, span.stop))) for at in starts]
             else:
@@ -554,6 +554,11 @@ class _Sizing:
         if n_left is None or self._is_fixed:
             return self.size
         return min(self.size, max(n_left // self._n_workers, self.size // _LAST, 1))
+
+    def of_rest(self, n: int) -> int:
+        """Return how many items the chunks should have that so many are dealt in which a worker has given back."""
+        # Why a part for each worker: these take longer than was expected, and what they take is learned slowly.
+        return self.size if self._is_fixed else min(self.size, -(-n // self._n_workers))
 
     def learn(self, chunk: Chunk) -> None:
         """Take in what a chunk has taken."""

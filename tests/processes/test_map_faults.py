@@ -189,6 +189,12 @@ def test_a_result_that_does_not_come_back_fails_its_item_alone(disp: Dispatcher,
     assert "could not be unpickled in the caller" in str(found[3])
 
 
+@pytest.mark.parametrize("chunksize", [1, 10, "auto"])
+def test_a_result_whose_class_cannot_be_hashed_fails_its_item_alone(disp: Dispatcher, chunksize: Any) -> None:
+    found = run(disp, whats_of(20, **{"class without hash": [4, 9]}), chunksize=chunksize)
+    assert_only(found, {4: TypeError, 9: TypeError})
+
+
 def test_a_result_that_kills_its_pickler_is_the_one_that_is_blamed(disp: Dispatcher) -> None:
     whats = [*whats_of(200), "kills its pickler", *whats_of(200)]
     assert_only(run(disp, whats, chunksize=401), {200: WorkerCrashed})

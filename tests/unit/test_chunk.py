@@ -79,6 +79,16 @@ def test_what_is_told_twice_counts_once() -> None:
     assert [type(one) for one in found[2:]] == [ValueError, ValueError]
 
 
+def test_what_a_damaged_worker_tells_of_items_that_are_not_there_is_ignored() -> None:
+    chunk = a_chunk(3)
+    chunk.take_error(3, ValueError("of nobody"))
+    chunk.take(3, ["D"])
+    chunk.take(2, ["C", "D"])
+    assert chunk.n_ended == 0
+    chunk.take(0, ["A", "B", "C"])
+    assert told(chunk) == ["A", "B", "C"]
+
+
 def test_an_error_is_named_after_its_item_of_the_whole_map() -> None:
     error = ValueError("no")
     a_chunk(first=1000).take_error(3, error)

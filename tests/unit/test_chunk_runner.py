@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -102,19 +104,15 @@ def test_items_that_are_not_very_short_are_noted_one_by_one(progress: Progress) 
 
 def test_after_a_long_item_the_next_ones_are_noted_one_by_one(progress: Progress) -> None:
     seen: dict[int, tuple[int, int]] = {}
-    behind = range(0)
+    behind = range(10_064, 10_104)  # beyond the piece that the long one may be in
 
     def do_nothing(number: int) -> None:
-        nonlocal behind
         if number == 10_000:
-            first, span = noted_of(progress)
-            behind = range(first + span, first + span + 40)
             time.sleep(0.01)
         elif number in behind:
             seen[number] = noted_of(progress)
 
     run(progress, do_nothing, list(range(N)))
-    assert len(behind) == 40
     assert seen == {number: (number, 1) for number in behind}
 
 
@@ -130,6 +128,91 @@ def test_the_result_of_an_item_that_takes_some_time_is_recorded_before_the_next_
 
     run(progress, take_some_time, list(range(20)))
     assert recorded == list(range(20))
+
+
+@pytest.mark.parametrize("options", [{"is_exact": True}, {"is_timed": True}], ids=str)
+def test_with_a_chunksize_or_a_time_limit_a_long_item_among_short_ones_is_recorded_before_the_next_one_begins(
+    progress: Progress, options: Any
+) -> None:
+    recorded: list[int] = []
+
+    def do_nothing(number: int) -> None:
+        if number == 10_000:
+            time.sleep(100e-6)
+        elif number == 10_001:
+            recorded.append(sum(n for _, n, _, _ in progress.records(MESSAGE)))
+
+    run(progress, do_nothing, list(range(N)), **options)
+    assert recorded == [10_001]
+
+
+@pytest.mark.parametrize("usual", [None, 5], ids=["None", "a number"])
+@pytest.mark.parametrize("is_star", [False, True])
+@pytest.mark.parametrize("is_stopped", [False, True], ids=["given back", "stopped"])
+def test_when_items_become_long_few_more_of_their_block_begin(
+    progress: Progress, usual: int | None, is_star: bool, is_stopped: bool
+) -> None:
+    """Nobody wants them any more, or others are to have them."""
+    begun: list[int] = []
+
+    def do_nothing(number: int) -> int | None:
+        if number >= 10_000:
+            begun.append(number)
+            if len(begun) == 1:
+                time.sleep(0.06)
+                if is_stopped:
+                    progress.stop(MESSAGE)
+        return usual
+
+    run(
+        progress,
+        do_nothing,
+        [(one,) for one in range(N)] if is_star else list(range(N)),
+        is_star=is_star,
+        may_stop=not is_stopped,
+    )
+    assert 1 <= len(begun) <= 64
+    assert values_of(progress) == [usual] * (begun[-1] + 1)
+
+
+@pytest.mark.parametrize("n", [1, 5, 64, 65, 1000])
+@pytest.mark.parametrize("options", [{}, {"is_exact": True}], ids=str)
+def test_what_is_raised_behind_the_last_item_is_no_items(progress: Progress, n: int, options: Any) -> None:
+    """As the handler of a signal may that an item has asked for."""
+
+    def tracer(frame: FrameType, *_: Any) -> Any:
+        if len(frame.f_locals["values"]) == n:
+            sys.settrace(before)
+            frame.f_trace = None
+            raise TimeoutError("too late")
+        return tracer
+
+    def raise_later(number: int) -> int:
+        if number == n - 1:
+            sys._getframe(1).f_trace = tracer
+            sys.settrace(lambda *_: None)
+        return number
+
+    before = sys.gettrace()
+    try:
+        run(progress, raise_later, list(range(n)), **options)
+    finally:
+        sys.settrace(before)
+    assert values_of(progress) == list(range(n))
+
+
+def test_a_result_whose_class_cannot_be_hashed_fails_its_item_alone(progress: Progress) -> None:
+    class Equal(type):
+        def __eq__(cls, other: object) -> bool:
+            return NotImplemented
+
+    class Odd(metaclass=Equal):
+        pass
+
+    run(progress, lambda number: Odd() if number == 700 else number, list(range(2000)))
+    records = sorted(progress.records(MESSAGE), key=lambda record: record[0])
+    assert [(first, n) for first, n, kind, _ in records if kind == ERROR] == [(700, 1)]
+    assert sum(n for _, n, _, _ in records) == 2000
 
 
 @pytest.mark.parametrize("is_star", [False, True])

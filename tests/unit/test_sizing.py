@@ -131,6 +131,13 @@ def test_the_last_chunks_are_smaller_and_no_worker_gets_more_than_its_part_of_th
     assert learned(sizing(), 1.0) == sizing().of_next(1) == 1
 
 
+def test_what_is_given_back_is_dealt_to_all_workers() -> None:
+    one = sizing(n_workers=4)
+    size = learned(one, 1e-5)
+    assert (one.of_rest(41), one.of_rest(3), one.of_rest(40 * size)) == (11, 1, size)
+    assert sizing(chunksize=17).of_rest(20) == 17
+
+
 def test_with_a_buffersize_there_are_chunks_enough_for_all_workers() -> None:
     assert learned(sizing(buffersize=100, n_workers=4), 1e-6) * 2 * 4 <= 100
     assert learned(sizing(buffersize=3, n_workers=4), 1e-6) == 1

@@ -2,13 +2,14 @@
 
 Each item is noted before it is called, and results are put where they outlive the worker (see progress.py). Why not
 each by itself: that costs about a microsecond, and many items take less. Results of some 200 microseconds are recorded
-together, that of an item that takes longer than 50 at once. What a dying worker can take with it are the results
-of short items just before the one it ran; those run again.
+together, that of an item that takes longer than 50 at once, or when the few behind it have ended that the clock is not
+read for. What a dying worker can take with it are the results of short items just before the one it ran, and of a long
+one among those; they run again.
 
 The clock is read for each block of items. After a block of very short ones the next is noted as a whole, since a note
 for each would take as long as the item. Then it is not known which of them killed the worker: all of the block run
 again, elsewhere and with a note for each, and the one that kills its worker again is the one. Who has named the size of
-the chunks, or a time limit, gets a note for each item in any case.
+the chunks, or a time limit, gets a note for each item in any case, and a look at the clock, so no long one runs again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from __future__ import annotations
 import os
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from operator import length_hint
 from typing import Any, ClassVar, NamedTuple
 
@@ -43,12 +45,17 @@ __all__ = ["ChunkOrder", "leave_copy", "run_chunk"]
 # A block should take so long (seconds), as far as the last one tells. Its results are recorded if it took longer, or if
 # all that is not recorded yet did.
 _BLOCK_SECONDS = 50e-6
+_BLOCK_NS = 50_000
 _TOGETHER = 200e-6
 
-# How many items a block may have, and how many times as many as the last one. Why so few: should one of them take long
-# after all, those before it are recorded no sooner. More would save little: a block costs as much as some 50 no-ops.
+# How many items a block may have, and how many times as many as the last one. Why so few: those before one of them that
+# takes long after all are recorded no sooner. More would save little: a block costs as much as some 50 no-ops.
 _MAX_BLOCK = 1024
 _GROWTH = 8
+
+# After so many items of a block the clock is looked at: if it has taken too long it ends there. So no more than these
+# are begun after one that takes long, be it that nobody wants them any more, or that other workers are idle.
+_PIECE = 64
 
 # After so many items in a block that took no longer each (seconds) the next one is noted as a whole.
 _MANY = 256
@@ -64,8 +71,11 @@ _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
 
 _PROTOCOL = 5
 
-# Runs the items of a block from a position on, and adds their results to a list; returns what the last one raised.
-Loop = Callable[[int, list[Any], list[Any]], BaseException | None]
+# Runs the items of a block, which come in pieces, from a position on, and adds their results to a list; returns what
+# the last one raised.
+Block = list[list[Any]]
+_NO_ITEMS: Iterator[Any] = iter(())
+Loop = Callable[[int, Block, list[Any]], BaseException | None]
 
 # Plain results of this size on average are packed one by one, so that large ones go into segments (bytes).
 _LARGE_VALUES = 16 << 10
@@ -137,7 +147,7 @@ def leave_copy(depth: int) -> None:
 
 
 class _Chunk:
-    block: ClassVar[list[Any]] = []  # that is being run
+    block: ClassVar[Block] = []  # that is being run
 
     def __init__(
         self,
@@ -151,7 +161,8 @@ class _Chunk:
     ) -> None:
         self.began = time.perf_counter()
         self._fn = fn
-        self._batch = batch if order.is_star or not order.is_timed else [(item,) for item in batch]
+        is_careful = order.is_timed or order.is_exact
+        self._batch = batch if order.is_star or not is_careful else [(item,) for item in batch]
         self._order = order
         self._message = message
         self._progress = progress
@@ -170,11 +181,14 @@ class _Chunk:
         next_loop = loop
         now = recorded = self.began
         while position < total and not self._is_to_stop(now, None if position == 0 else use):
-            _Chunk.block = block = self._batch[position : min(position + size, total)]
+            end = min(position + size, total)
             n_before = len(self._values)
-            error = next_loop(position, block, self._values)
+            error = next_loop(position, self._cut(position, end), self._values)
             leave_copy(self._depth)
             n_run = len(self._values) - n_before + (error is not None)
+            if position + n_run > end:
+                # Race: the handler of a signal that an item has asked for has raised behind the last item.
+                error, n_run = None, n_run - 1
             position += n_run
             before, now = now, time.perf_counter()
             took = max(now - before, 1e-9)
@@ -190,15 +204,21 @@ class _Chunk:
         _Chunk.block = []  # or it would keep the last items' data
         self._marks[RUNNING] = NOBODY
 
+    def _cut(self, position: int, end: int) -> Block:
+        batch = self._batch
+        _Chunk.block = block = [batch[at : at + _PIECE] for at in range(position, end, _PIECE)]
+        del block[-1][(end - position - 1) % _PIECE + 1 :]
+        return block
+
     def _loops(self, use: WorkerUse | None) -> tuple[Loop, Loop]:
         """Return what runs a block, and what runs one of very short items."""
-        if self._order.is_timed:
-            return self._run_timed, self._run_timed
+        if self._order.is_timed or self._order.is_exact:
+            return self._run_carefully, self._run_carefully
         loop, quick_loop = self._run_plain, self._run_plain_quickly
         if self._order.is_star:
             loop, quick_loop = self._run_starred, self._run_starred_quickly
         # Why not with limits: an item may be ended for the memory that it takes, and that is to be done once.
-        return loop, loop if self._order.is_exact or use is not None else quick_loop
+        return loop, loop if use is not None else quick_loop
 
     def _is_to_stop(self, now: float, use: WorkerUse | None) -> bool:
         return (
@@ -210,90 +230,129 @@ class _Chunk:
     # Every item of a map goes through one of these loops. They put its position into the counters before it is called;
     # why as a target of `for`: that takes half the time of a line of its own.
     # Race: a worker may be killed between two counters; then the items behind are run again, which nobody has begun.
+    # Why the type before the result is added: a metaclass of the user's may raise then, and that is this item's.
 
-    def _run_plain(self, position: int, block: list[Any], values: list[Any]) -> BaseException | None:
-        marks, call, plain = self._marks, self._fn, _PLAIN
+    def _run_plain(self, position: int, block: Block, values: list[Any]) -> BaseException | None:
+        marks, call, plain, clock = self._marks, self._fn, _PLAIN, time.perf_counter
         marks[RUNNING] = position
         marks[SPAN] = 1
+        late = clock() + _BLOCK_SECONDS
         try:
-            for marks[1], item in enumerate(block, position):
-                value = call(item)
-                values.append(value)
-                if value is not None and type(value) not in plain:
+            for piece in block:
+                for marks[1], item in enumerate(piece, position):
+                    value = call(item)
+                    if value is not None and type(value) not in plain:
+                        values.append(value)
+                        return None
+                    values.append(value)
+                if clock() > late:
                     break
+                position += _PIECE
         except BaseException as error:
             return error
         return None
 
-    def _run_starred(self, position: int, block: list[Any], values: list[Any]) -> BaseException | None:
-        marks, call, plain = self._marks, self._fn, _PLAIN
+    def _run_starred(self, position: int, block: Block, values: list[Any]) -> BaseException | None:
+        marks, call, plain, clock = self._marks, self._fn, _PLAIN, time.perf_counter
         marks[RUNNING] = position
         marks[SPAN] = 1
+        late = clock() + _BLOCK_SECONDS
         try:
-            for marks[1], item in enumerate(block, position):
-                value = call(*item)
-                values.append(value)
-                if value is not None and type(value) not in plain:
+            for piece in block:
+                for marks[1], item in enumerate(piece, position):
+                    value = call(*item)
+                    if value is not None and type(value) not in plain:
+                        values.append(value)
+                        return None
+                    values.append(value)
+                if clock() > late:
                     break
+                position += _PIECE
         except BaseException as error:
             return error
         return None
 
-    def _run_timed(self, position: int, block: list[Any], values: list[Any]) -> BaseException | None:
+    def _run_carefully(self, position: int, block: Block, values: list[Any]) -> BaseException | None:
+        """Look at the clock after each item, so that the block ends with one that takes long."""
         marks, call, plain = self._marks, self._fn, _PLAIN
         clock = time.monotonic_ns
+        now = clock()
+        late = now + _BLOCK_NS
         try:
-            for item in block:
-                # Why the time first: whoever looks between the two sees an item that has just begun.
-                marks[BEGAN] = clock()
-                marks[RUNNING] = position
-                position += 1
-                value = call(*item)
-                values.append(value)
-                if value is not None and type(value) not in plain:
-                    break
+            for piece in block:
+                for item in piece:
+                    # Why the time first: whoever looks between the two sees an item that has just begun.
+                    marks[BEGAN] = now
+                    marks[RUNNING] = position
+                    position += 1
+                    value = call(*item)
+                    if value is not None and type(value) not in plain:
+                        values.append(value)
+                        return None
+                    values.append(value)
+                    now = clock()
+                    if now > late:
+                        return None
         except BaseException as error:
             return error
         return None
 
-    def _run_plain_quickly(self, position: int, block: list[Any], values: list[Any]) -> BaseException | None:
-        call, plain = self._fn, _PLAIN
-        self._marks[SPAN] = len(block)
+    def _run_plain_quickly(  # noqa: C901 - a function for each loop would show in tracebacks of items
+        self, position: int, block: Block, values: list[Any]
+    ) -> BaseException | None:
+        call, plain, clock = self._fn, _PLAIN, time.perf_counter
+        self._marks[SPAN] = (len(block) - 1) * _PIECE + len(block[-1])
         self._marks[RUNNING] = position
-        left = iter(block)
-        value = None
+        late = clock() + _BLOCK_SECONDS
+        pieces, left = iter(block), _NO_ITEMS
+        value, n = None, 0
         try:
             try:
                 # Why apart: most functions return None always or never, and this loop takes a fifth less.
-                for item in left:
-                    value = call(item)
-                    if value is not None:
-                        break
+                for piece in pieces:
+                    left = iter(piece)
+                    n += len(piece)
+                    for item in left:
+                        value = call(item)
+                        if value is not None:
+                            break
+                    else:
+                        if clock() < late:
+                            continue
+                    break
             finally:
-                values += [None] * (len(block) - length_hint(left) - 1)
-            values.append(value)
-            if value is not None and type(value) not in plain:
-                return None
-            for item in left:
-                value = call(item)
+                values += [None] * (n - length_hint(left) - 1)
+            if value is None or type(value) not in plain:
                 values.append(value)
-                if value is not None and type(value) not in plain:
+                return None
+            values.append(value)
+            for rest in chain((left,), pieces):
+                for item in rest:
+                    value = call(item)
+                    if value is not None and type(value) not in plain:
+                        values.append(value)
+                        return None
+                    values.append(value)
+                if clock() > late:
                     break
         except BaseException as error:
             return error
         return None
 
-    def _run_starred_quickly(
-        self, position: int, block: list[Any], values: list[Any]
-    ) -> BaseException | None:
-        call, plain = self._fn, _PLAIN
-        self._marks[SPAN] = len(block)
+    def _run_starred_quickly(self, position: int, block: Block, values: list[Any]) -> BaseException | None:
+        call, plain, clock = self._fn, _PLAIN, time.perf_counter
+        self._marks[SPAN] = (len(block) - 1) * _PIECE + len(block[-1])
         self._marks[RUNNING] = position
+        late = clock() + _BLOCK_SECONDS
         try:
-            for item in block:
-                value = call(*item)
-                values.append(value)
-                if value is not None and type(value) not in plain:
+            for piece in block:
+                for item in piece:
+                    value = call(*item)
+                    if value is not None and type(value) not in plain:
+                        values.append(value)
+                        return None
+                    values.append(value)
+                if clock() > late:
                     break
         except BaseException as error:
             return error
@@ -353,6 +412,8 @@ class _Chunk:
 
 def _end_block() -> None:
     """In a copy that an item has forked: the rest of the block is not its business."""
+    for piece in _Chunk.block:
+        piece.clear()
     _Chunk.block.clear()
 
 

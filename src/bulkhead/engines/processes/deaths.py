@@ -30,7 +30,7 @@ _OUR_FRAMES = (
     " in _attempt",
     " in _run_plain",
     " in _run_starred",
-    " in _run_timed",
+    " in _run_carefully",
     " in _run_plain_quickly",
     " in _run_starred_quickly",
 )
