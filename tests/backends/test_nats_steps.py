@@ -354,6 +354,27 @@ def test_streams_that_another_process_makes_at_the_same_moment_are_taken(
     assert asked[1] == asked[0][:2]
 
 
+def test_no_message_of_a_stream_is_asked_for_while_others_are_still_making_it(
+    connect: Callable[[], Backend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server says of such a stream that it is there, and falls when it is asked for a message of it (2.9.10)."""
+    ask, asked = Session.ask, []
+
+    async def meet_another(self: Session, questions: Sequence[Question]) -> list[Answer]:
+        is_first = not asked
+        asked.extend(subject for subject, _, _ in questions)
+        made = [one for one in questions if not (is_first and one[0].endswith("-index"))]
+        answers = await ask(self, made)
+        return answers if len(made) == len(questions) else [*answers[:2], {"did_create": False}, *answers[2:]]
+
+    monkeypatch.setattr(Session, "ask", meet_another)
+    keep(connect().broker, "job")
+    creations = [at for at, subject in enumerate(asked) if ".STREAM.CREATE." in subject]
+    assert len(creations) == 10
+    assert asked[creations[2]].endswith("-index")
+    assert next(at for at, subject in enumerate(asked) if ".MSG.GET." in subject) > creations[-1]
+
+
 def test_a_stream_of_somebody_else_that_has_our_subjects_is_an_error_that_names_ours(
     connect: Callable[[], Backend], nats_server: NatsServer, namespace: str
 ) -> None:
