@@ -161,7 +161,8 @@ class History:
     def live(self, priority: int) -> list[Tracker]:
         """Return the jobs of a pool that are accepted and not settled, or settled while somebody waits to be told."""
         known = [job for job in list(self._jobs.values()) if job.priority == priority]
-        return [job for job in known if job.state not in (*SETTLED, None) or job.waiters is not None]
+        # Race: one without a state was entered when an exception struck, out of a signal handler of the user's.
+        return [job for job in known if job.state not in SETTLED or job.waiters is not None]
 
     def _drop_first(self) -> None:
         try:

@@ -11,6 +11,9 @@ import pytest
 from scripts import running
 from watching import wait_until
 
+from bulkhead import Dispatcher, Job, JobState, PoolBroken, Tracker
+from bulkhead.history import History
+
 CATCHES = """
 import signal
 import faulty_jobs
@@ -105,6 +108,26 @@ def test_a_handler_of_the_scripts_own_that_raises_costs_the_pool_at_most(seed: i
         assert told == "over 30 0 {2}"
     else:
         assert told.split()[2] == "0"
+
+
+def test_an_exception_in_the_middle_of_an_acceptance_leaves_no_job_that_never_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    enter, strikes = History.enter, [False, True]
+
+    def enter_and_be_struck(self: History, job: Tracker) -> None:
+        enter(self, job)
+        if strikes.pop(0):
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(History, "enter", enter_and_be_struck)
+    with Dispatcher([(0, 1)]) as disp:
+        disp.dispatch(Job(pow, 2, 2)).result(20)
+        with pytest.raises(ZeroDivisionError):
+            disp.dispatch(Job(pow, 2, 3))
+        with pytest.raises(PoolBroken):
+            disp.dispatch(Job(pow, 2, 4))
+        assert [job.status().state for job in disp.jobs()] == [JobState.SUCCEEDED, JobState.FAILED]
 
 
 @pytest.mark.slow

@@ -219,6 +219,13 @@ def test_live_jobs_are_those_of_the_pool_that_have_not_settled() -> None:
     assert list(history.live(1)) == [jobs[1], jobs[3]]
 
 
+def test_a_job_that_an_exception_has_left_between_its_entry_and_its_state_is_live() -> None:
+    history = History(EXPIRY, 10)
+    job = a_tracker()
+    history.enter(job)
+    assert list(history.live(0)) == [job]
+
+
 # Forgetting
 
 
