@@ -585,10 +585,9 @@ def test_finalize_lets_accepted_items_end_and_then_the_map_says_so(tmp_path: Pat
 def test_finalize_in_the_middle_leaves_every_result_in_its_place(tmp_path: Path) -> None:
     """A chunk that was made for short items gives its rest back when the pool takes no more."""
     disp = Dispatcher([(0, 2)])
-    # Why so many at the end: on a busy machine a thousand are given out before the pool takes no more.
-    items = [*range(999), *range(1000, 1010), *[0] * 20_000]
-    # Why a generator: with a known length the last chunks would be small.
-    results = disp.map(held_from_1000, itertools.repeat(tmp_path), (item for item in items))
+    # Why so many: more than four chunks can hold. Why all held: the other worker must not come to the end meanwhile.
+    items = [*range(999), *range(1000, 31_000)]
+    results = disp.map(held_from_1000, itertools.repeat(tmp_path), items)
     reader = Call(outcomes, results)
     wait_until(lambda: 1000 in begun(tmp_path))
     time.sleep(0.1)  # so that the chunk has taken long
