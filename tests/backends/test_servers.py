@@ -9,7 +9,7 @@ from servers import NatsServer, RedisCluster, RedisServer, Server
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
-@pytest.mark.parametrize("fsync", ["always", "everysec"])
+@pytest.mark.parametrize("fsync", ["always", "no"])
 def test_redis_keeps_data_and_port_over_its_end(tmp_path: Path, end: str, fsync: str) -> None:
     with RedisServer(tmp_path, fsync=fsync) as server:
         port = server.port
