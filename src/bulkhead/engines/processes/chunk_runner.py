@@ -45,7 +45,7 @@ __all__ = ["ChunkOrder", "leave_copy", "run_chunk"]
 # A block should take so long (seconds), as far as the last one tells. Its results are recorded if it took longer, or if
 # all that is not recorded yet did.
 _BLOCK_SECONDS = 50e-6
-_BLOCK_NS = 50_000
+_BLOCK_NS = round(_BLOCK_SECONDS * 1e9)
 _TOGETHER = 200e-6
 
 # How many items a block may have, and how many times as many as the last one. Why so few: those before one of them that

@@ -112,9 +112,8 @@ class Limit(Middleware, ABC):
                 continue
             try:
                 groups.setdefault(self._counted_as(held), []).append(held)
-            except (
-                Exception
-            ) as error:  # Why no more: raised, it would hold up all that were claimed with it, for ever
+            # Why all: raised, it would hold up all that were claimed with it, for ever.
+            except Exception as error:
                 held.verdict = Bury(
                     f"a limit cannot tell what it counts as: {type(error).__name__}: {error}",
                     failure_of(error),
